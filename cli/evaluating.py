@@ -1,0 +1,236 @@
+"""Models as systems under test, and what a run can say about itself in a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from safetensors.torch import load_file
+
+from atoll.cli.systems import Model, Pictures, load_model, model_names, sample
+from atoll.core.errors import UsageError
+from atoll.core.head import GateHead, HeadConfig
+from atoll.core.journal import log
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import Manifest
+from atoll.core.storage import Storage
+from atoll.evaluate.evaluation import Evaluation, Request, Sampled, System, evaluate_systems
+from atoll.evaluate.features import embed
+from atoll.evaluate.reference import TRAIN, Records, load_records
+from atoll.evaluate.report import write_report
+from atoll.evaluate.shares import Instrument, from_centroids, from_records
+from atoll.evaluate.views import (
+    ComparisonView,
+    Curve,
+    PartitionView,
+    PictureRow,
+    ReportData,
+    ShardView,
+    read_curve,
+)
+from atoll.partitioner.assignments import cluster_name
+from atoll.partitioner.settings import CLUSTERS
+from atoll.partitioner.words import count_words, telling_words
+
+_MONTAGE = 24
+
+
+def evaluate_models(
+    models: Sequence[str],
+    reference: str,
+    *,
+    routings: Sequence[str],
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+    out: str | None,
+) -> tuple[Evaluation, str]:
+    """Measure models against a run's held-out records; write metrics.json and report.html."""
+    run = Storage(reference)
+    manifest = Manifest.load(run)
+    loaded = [load_model(path, encoder=f"{reference}/encoder") for path in models]
+    systems = []
+    for name, model in zip(model_names(list(models)), loaded, strict=True):
+        if model.picture != manifest.picture:
+            raise UsageError(
+                f"{name} makes pictures of {model.picture.shape}, the reference has "
+                f"{manifest.picture.shape}",
+                cure="measure it against its own run",
+            )
+        systems += systems_of(model, name, routings=routings, steps=steps, guidance=guidance)
+    encoder = loaded[0].encoder
+    evaluation = evaluate_systems(
+        systems,
+        load_records(run, manifest),
+        encoder,
+        seed=seed,
+        count=count,
+        instrument=instrument_of(run, manifest),
+        real=load_records(run, manifest, split=TRAIN),
+    )
+    place, folder = (run, f"{reference}/evaluation") if out is None else (Storage(out), out)
+    shards = tuple(manifest.shards)
+    data = ReportData(
+        title=f"Evaluation of {reference}",
+        shards=shards,
+        sentence=f"{len(systems)} systems against {evaluation.n_reference} held-out records.",
+        partition=partition_view(run, manifest),
+        curves=training_curves(run, manifest),
+        comparison=comparison(systems, prompts_of(run, manifest, 10), manifest, seed=seed),
+        gate_heads=gate_heads(run, manifest),
+        evaluation=evaluation,
+        ledger=Ledger(run).entries(),
+    )
+    if out is None:
+        evaluation.save(run)
+        write_report(data, run)
+    else:
+        place.write_json("metrics.json", evaluation.model_dump(mode="json"))
+        write_report(data, place, name="report.html")
+    return evaluation, folder
+
+
+def systems_of(
+    model: Model, name: str, *, routings: Sequence[str], steps: int, guidance: float = 1.0
+) -> list[System]:
+    """One system per routing for an ensemble, one for anything else."""
+    kind = "ensemble" if model.kind == "ensemble" else model.kind
+    if kind != "ensemble":
+        routings = ["full"]
+    return [
+        System(
+            name=routing if kind == "ensemble" else name,
+            kind=kind,  # type: ignore[arg-type]
+            sample=_sampler(model, routing, steps, guidance),
+            steps=steps,
+            guidance=guidance,
+            shard=model.shards[0] if kind == "expert" else None,
+        )
+        for routing in routings
+    ]
+
+
+def as_control(system: System) -> System:
+    """The same system under the kind that the report compares the others with."""
+    return replace(system, kind="control", shard=None)
+
+
+def _sampler(
+    model: Model, routing: str, steps: int, guidance: float
+) -> Callable[[Request], Sampled]:
+    model.routing(routing)
+
+    def draw(request: Request) -> Sampled:
+        made: Pictures = sample(
+            model, request.prompts, routing=routing, steps=steps, guidance=guidance,
+            seed=request.seed, first=request.first, x_noise=request.x_noise,
+        )  # fmt: skip
+        branches = 1 if guidance == 1 else 2
+        return Sampled(made.x_data, made.experts_per_step / branches)
+
+    return draw
+
+
+def instrument_of(run: Storage, manifest: Manifest) -> Instrument:
+    """Which shard a picture is of: by the partition's centroids, or the owners' mean directions."""
+    shards = list(manifest.shards)
+    if manifest.partition.by == CLUSTERS:
+        centroids = load_file(run.local(f"{manifest.partition.path}/centroids.safetensors"))[
+            "centroids"
+        ]
+        rows = [i for i in range(len(centroids)) if cluster_name(i) in manifest.shards]
+        return from_centroids(tuple(shards), centroids[rows])
+    from atoll.core.embedding import load_encoder
+
+    encoder = load_encoder(run.local(manifest.encoder.path))
+    records = load_records(run, manifest, split=TRAIN)
+    return from_records(
+        {
+            shard: embed(encoder, records.pictures[[s == shard for s in records.shards]])
+            for shard in shards
+        }
+    )
+
+
+def partition_view(run: Storage, manifest: Manifest) -> PartitionView:
+    """Sizes, a montage and the telling words of every shard, from the shards' own files."""
+    records = load_records(run, manifest, split=TRAIN)
+    by_shard: dict[str, dict[str, int]] = {name: {} for name in (*manifest.shards, "commons")}
+    for caption, shard in zip(records.captions, records.shards, strict=True):
+        by_shard[shard][caption] = by_shard[shard].get(caption, 0) + 1
+    words = telling_words(
+        {name: count_words(captions) for name, captions in by_shard.items()},
+        {name: sum(captions.values()) for name, captions in by_shard.items()},
+        most=6,
+    )
+    sizes = {name: (entry.records, entry.held_out) for name, entry in manifest.shards.items()}
+    sizes["commons"] = (manifest.commons.records, manifest.commons.held_out)
+    views = {
+        name: ShardView(
+            name, *sizes[name], words=tuple(words[name]), pictures=_montage(records, name)
+        )
+        for name in by_shard
+    }
+    how = (
+        f"by {manifest.partition.by}, with the encoder {manifest.encoder.spec!r} fitted on the "
+        f"{', '.join(manifest.encoder.fitted_on) or 'commons'}"
+    )
+    commons = views.pop("commons")
+    return PartitionView(tuple(views.values()), commons=commons, how=how)
+
+
+def _montage(records: Records, shard: str) -> torch.Tensor:
+    rows = [row for row, name in enumerate(records.shards) if name == shard]
+    return records.pictures[rows[:_MONTAGE]]
+
+
+def training_curves(run: Storage, manifest: Manifest) -> tuple[Curve, ...]:
+    """The base's and every island's loss."""
+    files = {"base": "base-training/metrics.jsonl"}
+    files |= {shard: f"islands/{shard}/metrics.jsonl" for shard in manifest.shards}
+    return tuple(read_curve(run, name, file) for name, file in files.items() if run.exists(file))
+
+
+def gate_heads(run: Storage, manifest: Manifest) -> dict[str, HeadConfig]:
+    """Every gate head's calibration, as its island measured it."""
+    return {
+        shard: GateHead.load(run.local(expert.gate_head.path)).config
+        for shard, expert in manifest.experts.items()
+    }
+
+
+def prompts_of(run: Storage, manifest: Manifest, count: int) -> tuple[str, ...]:
+    """Captions that stand for all shards: the commonest held-out ones of each in turn."""
+    chosen: list[str] = []
+    records = load_records(run, manifest)
+    ranked = []
+    for shard in manifest.shards:
+        own = [c for c, s in zip(records.captions, records.shards, strict=True) if s == shard]
+        ranked.append(sorted(set(own), key=lambda caption: (-own.count(caption), caption)))
+    while len(chosen) < count and any(ranked):
+        for captions in ranked:
+            while captions and captions[0] in chosen:
+                captions.pop(0)
+            if captions and len(chosen) < count:
+                chosen.append(captions.pop(0))
+    return tuple(chosen)
+
+
+def comparison(
+    systems: Sequence[System], prompts: Sequence[str], manifest: Manifest, *, seed: int
+) -> ComparisonView:
+    """The same noise through every system, one picture a prompt."""
+    from atoll.evaluate.evaluation import noise
+
+    x_noise = noise(seed, manifest.picture.shape, first=0, count=len(prompts))
+    rows = []
+    for system in systems:
+        log.debug("comparing %s", system.name)
+        made = system.sample(Request(tuple(prompts), x_noise, 0, seed))
+        rows.append(PictureRow(system.name, system.kind, made.x_data, system.shard, system.about))
+    steps, guidance = systems[0].steps, systems[0].guidance
+    guided = "without guidance" if guidance == 1 else f"guidance {guidance:g}"
+    how = f"{steps} Euler steps, {guided}, seed {seed}"
+    return ComparisonView(tuple(prompts), tuple(rows), noise=x_noise, how=how)

@@ -1,0 +1,117 @@
+"""`atoll sample` and `atoll evaluate`: pictures from a model, and figures about models."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+
+import typer
+
+from atoll.cli.output import Result, command
+
+RoutingOption = Annotated[
+    str,
+    typer.Option(
+        help="full, top-k:K, mass:P, threshold:Q, sample:M, once or oracle:SHARD.",
+    ),
+]
+StepsOption = Annotated[int, typer.Option(min=1, help="Solver steps.")]
+GuidanceOption = Annotated[float, typer.Option(min=0, help="1 is unguided.")]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+
+    @command(app, "sample", example='atoll sample out/run "red apple" --routing once --seed 7')
+    def sample(
+        model: Annotated[str, typer.Argument(metavar="MODEL", help="A run, ensemble or denoiser.")],
+        prompt: Annotated[
+            list[str] | None, typer.Argument(metavar="[PROMPT]...", help="What to show.")
+        ] = None,
+        routing: RoutingOption = "full",
+        steps: StepsOption = 30,
+        guidance: GuidanceOption = 1.0,
+        seed: Annotated[int, typer.Option(help="Seed of the noise and of draws.")] = 0,
+        count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+        out: Annotated[str, typer.Option(help="Folder for the pictures.")] = "out/pictures",
+        encoder: Annotated[
+            str | None, typer.Option(help="Encoder folder, for a denoiser outside a run.")
+        ] = None,
+        trace: Annotated[
+            bool, typer.Option("--trace", help="Also write trace.json and a heat strip.")
+        ] = False,
+    ) -> Result:
+        """Sample pictures: PNG files, one per prompt and count, named by their number."""
+        from atoll.cli.systems import load_model
+        from atoll.cli.systems import sample as do_sample
+        from atoll.core.journal import progress
+        from atoll.core.storage import Storage
+        from atoll.router.pipeline import to_pil
+        from atoll.router.trace import strip_png, trace_json
+
+        loaded = load_model(model, encoder=encoder)
+        loaded.routing(routing)  # refused before anything is computed
+        prompts = [text for text in (prompt or [""]) for _ in range(count)]
+        with progress("sampling", steps) as advance:
+            made = do_sample(
+                loaded, prompts, routing=routing, steps=steps, guidance=guidance, seed=seed,
+                watch=lambda _step: advance(1),
+            )  # fmt: skip
+        place = Storage(out)
+        files = []
+        for number, (text, picture) in enumerate(zip(prompts, to_pil(made.x_data), strict=True)):
+            name = f"{number:04d}.png"
+            place.write_bytes(name, _png(picture))
+            files.append({"file": f"{out}/{name}", "prompt": text})
+        settings = {
+            "schema_version": 1, "model": model, "routing": routing, "steps": steps,
+            "guidance": guidance, "seed": seed, "prompts": prompts,
+        }  # fmt: skip
+        place.write_json("sample.json", settings)
+        result: dict[str, Any] = {"pictures": files, "experts_per_step": made.experts_per_step}
+        if trace:
+            place.write_json("trace.json", trace_json(made.trace, loaded.shards))
+            place.write_bytes("trace.png", strip_png(made.trace, loaded.shards, prompts))
+            result["trace"] = [f"{out}/trace.json", f"{out}/trace.png"]
+        result["text"] = f"{len(files)} pictures in {out}"
+        return result
+
+    @command(app, "evaluate", example="atoll evaluate out/run/ensemble --reference out/run")
+    def evaluate(
+        model: Annotated[list[str], typer.Argument(metavar="MODEL...", help="What to measure.")],
+        reference: Annotated[
+            str, typer.Option(metavar="RUN", help="The run whose held-out records are real.")
+        ],
+        routing: Annotated[
+            list[str] | None,
+            typer.Option(help="For ensembles; repeatable [default: full, once, top-k:1]"),
+        ] = None,
+        count: Annotated[int, typer.Option(min=20, help="Pictures per system.")] = 500,
+        steps: StepsOption = 30,
+        guidance: GuidanceOption = 1.0,
+        seed: Annotated[int, typer.Option(help="Seed of noise, prompts and draws.")] = 0,
+        out: Annotated[
+            str | None, typer.Option(help="Folder for metrics.json and report.html [RUN's own]")
+        ] = None,
+    ) -> Result:
+        """Compare models with held-out records, all on the same noise and prompts."""
+        from atoll.cli.evaluating import evaluate_models
+
+        evaluation, place = evaluate_models(
+            model, reference, routings=routing or ["full", "once", "top-k:1"],
+            count=count, steps=steps, guidance=guidance, seed=seed, out=out,
+        )  # fmt: skip
+        plain = json.loads(evaluation.model_dump_json())
+        return {
+            "metrics": plain,
+            "report": f"{place}/report.html",
+            "text": f"Look at {place}/report.html",
+        }
+
+
+def _png(picture: Any) -> bytes:
+    import io
+
+    buffer = io.BytesIO()
+    picture.save(buffer, format="PNG")
+    return buffer.getvalue()

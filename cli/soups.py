@@ -1,0 +1,185 @@
+"""`atoll soup`: create, add, remove, verify, show."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from atoll.cli.output import Result, command
+
+if TYPE_CHECKING:
+    from atoll.core.manifest import Manifest
+    from atoll.core.storage import Storage
+    from atoll.merge.soup import Soup
+
+SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
+ExpertsArgument = Annotated[
+    list[str],
+    typer.Argument(metavar="EXPERT[=WEIGHT]...", help="Expert folders; integer weights, 1 if none"),
+]
+SearchOption = Annotated[
+    list[str] | None,
+    typer.Option("--ingredients", help="Where to look for ingredients that moved; repeatable."),
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the group."""
+    group = typer.Typer(help="Average experts into a soup, exactly.", no_args_is_help=True)
+    app.add_typer(group, name="soup")
+
+    @command(group, "create", example="atoll soup create out/soup out/run/islands/*/expert")
+    def create(
+        out: Annotated[str, typer.Argument(metavar="OUT", help="The new soup's folder.")],
+        expert: ExpertsArgument,
+        dtype: Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")] = "same",
+    ) -> Result:
+        """Average experts, with integer weights, into a new soup."""
+        from typing import get_args
+
+        from atoll.core.errors import UsageError, did_you_mean
+        from atoll.merge import soup
+        from atoll.merge.recipe import Dtype
+
+        choices = get_args(Dtype)
+        if dtype not in choices:
+            raise UsageError(
+                f"Unknown dtype '{dtype}'. {did_you_mean(dtype, choices)}".strip(),
+                allowed=", ".join(choices),
+            )
+        made = soup.create(Path(out), _weighted(expert), dtype=dtype)  # type: ignore[arg-type]
+        _remember(made)
+        return _result(made)
+
+    @command(group, "add", example="atoll soup add out/soup out/run/islands/shard-05/expert=2")
+    def add(soup: SoupArgument, expert: ExpertsArgument, search: SearchOption = None) -> Result:
+        """Make a soup anew with further experts."""
+        from atoll.merge import soup as soups
+
+        made = soups.add(Path(soup), _weighted(expert), search=_paths(search))
+        _remember(made)
+        return _result(made)
+
+    @command(group, "remove", example="atoll soup remove out/soup shard-02")
+    def remove(
+        soup: SoupArgument,
+        name: Annotated[str, typer.Argument(metavar="NAME", help="An ingredient or its shard.")],
+        search: SearchOption = None,
+    ) -> Result:
+        """Make a soup anew without one ingredient."""
+        from atoll.merge import soup as soups
+
+        made = soups.remove(Path(soup), name, search=_paths(search))
+        _remember(made)
+        return _result(made)
+
+    @command(group, "verify", example="atoll soup verify out/soup")
+    def verify(soup: SoupArgument, search: SearchOption = None) -> Result:
+        """Recompute a soup from its ingredients and compare every byte."""
+        from atoll.core.errors import Refused
+        from atoll.merge.verify import verify as do_verify
+
+        verdict = do_verify(Path(soup), search=_paths(search))
+        if not verdict.holds:
+            raise Refused(
+                f"{soup} is not the soup of its recipe: {'; '.join(verdict.problems)}",
+                cure="make it again with `atoll soup create`",
+            )
+        return {
+            "soup": soup,
+            "holds": True,
+            "sha256": verdict.found_sha256,
+            "ingredients": list(verdict.ingredients),
+            "text": f"{soup} is bitwise the soup of {', '.join(verdict.ingredients)}",
+        }
+
+    @command(group, "show", example="atoll soup show out/soup")
+    def show(soup: SoupArgument) -> Result:
+        """What is in a soup."""
+        from atoll.merge import soup as soups
+
+        return _result(soups.show(Path(soup)))
+
+
+def _paths(search: list[str] | None) -> list[Path]:
+    return [Path(place) for place in search or []]
+
+
+def _weighted(experts: list[str]) -> dict[Path, int]:
+    """`EXPERT[=WEIGHT]` arguments, each expert once."""
+    from atoll.core.errors import Refused, UsageError
+
+    weighted: dict[Path, int] = {}
+    for text in experts:
+        path, equals, weight = text.rpartition("=")
+        if not equals or Path(text).exists():
+            path, weight = text, "1"
+        try:
+            number = int(weight)
+        except ValueError:
+            raise UsageError(
+                f"'{weight}' in '{text}' is not a weight", allowed="a whole number from 1"
+            ) from None
+        if Path(path) in weighted:
+            raise Refused(f"{path} is named twice", cure=f"give it a weight: {path}=2")
+        weighted[Path(path)] = number
+    return weighted
+
+
+def _result(made: Soup) -> Result:
+    ingredients = [
+        {"name": part.name, "shard": part.shard, "weight": part.weight, "sha256": part.sha256}
+        for part in made.recipe.ingredients
+    ]
+    listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
+    result: dict[str, Any] = {
+        "soup": str(made.path),
+        "name": made.card.name,
+        "sha256": made.recipe.sha256,
+        "base_sha256": made.recipe.base_sha256,
+        "ingredients": ingredients,
+        "text": f"{made.path}: {made.card.name}\n{listed}",
+    }
+    return result
+
+
+def _remember(made: Soup) -> None:
+    """Tell the runs that a soup lies in, or comes from; one that left is among their exports."""
+    from atoll.cli.systems import owning_run
+    from atoll.core.lock import exclusive
+    from atoll.core.manifest import Manifest
+    from atoll.core.storage import Storage
+
+    parts = [made.path, *(made.path / part.path for part in made.recipe.ingredients)]
+    for place in sorted({home for part in parts if (home := owning_run(part)) is not None}):
+        run = Storage(place)
+        with exclusive(run):
+            remember(made, run, Manifest.load(run))
+
+
+def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
+    """Record a soup in a run: its digest if it lies there, else its place as an export."""
+    from atoll.core.ledger import Ledger
+    from atoll.core.manifest import Artefact
+    from atoll.merge.ledger_entry import ledger_entry
+    from atoll.router.assemble import add_export
+
+    folder, home = made.path.resolve(), run.local("").resolve()
+    if folder.is_relative_to(home):
+        name = folder.relative_to(home).as_posix()
+        entry = ledger_entry(folder, name)
+        manifest.soups[name] = Artefact(path=name, sha256=entry.sha256)
+        manifest.soups = dict(sorted(manifest.soups.items()))
+    else:
+        name = str(folder)
+        entry = ledger_entry(folder, name)
+        add_export(manifest, name)
+    ledger = Ledger(run)
+    known = [ledger.latest("expert", expert) for expert in entry.parents]
+    ledger.append(
+        "soup", name, entry.sha256, parents=[parent for parent in known if parent is not None],
+        shards=entry.shards, note=entry.note,
+    )  # fmt: skip
+    manifest.save(run)

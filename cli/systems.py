@@ -1,0 +1,186 @@
+"""Whatever can be sampled, found by its path: a run, an ensemble folder, a base, expert or soup.
+
+A denoiser on its own is an ensemble of one: the same trajectory, the same sampler, no gate to ask.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from atoll.core import sampler
+from atoll.core.conditioning import Conditioning
+from atoll.core.denoiser import CARD_NAME, Denoiser
+from atoll.core.embedding import Encoder, load_encoder
+from atoll.core.errors import MissingError, UsageError
+from atoll.core.manifest import MANIFEST_NAME, Picture
+from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
+from atoll.router.gate import GateWeights
+from atoll.router.routing import Routing, parse_routing
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+
+@dataclass(frozen=True)
+class Model:
+    """Experts, the gate over them (never asked where there is one), and what they work with."""
+
+    name: str
+    kind: str  # base, expert, soup or ensemble
+    experts: Sequence[ExpertVelocity]
+    gate: GateWeights
+    shards: Sequence[str]
+    encoder: Encoder
+    picture: Picture
+
+    def routing(self, text: str) -> Routing:
+        """A routing over this model's shards; `UsageError` lists the choices."""
+        return parse_routing(text, self.shards)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """x_data `(n, channel, height, width)`, how they came about, and what it took."""
+
+    x_data: Tensor
+    trace: list[TraceStep]
+    experts_per_step: float  # forward passes a picture and a step, both branches counted
+
+
+@torch.no_grad()
+def sample(
+    model: Model,
+    prompts: Sequence[str],
+    *,
+    routing: str = "full",
+    steps: int = 30,
+    guidance: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+    x_noise: Tensor | None = None,
+    watch: Callable[[int], None] | None = None,
+) -> Pictures:
+    """One picture per prompt; picture number i starts from the noise of (seed, first + i)."""
+    from atoll.router.pipeline import x_noise as noise
+
+    cond: Conditioning = model.encoder.condition(list(prompts))
+    trajectory = Trajectory(
+        model.experts,
+        model.gate,
+        shards=model.shards,
+        routing=model.routing(routing),
+        cond=cond,
+        null=model.encoder.condition([""]),
+        guidance=guidance,
+        seed=seed,
+        first=first,
+        trace=True,
+    )
+    if x_noise is None:
+        x_noise = noise(seed, first, len(prompts), model.picture.shape)
+    told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
+    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
+    trace = trajectory.trace or []
+    runs = sum(step.experts_run for step in trace) / max(1, len(trace) * len(prompts))
+    return Pictures(x_data, trace, runs)
+
+
+def load_model(path: str, *, encoder: str | None = None) -> Model:
+    """Find out what lies at a path and load it, with the encoder that its captions need."""
+    folder = Path(path)
+    if (folder / MANIFEST_NAME).is_file():
+        if not (folder / "ensemble" / "model_index.json").is_file():
+            raise MissingError(f"The run {path} has no ensemble yet", cure=f"atoll assemble {path}")
+        folder = folder / "ensemble"
+    if (folder / "model_index.json").is_file():
+        return _ensemble(folder)
+    if (folder / CARD_NAME).is_file():
+        return _denoiser(folder, encoder)
+    raise UsageError(
+        f"There is no model at {path}",
+        allowed="a run, an ensemble, or the folder of a base, an expert or a soup",
+    )
+
+
+def _ensemble(folder: Path) -> Model:
+    from atoll.router.model import EnsembleModel
+
+    model = EnsembleModel.from_pretrained(folder / "transformer")
+    return Model(
+        name=folder.name,
+        kind="ensemble",
+        experts=model.velocities,
+        gate=model.gate,
+        shards=model.shards,
+        encoder=load_encoder(folder / "text_encoder"),
+        picture=model.ensemble_config.picture,
+    )
+
+
+def _denoiser(folder: Path, encoder: str | None) -> Model:
+    denoiser = Denoiser.load(folder)
+    place = Path(encoder) if encoder else _encoder_near(folder)
+    if place is None:
+        raise MissingError(
+            f"{folder} is no part of a run, so its encoder is not known",
+            cure="give --encoder RUN/encoder",
+        )
+    return one_expert(denoiser, load_encoder(place))
+
+
+def one_expert(denoiser: Denoiser, encoder: Encoder) -> Model:
+    """A denoiser as an ensemble of one."""
+    config: Any = denoiser.network.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    return Model(
+        name=denoiser.card.name,
+        kind=denoiser.card.kind,
+        experts=[denoiser.velocity],
+        gate=_sole_gate,
+        shards=[denoiser.card.shard or denoiser.card.name],
+        encoder=encoder,
+        picture=Picture(channels=config.in_channels, height=height, width=width),
+    )
+
+
+def _sole_gate(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    raise AssertionError("the gate of a sole expert has nothing to decide")
+
+
+def owning_run(folder: Path) -> Path | None:
+    """The nearest folder above that holds a manifest, or None."""
+    for parent in folder.resolve().parents:
+        if (parent / MANIFEST_NAME).is_file():
+            return parent
+    return None
+
+
+def _encoder_near(folder: Path) -> Path | None:
+    """The encoder of the run that a denoiser, or an ingredient of a soup, belongs to."""
+    candidates = [folder]
+    recipe = folder / "soup.json"
+    if recipe.is_file():
+        paths = [part.get("path", "") for part in json.loads(recipe.read_text())["ingredients"]]
+        candidates += [folder / path for path in paths]
+    for candidate in candidates:
+        run = owning_run(candidate)
+        if run is not None and (run / "encoder").is_dir():
+            return run / "encoder"
+    return None
+
+
+def model_names(models: list[str]) -> list[str]:
+    """Short names that tell models apart: the last parts of their paths that differ."""
+    for depth in range(1, 5):
+        names = ["/".join(Path(model).resolve().parts[-depth:]) for model in models]
+        if len(set(names)) == len(names):
+            return names
+    return models

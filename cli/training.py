@@ -1,0 +1,199 @@
+"""`atoll base`, `atoll train` and `atoll assemble`: shards become experts, experts an ensemble."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from atoll.cli.output import ConfigOption, Result, RunArgument, SetOption, command
+
+if TYPE_CHECKING:
+    from atoll.core.manifest import Manifest
+    from atoll.core.storage import Storage
+    from atoll.islands.settings import BaseConfig, TrainConfig
+
+MinutesOption = Annotated[
+    float | None,
+    typer.Option(min=0.01, help="Turned into images_seen once, by a short probe."),
+]
+PassesOption = Annotated[
+    float | None, typer.Option(min=0, help="images_seen as a multiple of the records.")
+]
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands."""
+
+    @command(app, "base", example="atoll base out/run --minutes 5")
+    def base(
+        run: RunArgument,
+        recipe: Annotated[str | None, typer.Option(help="A named size of a family.")] = None,
+        minutes: MinutesOption = None,
+        passes: PassesOption = None,
+        set_: SetOption = None,
+        config: ConfigOption = None,
+    ) -> Result:
+        """Train the common start of all experts on the commons."""
+        from atoll.cli.resolve import resolve
+        from atoll.cli.unlearn import check_no_removal
+        from atoll.core.lock import exclusive
+        from atoll.core.manifest import Manifest
+        from atoll.core.storage import Storage
+        from atoll.islands.base import train_base
+        from atoll.islands.settings import BaseConfig
+
+        storage = Storage(run)
+        manifest = Manifest.load(storage)
+        settings = resolve(BaseConfig, config, set_, recipe=recipe, training__passes=passes)
+        with exclusive(storage):
+            check_no_removal(storage)
+            if minutes is not None and manifest.base is None:
+                settings = base_within(storage, manifest, settings, minutes)
+            made = train_base(storage, manifest, settings)
+        return {"run": run, "base": made.path, "sha256": made.sha256, "recipe": manifest.recipe}
+
+    @command(app, "train", example="atoll train out/run --minutes 15")
+    def train(
+        run: RunArgument,
+        shard: Annotated[
+            list[str] | None, typer.Option(help="Only this shard; repeatable.")
+        ] = None,
+        recipe: Annotated[
+            str | None, typer.Option(help="The base's recipe, to be sure of it.")
+        ] = None,
+        minutes: MinutesOption = None,
+        passes: PassesOption = None,
+        address: Annotated[
+            str | None,
+            typer.Option(
+                help="Jobs API of a Ray cluster with atoll installed; its token comes from "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Without it a local head is started."
+            ),
+        ] = None,
+        set_: SetOption = None,
+        config: ConfigOption = None,
+        dry_run: Annotated[
+            bool, typer.Option("--dry-run", help="Plan, and start nothing.")
+        ] = False,
+    ) -> Result:
+        """Train one expert and one gate head per shard, each an isolated Ray job."""
+        from atoll.cli.resolve import resolve
+        from atoll.cli.unlearn import check_no_removal
+        from atoll.core.errors import ConfigError
+        from atoll.core.lock import exclusive
+        from atoll.core.manifest import Manifest
+        from atoll.core.recipes import recipe_of
+        from atoll.core.storage import Storage
+        from atoll.islands import supervise
+        from atoll.islands.settings import TrainConfig, plan_for
+
+        storage = Storage(run)
+        manifest = Manifest.load(storage)
+        settings = resolve(TrainConfig, config, set_, training__passes=passes)
+        if recipe is not None and recipe_of(recipe) and recipe != manifest.recipe:
+            raise ConfigError(
+                f"The experts start from the base, whose recipe is {manifest.recipe}",
+                cure="leave out --recipe, or start a new run with `atoll base --recipe`",
+            )
+        with exclusive(storage):
+            check_no_removal(storage)
+            if minutes is not None:
+                settings = experts_within(storage, manifest, settings, minutes)
+            if dry_run:
+                chosen = recipe_of(str(manifest.recipe))
+                planned = {
+                    name: plan_for(settings.training, chosen, entry.records, base=False)
+                    for name, entry in manifest.shards.items()
+                }
+                plans = {name: plan.model_dump() for name, plan in planned.items()}
+                return {"run": run, "plan": plans}
+            trained = supervise.train(
+                storage, manifest, settings, shards=shard or (), address=address
+            )
+        return {
+            "run": run,
+            "trained": trained,
+            "experts": {name: expert.sha256 for name, expert in manifest.experts.items()},
+            "text": f"{len(trained)} islands trained now, {len(manifest.experts)} of "
+            f"{len(manifest.shards)} experts are there",
+        }
+
+    @command(app, "assemble", example="atoll assemble out/run")
+    def assemble(
+        run: RunArgument,
+        out: Annotated[
+            str | None, typer.Argument(metavar="[OUT]", help="Also write a copy here, an export.")
+        ] = None,
+    ) -> Result:
+        """Experts and gate heads become an ensemble folder that diffusers loads."""
+        from atoll.cli.unlearn import check_no_removal
+        from atoll.core.lock import exclusive
+        from atoll.core.manifest import Manifest
+        from atoll.core.storage import Storage
+        from atoll.router.assemble import assemble as do_assemble
+
+        storage = Storage(run)
+        manifest = Manifest.load(storage)
+        with exclusive(storage):
+            check_no_removal(storage)
+            made = do_assemble(storage, manifest, out)
+        missing = [name for name in manifest.shards if name not in manifest.experts]
+        return {"run": run, "ensemble": made.path, "sha256": made.sha256, "missing": missing}
+
+
+def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
+    """The configuration whose passes fill the minutes on this machine."""
+    from atoll.core import recipes
+    from atoll.core.denoiser import Card, Denoiser
+    from atoll.core.pack import Pack
+    from atoll.islands.probe import images_per_second, passes_in
+
+    name = config.recipe or recipes.default_recipe(manifest.picture)
+    recipe = recipes.recipe_of(name)
+    commons = Pack(run.local(manifest.commons.path))
+    network = recipes.build(recipe, manifest.picture, commons.text_width, seed=0)
+    card = Card(
+        name="probe", kind="base", shard=None, base_sha256=None, family=recipe.family,
+        prediction=config.training.prediction, latent_space="pixels", images_seen=0,
+    )  # fmt: skip
+    speed = images_per_second(
+        Denoiser(network, card), commons, config.training,
+        batch=config.training.batch or recipe.batch, threads=config.threads,
+    )  # fmt: skip
+    passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"passes": passes})}
+    )
+
+
+def experts_within(
+    run: Storage, manifest: Manifest, config: TrainConfig, minutes: float
+) -> TrainConfig:
+    """Likewise for all islands together; a plan that stands in the manifest is kept."""
+    from atoll.core import recipes
+    from atoll.core.config import CONFIG_NAME, load_config
+    from atoll.core.denoiser import Denoiser
+    from atoll.core.manifest import require
+    from atoll.core.pack import Pack
+    from atoll.islands.probe import images_per_second, passes_in
+    from atoll.islands.settings import TrainConfig
+    from atoll.islands.supervise import slots_here
+
+    saved = f"islands/{CONFIG_NAME}"
+    if run.exists(saved):
+        passes = load_config(TrainConfig, run.local(saved)).training.passes
+    else:
+        base = require(manifest.base, "base", "train it with `atoll base RUN`")
+        recipe = recipes.recipe_of(str(manifest.recipe))
+        largest = max(manifest.shards.values(), key=lambda shard: shard.records)
+        speed = images_per_second(
+            Denoiser.load(run.local(base.path)), Pack(run.local(largest.path)), config.training,
+            batch=config.training.batch or recipe.batch, threads=config.threads,
+        )  # fmt: skip
+        at_once = min(config.slots or slots_here(config.threads), len(manifest.shards))
+        records = sum(shard.records for shard in manifest.shards.values())
+        passes = passes_in(minutes, speed=speed, islands_at_once=at_once, records=records)
+    return config.model_copy(
+        update={"training": config.training.model_copy(update={"passes": passes})}
+    )

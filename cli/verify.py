@@ -1,0 +1,194 @@
+"""`atoll verify`: a stranger's recheck of a run or a removal, from files alone, wherever they are.
+
+Recomputes and never trusts: every digest, the ledger's chain, each soup from its ingredients, the
+ensemble from its parts, and that nothing left descends from a shard that was taken out.
+"""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from atoll.cli.unlearn import CERTIFICATE_NAME, SCHEMA_VERSION, Certificate, artefacts
+from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import MANIFEST_NAME, Manifest, check_schema
+from atoll.core.storage import Storage, sha256_folder
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was rechecked, whether it held, and why not."""
+
+    what: str
+    holds: bool
+    detail: str = ""
+
+
+def verify(target: str) -> list[Finding]:
+    """Recheck a run (its folder) or a removal (its certificate, lying in the run's folder)."""
+    if target.endswith(".json"):
+        parent, _, name = target.rpartition("/")
+        return _verify_certificate(Storage(parent or "."), name)
+    return verify_run(Storage(target))
+
+
+def verify_run(run: Storage) -> list[Finding]:
+    """Recheck everything that the manifest names."""
+    manifest = Manifest.load(run)
+    findings = [_check("the ledger is an unbroken chain", lambda: Ledger(run).entries())]
+    for path, expected in artefacts(manifest).items():
+        findings.append(_check(f"{path} has its digest", _digest_check(run, path, expected)))
+    findings.append(_check("every artefact is in the ledger", lambda: _in_ledger(run, manifest)))
+    for artefact in manifest.soups.values():
+        findings.append(
+            _check(
+                f"{artefact.path} is the exact mean of its ingredients",
+                _soup_check(run.local(artefact.path)),
+            )
+        )
+    if manifest.ensemble is not None:
+        findings.append(
+            _check(
+                "the ensemble is assembled from the run's experts and gate heads",
+                lambda: _ensemble_check(run, manifest),
+            )
+        )
+    for name in _removed(run):
+        findings.append(_check(f"nothing of {name} is left", _removal_check(run, manifest, name)))
+    return findings
+
+
+def _verify_certificate(run: Storage, name: str) -> list[Finding]:
+    certificate = load_certificate(run, name)
+    if not run.exists(MANIFEST_NAME):
+        raise UsageError(
+            f"{run.uri}/{name} lies alone: there is no {MANIFEST_NAME} beside it",
+            allowed="a certificate in the folder of its run",
+            cure="fetch the whole run; a removal is rechecked from its files",
+        )
+    findings = [
+        _check(
+            "the ledger holds the removal that the certificate names",
+            lambda: _certified(run, certificate),
+        )
+    ]
+    return findings + verify_run(run)
+
+
+def load_certificate(run: Storage, name: str = CERTIFICATE_NAME) -> Certificate:
+    """Read a certificate; `UsageError` when there is none, `Refused` when it is damaged."""
+    try:
+        values = run.read_json(name)
+    except FileNotFoundError:
+        raise UsageError(f"There is no certificate at {run.uri}/{name}") from None
+    check_schema(values, SCHEMA_VERSION, f"{run.uri}/{name}")
+    try:
+        return Certificate.model_validate(values)
+    except ValidationError as error:
+        raise Refused(f"{run.uri}/{name} is no certificate: {error.errors()[0]['msg']}") from error
+
+
+def _check(what: str, recheck: Callable[[], object]) -> Finding:
+    try:
+        recheck()
+    except (AtollError, OSError, ValueError) as error:
+        return Finding(what, False, str(error))
+    return Finding(what, True)
+
+
+def _digest_check(run: Storage, path: str, expected: str) -> Callable[[], None]:
+    def recheck() -> None:
+        if not run.exists(path):
+            raise Refused(f"{path} is missing")
+        found = run.sha256(path)
+        if found != expected:
+            raise Refused(f"{path} has sha256 {found}, the manifest says {expected}")
+
+    return recheck
+
+
+def _in_ledger(run: Storage, manifest: Manifest) -> None:
+    recorded = {entry.sha256 for entry in Ledger(run).entries()}
+    unknown = [path for path, sha in artefacts(manifest).items() if sha not in recorded]
+    if unknown:
+        raise Refused(f"not in the ledger: {', '.join(unknown)}")
+
+
+def _soup_check(soup: Path) -> Callable[[], None]:
+    def recheck() -> None:
+        from atoll.merge.verify import verify as verify_soup
+
+        verdict = verify_soup(soup)
+        if not verdict.holds:
+            raise Refused("; ".join(verdict.problems))
+
+    return recheck
+
+
+def _ensemble_check(run: Storage, manifest: Manifest) -> None:
+    """Build the folder again in a scratch place, from the islands' own files, and compare."""
+    from atoll.router.assemble import build
+
+    assert manifest.ensemble is not None
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+        folder = Path(scratch) / "ensemble"
+        build(run, manifest, folder)
+        found = sha256_folder(folder)
+    if found != manifest.ensemble.sha256:
+        raise Refused(f"assembled anew it has sha256 {found}, not {manifest.ensemble.sha256}")
+
+
+def _removed(run: Storage) -> list[str]:
+    try:
+        return [entry.name for entry in Ledger(run).entries() if entry.kind == "removal"]
+    except AtollError:
+        return []  # the chain is broken, which is a finding of its own
+
+
+def _removal_check(run: Storage, manifest: Manifest, shard: str) -> Callable[[], None]:
+    """No artefact, no file name and no row of the partition has the shard in it."""
+
+    def recheck() -> None:
+        newest = {(entry.kind, entry.name): entry for entry in Ledger(run).entries()}
+        descended = {entry.sha256 for entry in newest.values() if shard in entry.shards}
+        left = [path for path, sha in artefacts(manifest).items() if sha in descended]
+        left += [name for name in run.list() if shard in name.split("/")]
+        left += [part for part in ("shards", "experts") if shard in getattr(manifest, part)]
+        from atoll.partitioner.assignments import read_assignments
+
+        if any(row.shard == shard for row in read_assignments(run)):
+            left.append("rows of partition/assignments.parquet")
+        if left:
+            raise Refused(f"still there: {', '.join(sorted(set(left)))}")
+
+    return recheck
+
+
+def _certified(run: Storage, certificate: Certificate) -> None:
+    """The removal's entry is in the chain as it was when the certificate was written."""
+    entries = Ledger(run).entries()
+    number = certificate.removal_entry
+    if number >= len(entries):
+        raise Refused(f"the ledger has {len(entries)} entries, the certificate names {number}")
+    entry = entries[number]
+    if (entry.kind, entry.name) != ("removal", certificate.shard):
+        raise Refused(f"ledger entry {number} is not a removal of {certificate.shard}")
+    if run.sha256(f"ledger/{number:06d}.json") != certificate.ledger_sha256:
+        raise Refused(f"ledger entry {number} is not the one that the certificate closed with")
+    if entry.sha256 != certificate.manifest_sha256 or entry.note["before"] != certificate.before:
+        raise Refused("the certificate and the ledger differ about what was removed")
+    recorded = {each.sha256 for each in entries}
+    unknown = [path for path, sha in certificate.after.items() if sha not in recorded]
+    if unknown:
+        raise Refused(f"the ledger does not know of {', '.join(unknown)}")
+
+
+def findings_json(findings: list[Finding]) -> list[dict[str, object]]:
+    """For `--json` and the report."""
+    return [json.loads(json.dumps(vars(finding))) for finding in findings]

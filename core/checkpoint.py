@@ -1,0 +1,122 @@
+"""Training states that survive anything: fencing generations, commit records, verified loading.
+
+The protocol (no clocks, no modification times): a writer claims the next generation by exclusive
+creation of `gen/G`; writes the payload under a name that is never used again; checks that no newer
+generation has been claimed; exclusively creates the commit record with the payload's sha256; and
+deletes only what lies below the newest commits. Resuming takes the newest commit whose payload
+verifies, else the one before it. Payloads are safetensors, records JSON; nothing is pickled.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from atoll.core.errors import Fenced, Refused
+from atoll.core.storage import Storage, canonical_json
+
+SCHEMA_VERSION = 1
+_log = logging.getLogger("atoll")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A training state: where it stands, its tensors, and plain facts about it."""
+
+    images_seen: int
+    tensors: dict[str, Tensor]
+    facts: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one island (or of the base) below a folder of the run."""
+
+    def __init__(self, storage: Storage, folder: str, *, keep: int = 2) -> None:
+        self._storage = storage
+        self._folder = folder
+        self._keep = keep
+        self.generation = 0
+
+    def claim(self) -> int:
+        """Become the one writer of this place; every earlier writer is fenced from now on."""
+        while True:
+            generation = self._newest_generation() + 1
+            try:
+                self._storage.create(
+                    f"{self._folder}/gen/{generation:06d}.json",
+                    canonical_json({"schema_version": SCHEMA_VERSION, "generation": generation}),
+                )
+            except FileExistsError:
+                continue
+            self.generation = generation
+            return generation
+
+    def check_fence(self) -> None:
+        """Raise `Fenced` when a newer generation has been claimed."""
+        newest = self._newest_generation()
+        if newest != self.generation:
+            raise Fenced(
+                f"Generation {newest} has taken over {self._folder} from {self.generation}",
+                cure="let the newer writer work; this one has changed nothing since",
+            )
+
+    def commit(
+        self, images_seen: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
+    ) -> None:
+        """Make a state the newest one; `Fenced` when another writer has taken over."""
+        name = f"{images_seen:012d}-{self.generation:06d}"
+        payload = save(dict(tensors))
+        self._storage.write_bytes(f"{self._folder}/checkpoints/{name}.safetensors", payload)
+        self.check_fence()
+        record = {
+            "schema_version": SCHEMA_VERSION,
+            "images_seen": images_seen,
+            "generation": self.generation,
+            "file": f"checkpoints/{name}.safetensors",
+            "bytes": len(payload),
+            "sha256": hashlib.sha256(payload).hexdigest(),
+            "facts": dict(facts),
+        }
+        self._storage.create(f"{self._folder}/commits/{name}.json", canonical_json(record))
+        self._prune()
+
+    def latest(self) -> Checkpoint | None:
+        """The newest state that verifies, or None; each one passed over is named in the log."""
+        for name in reversed(self._storage.list(f"{self._folder}/commits")):
+            try:
+                return self._load(name)
+            except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
+                _log.warning("%s is passed over, the one before it is used: %s", name, error)
+        return None
+
+    def _load(self, name: str) -> Checkpoint:
+        record = self._storage.read_json(name)
+        payload = self._storage.read_bytes(f"{self._folder}/{record['file']}")
+        if hashlib.sha256(payload).hexdigest() != record["sha256"]:
+            raise Refused(f"{record['file']} does not have the sha256 of its commit record")
+        return Checkpoint(record["images_seen"], load(payload), record["facts"])
+
+    def _newest_generation(self) -> int:
+        claimed = self._storage.list(f"{self._folder}/gen")
+        return max((int(name.rsplit("/", 1)[1][:6]) for name in claimed), default=0)
+
+    def _prune(self) -> None:
+        """Delete all but the newest commits, payload last, and payloads that nothing commits."""
+        commits = self._storage.list(f"{self._folder}/commits")
+        for name in commits[: -self._keep]:
+            self._storage.remove(name)
+        kept = {
+            f"{self._folder}/{json.loads(self._storage.read_bytes(name))['file']}"
+            for name in commits[-self._keep :]
+        }
+        for name in self._storage.list(f"{self._folder}/checkpoints"):
+            if name not in kept:
+                self._storage.remove(name)

@@ -1,0 +1,107 @@
+"""Typed configuration: dotted overrides with a did-you-mean, and the resolved record on disk.
+
+A configuration is a pydantic model owned by the package that reads it. `--set a.b=c` changes one
+field; what a command really ran with is saved beside its result as `atoll.config.json`.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from atoll.core.errors import ConfigError, did_you_mean
+from atoll.core.storage import Storage
+
+CONFIG_NAME = "atoll.config.json"
+
+
+class Config(BaseModel):
+    """Base of every configuration: frozen, and unknown keys are errors."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+C = TypeVar("C", bound=Config)
+
+
+def _check_key(kind: type[BaseModel], dotted: str) -> None:
+    """Refuse a dotted key that no field answers to, naming the nearest."""
+    here: type[BaseModel] | None = kind
+    for depth, part in enumerate(dotted.split(".")):
+        fields = here.model_fields if here is not None else {}
+        if part not in fields:
+            prefix = ".".join(dotted.split(".")[:depth])
+            known = [f"{prefix}.{name}" if prefix else name for name in fields]
+            raise ConfigError(
+                f"Unknown configuration key '{dotted}'. {did_you_mean(dotted, known)}".strip(),
+                allowed=", ".join(known) if known else f"'{prefix}' has no keys below it",
+                cure="correct the key of --set or of the --config file",
+            )
+        annotation: Any = fields[part].annotation
+        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
+        here = annotation if is_model else None
+
+
+def _value(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
+
+
+def apply_overrides(config: C, overrides: Iterable[str]) -> C:
+    """A copy with each `a.b=value` applied; values are JSON where they parse, else text."""
+    values = config.model_dump(mode="json")
+    for override in overrides:
+        dotted, equals, text = override.partition("=")
+        if not equals:
+            raise ConfigError(
+                f"'{override}' is not an override", allowed="KEY=VALUE, such as seed=7"
+            )
+        _check_key(type(config), dotted)
+        *parents, last = dotted.split(".")
+        place = values
+        for parent in parents:
+            place = place[parent]
+        place[last] = _value(text)
+    return parse_config(type(config), values)
+
+
+def parse_config(kind: type[C], values: Any) -> C:
+    """Validate plain values, as the error a user can act on."""
+    if not isinstance(values, dict):
+        raise ConfigError("A configuration is a JSON object", allowed='{"key": value, ...}')
+    for name in values:
+        _check_key(kind, name)
+    try:
+        return kind.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        dotted = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            _check_key(kind, dotted)
+        raise ConfigError(
+            f"{dotted}={first.get('input')!r} is not valid: {first['msg']}",
+            cure="correct the value of --set or of the --config file",
+        ) from error
+
+
+def load_config(kind: type[C], path: str | Path) -> C:
+    """Read a configuration that an earlier command saved, or that was written by hand."""
+    try:
+        values = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path} is not a readable configuration ({error})") from error
+    if isinstance(values, dict):
+        values.pop("schema_version", None)
+    return parse_config(kind, values)
+
+
+def save_config(config: Config, storage: Storage, folder: str) -> None:
+    """Write the resolved configuration beside a result."""
+    name = f"{folder}/{CONFIG_NAME}" if folder else CONFIG_NAME
+    storage.write_json(name, {"schema_version": 1, **config.model_dump(mode="json")})

@@ -1,0 +1,170 @@
+"""A denoiser on disk and in memory: a diffusers network, its family's adapter, and its card.
+
+A folder holds what diffusers writes (`config.json`, `diffusion_pytorch_model.safetensors`) and
+`atoll.json`, the card. Families are a flat table: a further one is a row and an adapter.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from pydantic import BaseModel, ConfigDict, ValidationError
+from torch import Tensor, nn
+
+from atoll.core import flow
+from atoll.core.conditioning import Conditioning
+from atoll.core.errors import MissingError, Refused, UsageError
+from atoll.core.manifest import check_schema
+from atoll.core.storage import canonical_json
+
+CARD_NAME = "atoll.json"
+SCHEMA_VERSION = 1
+# diffusers embeds timesteps with frequencies made for 0 to 1000.
+_TIMESTEPS = 1000.0
+
+
+class Card(BaseModel):
+    """`atoll.json`: what a base, an expert or a soup is, and what it may be mixed with."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    kind: Literal["base", "expert", "soup"]
+    shard: str | None
+    base_sha256: str | None
+    family: str
+    prediction: flow.Prediction
+    latent_space: str
+    images_seen: int
+
+
+def read_card(folder: Path) -> Card:
+    """The card of a denoiser's folder; `UsageError` where there is none, `Refused` if damaged."""
+    path = folder / CARD_NAME
+    try:
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise UsageError(
+            f"There is no denoiser at {folder}", allowed=f"a folder with {CARD_NAME}"
+        ) from None
+    except ValueError as error:
+        raise Refused(f"{path} is not readable JSON ({error})") from error
+    check_schema(values, SCHEMA_VERSION, str(path))
+    try:
+        return Card.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise Refused(f"{path} is damaged: {first['loc']}: {first['msg']}") from error
+
+
+def write_card(folder: Path, card: Card) -> None:
+    """Write the card into a folder that is still being made."""
+    (folder / CARD_NAME).write_bytes(canonical_json(card.model_dump(mode="json")))
+
+
+Adapter = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+
+
+def _unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    output: Tensor = network(
+        x_t,
+        t * _TIMESTEPS,
+        encoder_hidden_states=cond.tokens,
+        encoder_attention_mask=cond.mask,
+        return_dict=False,
+    )[0]
+    return output
+
+
+def _pixart(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    output: Tensor = network(
+        x_t,
+        encoder_hidden_states=cond.tokens,
+        encoder_attention_mask=cond.mask.to(x_t.dtype),
+        timestep=t * _TIMESTEPS,
+        # The sizes that PixArt can be told besides are off in our recipes.
+        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
+        return_dict=False,
+    )[0]
+    return output
+
+
+@dataclass(frozen=True)
+class Family:
+    """A diffusers class and how it is called."""
+
+    network: type[Any]
+    adapter: Adapter
+
+
+FAMILIES: dict[str, Family] = {
+    # Rombach et al. 2022, arXiv 2112.10752.
+    "unet": Family(UNet2DConditionModel, _unet),
+    # Chen et al. 2023, arXiv 2310.00426.
+    "pixart": Family(PixArtTransformer2DModel, _pixart),
+}
+
+
+@dataclass
+class Denoiser:
+    """A network that can be asked for the velocity at (x_t, t, cond)."""
+
+    network: nn.Module
+    card: Card
+
+    def output(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """What the network itself puts out, `(batch, channel, height, width)`."""
+        return FAMILIES[self.card.family].adapter(self.network, x_t, t, cond)
+
+    def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """dx_t/dt, `(batch, channel, height, width)`; `t` is `(batch,)` in [0, 1]."""
+        return flow.to_velocity(self.output(x_t, t, cond), x_t, t, self.card.prediction)
+
+    def save(self, folder: Path) -> None:
+        """Write a component folder that diffusers loads too."""
+        self.network.save_pretrained(folder)  # type: ignore[operator]
+        write_card(folder, self.card)
+
+    @classmethod
+    def load(cls, folder: Path) -> Denoiser:
+        """Read a folder; the class comes from our table by the card's family, never from disk."""
+        card = read_card(folder)
+        return cls(load_network(folder, card.family), card)
+
+
+def load_network(folder: Path, family: str) -> nn.Module:
+    """A family's network from a component folder, in evaluation mode; loading is strict."""
+    if family not in FAMILIES:
+        raise Refused(f"{folder} is of unknown family '{family}'", allowed=", ".join(FAMILIES))
+    kind = FAMILIES[family].network
+    try:
+        declared = json.loads((folder / "config.json").read_text()).get("_class_name")
+    except (OSError, ValueError, AttributeError) as error:
+        raise MissingError(f"{folder}/config.json is not readable ({error})") from error
+    if declared != kind.__name__:
+        raise Refused(f"{folder}/config.json names {declared}", allowed=kind.__name__)
+    try:
+        network, found = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise MissingError(f"The weights in {folder} cannot be loaded: {error}") from error
+    if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
+        raise Refused(f"The weights in {folder} are not those of its config.json: {found}")
+    module: nn.Module = network.eval()
+    return module
+
+
+def new_network(family: str, config: dict[str, Any], *, seed: int) -> nn.Module:
+    """A network with seeded random weights, the same for the same seed and configuration."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network: nn.Module = FAMILIES[family].network(**config)
+    return network

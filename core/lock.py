@@ -1,0 +1,56 @@
+"""One command at a time on a run: a lock that a killed process cannot leave behind.
+
+Locally an advisory lock on `.lock` that the kernel drops with the process; elsewhere an exclusively
+created `lock.json`, which names its owner so that a stranger can decide to remove it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import socket
+from collections.abc import Iterator
+
+from atoll.core.errors import Refused
+from atoll.core.storage import Storage, canonical_json, no_space_is_failure
+
+
+@contextlib.contextmanager
+def exclusive(run: Storage) -> Iterator[None]:
+    """Hold the run for one command; `Refused` when another command is at work on it."""
+    if run.is_local:
+        with _local(run):
+            yield
+        return
+    owner = {"schema_version": 1, "host": socket.gethostname(), "process": os.getpid()}
+    try:
+        run.create("lock.json", canonical_json(owner))
+    except FileExistsError:
+        raise Refused(
+            f"Another command is at work on {run.uri}: {run.read_json('lock.json')}",
+            cure=f"wait for it; if it is surely dead, remove {run.uri}/lock.json",
+        ) from None
+    try:
+        yield
+    finally:
+        run.remove("lock.json")
+
+
+@contextlib.contextmanager
+def _local(run: Storage) -> Iterator[None]:
+    folder = run.local("")
+    with no_space_is_failure("the lock"):
+        folder.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise Refused(
+                f"Another command is at work on {run.uri}",
+                cure="wait until it has ended, or stop it",
+            ) from None
+        yield
+    finally:
+        os.close(descriptor)

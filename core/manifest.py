@@ -1,0 +1,173 @@
+"""The manifest: what a run holds, where, and with which digest. Only the controller writes it.
+
+Nothing in it depends on a clock, on where the run lies, or on the order in which shards came, so
+that a run after a removal can be compared with one that never had the shard, byte by byte.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atoll.core.errors import DataError, Refused, UsageError, did_you_mean
+from atoll.core.storage import Storage
+
+MANIFEST_NAME = "manifest.json"
+SCHEMA_VERSION = 1
+
+
+class Entry(BaseModel):
+    """Base of the manifest's parts: unknown keys are refused."""
+
+    model_config = ConfigDict(extra="forbid", validate_assignment=True)
+
+
+class Artefact(Entry):
+    """A file or folder of the run, by name relative to it, and its sha256."""
+
+    path: str
+    sha256: str
+
+
+class Picture(Entry):
+    """The fixed shape of a training tensor `(channel, height, width)`; pixels in [-1, 1]."""
+
+    channels: int
+    height: int
+    width: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.height, self.width)
+
+
+class Plan(Entry):
+    """What one island trains, fixed before any island starts; independent of all other shards."""
+
+    batch: int
+    images_seen: int
+
+
+class Shard(Artefact):
+    """Private records of one cluster or owner, and what its island is to do with them."""
+
+    records: int
+    held_out: int
+    plan: Plan | None = None
+
+
+class Commons(Artefact):
+    """Records that every artefact may see. `declared` says how they were chosen."""
+
+    declared: str
+    records: int
+    held_out: int
+
+
+class Encoder(Artefact):
+    """The embedding network; `fitted_on` names the shards whose records trained it, if any."""
+
+    spec: str
+    fitted_on: list[str] = Field(default_factory=list)
+
+
+class Partition(Artefact):
+    """Centroids and assignments; `fitted_on` names the shards whose records moved a centroid."""
+
+    by: str
+    fitted_on: list[str] = Field(default_factory=list)
+
+
+class Expert(Artefact):
+    """An island's results: the expert's folder and its gate head's."""
+
+    gate_head: Artefact
+    images_seen: int
+
+
+class Manifest(Entry):
+    """All of `manifest.json`."""
+
+    schema_version: int = SCHEMA_VERSION
+    picture: Picture
+    encoder: Encoder
+    partition: Partition
+    commons: Commons
+    shards: dict[str, Shard]
+    seed: int
+    recipe: str | None = None
+    base: Artefact | None = None
+    experts: dict[str, Expert] = Field(default_factory=dict)
+    ensemble: Artefact | None = None
+    soups: dict[str, Artefact] = Field(default_factory=dict)
+    exports: list[str] = Field(default_factory=list)
+
+    @classmethod
+    def load(cls, storage: Storage) -> Manifest:
+        """Read and check it; `UsageError` where there is no run, `Refused` where it is damaged."""
+        try:
+            values = storage.read_json(MANIFEST_NAME)
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(
+                f"There is no run at {storage.uri}",
+                allowed=f"a folder with {MANIFEST_NAME}",
+                cure="make one with `atoll partition CORPUS RUN --shards K`",
+            ) from None
+        check_schema(values, SCHEMA_VERSION, f"{storage.uri}/{MANIFEST_NAME}")
+        try:
+            return cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise Refused(
+                f"{storage.uri}/{MANIFEST_NAME} is damaged: "
+                f"{'.'.join(map(str, first['loc']))}: {first['msg']}",
+                cure="restore it from a copy; nothing was changed",
+            ) from error
+
+    def save(self, storage: Storage) -> None:
+        """Write it, complete or not at all."""
+        storage.write_json(MANIFEST_NAME, self.model_dump(mode="json"))
+
+    def shard(self, name: str) -> Shard:
+        """The shard of that name, or the error that lists which there are."""
+        if name not in self.shards:
+            raise UsageError(
+                f"There is no shard '{name}'. {did_you_mean(name, self.shards)}".strip(),
+                allowed=", ".join(self.shards),
+            )
+        return self.shards[name]
+
+
+def check_schema(values: Any, expected: int, where: str) -> None:
+    """Refuse a file that another version of Atoll wrote."""
+    found = values.get("schema_version") if isinstance(values, dict) else None
+    if found != expected:
+        raise Refused(
+            f"{where} has schema version {found!r}",
+            allowed=str(expected),
+            cure="use the version of Atoll that wrote it, or start a new run",
+        )
+
+
+def check_artefact(storage: Storage, artefact: Artefact) -> None:
+    """Refuse an artefact whose files are not those that the manifest recorded."""
+    if not storage.exists(artefact.path):
+        raise Refused(
+            f"{storage.uri}/{artefact.path} is in the manifest and not in storage",
+            cure="restore it from a copy; nothing was changed",
+        )
+    found = storage.sha256(artefact.path)
+    if found != artefact.sha256:
+        raise Refused(
+            f"{storage.uri}/{artefact.path} has sha256 {found[:16]}..., "
+            f"the manifest says {artefact.sha256[:16]}...",
+            cure="the files were changed after they were recorded; restore them from a copy",
+        )
+
+
+def require(artefact: Artefact | None, what: str, cure: str) -> Artefact:
+    """The artefact, or the error that says which command makes it."""
+    if artefact is None:
+        raise DataError(f"This run has no {what} yet", cure=cure)
+    return artefact

@@ -1,0 +1,152 @@
+"""Packs: the fixed-shape training tensors of a shard or of the commons, read by row.
+
+`pack-00000.safetensors` ... beside `shard.json`, written by the partitioner, read by islands. Each
+file stands alone: `pixels` uint8 `(n, channel, height, width)`, `caption` int32 `(n,)` into a table
+of the unique captions: `text_tokens` float16 `(m, length, width)`, `text_mask` uint8 `(m, length)`,
+`text_pooled` float16 `(m, dim)`. Row 0 of the table is always the empty caption, cond_null. The
+rows held out come after the rows to train on; `shard.json` says how many there are of each.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.errors import Refused
+from atoll.core.manifest import Picture, check_schema
+from atoll.core.storage import canonical_json
+
+CARD_NAME = "shard.json"
+SCHEMA_VERSION = 1
+
+
+class ShardCard(BaseModel):
+    """`shard.json`: what the files beside it hold."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    name: str  # "commons" for the commons
+    records: int  # rows to train on
+    held_out: int
+    picture: Picture
+    encoder: str  # fingerprint of the encoder that embedded the captions
+    packs: dict[str, int]  # file name -> rows, in order
+    files: dict[str, str]  # file name -> sha256, of every other file of the folder
+
+
+def write_pack(path: Path, pixels: Tensor, caption: Tensor, table: Conditioning) -> None:
+    """Write one file; `table` is the embedded unique captions, the empty one first."""
+    assert bool(table.is_null[0]), "row 0 of the caption table is cond_null"
+    tensors = {
+        "pixels": pixels.to(torch.uint8).contiguous(),
+        "caption": caption.to(torch.int32).contiguous(),
+        "text_tokens": table.tokens.to(torch.float16).contiguous(),
+        "text_mask": table.mask.to(torch.uint8).contiguous(),
+        "text_pooled": table.pooled.to(torch.float16).contiguous(),
+    }
+    save_file(tensors, path)
+
+
+def write_shard_card(folder: Path, card: ShardCard) -> None:
+    """Write `shard.json` into a folder that is still being made."""
+    (folder / CARD_NAME).write_bytes(canonical_json(card.model_dump(mode="json")))
+
+
+def read_shard_card(folder: Path) -> ShardCard:
+    """Read `shard.json`; `Refused` when it is missing, damaged or of another version."""
+    path = folder / CARD_NAME
+    try:
+        values: Any = json.loads(path.read_text())
+        check_schema(values, SCHEMA_VERSION, str(path))
+        return ShardCard.model_validate(values)
+    except (OSError, ValueError, ValidationError) as error:
+        raise Refused(f"{path} is not a readable shard card ({error})") from error
+
+
+class Pack:
+    """The rows of one shard's or the commons' packs, in memory-mapped tensors."""
+
+    def __init__(self, folder: Path) -> None:
+        self.card = read_shard_card(folder)
+        try:
+            parts = [load_file(folder / name) for name in self.card.packs]
+        except (OSError, SafetensorError) as error:
+            raise Refused(f"A pack in {folder} is not readable ({error})") from error
+        # Joined once: a table of unique captions is small beside the pixels.
+        starts = torch.tensor([0, *(len(part["text_tokens"]) for part in parts)]).cumsum(0)
+        self._pixels = _joined([part["pixels"] for part in parts])
+        self._caption = _joined(
+            [part["caption"].long() + start for part, start in zip(parts, starts, strict=False)]
+        )
+        self._table = concatenate(
+            [
+                Conditioning(
+                    part["text_tokens"].float(),
+                    part["text_mask"].bool(),
+                    part["text_pooled"].float(),
+                    torch.arange(len(part["text_tokens"])) == 0,
+                )
+                for part in parts
+            ]
+        )
+        if len(self._pixels) != self.card.records + self.card.held_out:
+            raise Refused(f"The packs in {folder} do not hold the rows that shard.json names")
+
+    def __len__(self) -> int:
+        return len(self._pixels)
+
+    @property
+    def train(self) -> range:
+        """Rows to train on."""
+        return range(self.card.records)
+
+    @property
+    def held_out(self) -> range:
+        """Rows that no training ever uses."""
+        return range(self.card.records, self.card.records + self.card.held_out)
+
+    @property
+    def null(self) -> Conditioning:
+        """cond_null as a batch of one."""
+        return self._table[:1]
+
+    @property
+    def text_width(self) -> int:
+        return self._table.tokens.shape[2]
+
+    def x_data(self, rows: Tensor) -> Tensor:
+        """Pixels in [-1, 1], float32 `(batch, channel, height, width)`."""
+        return self._pixels[rows].float() / 127.5 - 1
+
+    def cond(self, rows: Tensor) -> Conditioning:
+        """The embedded captions of some rows."""
+        return self._table[self._caption[rows]]
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+
+def join(packs: list[Pack]) -> Pack:
+    """The training rows of several packs as one, for a control that sees all the data."""
+    joined = object.__new__(Pack)
+    rows = [torch.tensor(pack.train) for pack in packs]
+    starts = torch.tensor([0, *(len(pack._table) for pack in packs)]).cumsum(0)
+    joined._pixels = torch.cat([p._pixels[r] for p, r in zip(packs, rows, strict=True)])
+    joined._caption = torch.cat(
+        [p._caption[r] + s for p, r, s in zip(packs, rows, starts[:-1], strict=True)]
+    )
+    joined._table = concatenate([pack._table for pack in packs])
+    joined.card = packs[0].card.model_copy(
+        update={"name": "all", "records": len(joined._pixels), "held_out": 0}
+    )
+    return joined

@@ -1,0 +1,306 @@
+"""One folder on any fsspec filesystem, and the only way anything is read from or written to a run.
+
+A file appears under its final name complete or not at all: locally through a temporary name, fsync
+and rename; on object stores a put is atomic, and `publish` uploads a folder's marker file last.
+`create` is exclusive (If-None-Match on S3, generation match on GCS), which is all that fencing and
+the ledger need. Names are relative posix strings; nothing leads out of the root.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+import uuid
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+from fsspec.implementations.local import LocalFileSystem
+
+from atoll.core.errors import DataError, Failed, Refused
+
+# Written last and read first: a published folder without one of these is not there yet.
+MARKERS = ("atoll.json", "shard.json", "model_index.json")
+_PIECE_BYTES = 1 << 22
+
+
+def sha256_file(path: Path) -> str:
+    """Hex sha256 of one local file, read in pieces."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_folder(path: Path) -> str:
+    """Hex sha256 over the sorted `sha256  relative/name` lines of the files below a local folder.
+
+    The same text as `sha256sum` prints, so that a stranger can recompute it with coreutils.
+    """
+    lines = [
+        f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n"
+        for file in path.rglob("*")
+        if file.is_file()
+    ]
+    return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
+
+
+@contextlib.contextmanager
+def no_space_is_failure(where: str) -> Iterator[None]:
+    """Turn the operating system's "no space left" into an error with a cure (exit code 1)."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Failed(
+            f"No space left while writing {where}; nothing was half-written",
+            cure="free some space and run the same command again, it resumes",
+        ) from error
+
+
+class Storage:
+    """A folder named by a path or any fsspec URI, optionally scoped to parts of itself.
+
+    A scoped handle raises `PermissionError` outside the names it was given: what an island holds.
+    """
+
+    def __init__(
+        self,
+        uri: str | Path,
+        *,
+        read: Iterable[str] | None = None,
+        write: Iterable[str] | None = None,
+    ) -> None:
+        self.uri = str(uri).rstrip("/")
+        try:
+            self._fs, root = fsspec.core.url_to_fs(self.uri)
+        except (ValueError, ImportError) as error:
+            raise DataError(
+                f"'{uri}' is not a place that fsspec can open ({error})",
+                cure="give a local path or a URI whose fsspec package is installed",
+            ) from error
+        self._root = str(root).rstrip("/")
+        self.is_local = isinstance(self._fs, LocalFileSystem)
+        self._read = None if read is None else tuple(read)
+        self._write = None if write is None else tuple(write)
+        self._staged: tempfile.TemporaryDirectory[str] | None = None
+
+    def __repr__(self) -> str:
+        return f"Storage({self.uri!r})"
+
+    def scoped(self, *, read: Iterable[str], write: Iterable[str]) -> Storage:
+        """A handle on the same root that reads and writes only below the given names."""
+        write = tuple(write)
+        return Storage(self.uri, read=(*read, *write), write=write)
+
+    # -- names ---------------------------------------------------------------------------------
+
+    def _path(self, name: str, *, write: bool = False) -> str:
+        parts = name.split("/") if name else []
+        if name.startswith("/") or any(part in ("", ".", "..") for part in parts):
+            raise Refused(
+                f"'{name}' is not a name inside a run", allowed="relative names without '..'"
+            )
+        scope = self._write if write else self._read
+        if scope is not None and not any(
+            name == allowed or name.startswith(f"{allowed}/") for allowed in scope
+        ):
+            verb = "write" if write else "read"
+            raise PermissionError(f"this handle may not {verb} {name!r}; it may: {sorted(scope)}")
+        return f"{self._root}/{name}" if name else self._root
+
+    def exists(self, name: str) -> bool:
+        """Whether a file or folder of that name is there."""
+        return bool(self._fs.exists(self._path(name)))
+
+    def list(self, prefix: str = "") -> list[str]:
+        """The files below `prefix`, sorted, named relative to the root; temporary ones left out."""
+        path = self._path(prefix)
+        if not self._fs.exists(path):
+            return []
+        root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
+        found = (str(file)[len(root) :] for file in self._fs.find(path))
+        return sorted(name for name in found if not any(p[:1] == "." for p in name.split("/")))
+
+    # -- files ---------------------------------------------------------------------------------
+
+    def read_bytes(self, name: str) -> bytes:
+        """The whole file; FileNotFoundError when there is none."""
+        return bytes(self._fs.cat_file(self._path(name)))
+
+    def read_json(self, name: str) -> Any:
+        """Parsed JSON; `Refused` when the file is not JSON."""
+        try:
+            return json.loads(self.read_bytes(name))
+        except (ValueError, UnicodeDecodeError) as error:
+            raise Refused(
+                f"{self.uri}/{name} is not readable JSON ({error})",
+                cure="restore the file from a copy; nothing was changed",
+            ) from error
+
+    def write_bytes(self, name: str, data: bytes) -> None:
+        """Replace the file: complete or not at all."""
+        path = self._path(name, write=True)
+        with no_space_is_failure(name):
+            if not self.is_local:
+                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+                self._fs.pipe_file(path, data)
+                return
+            with _local_temporary(Path(path)) as temporary:
+                temporary.write_bytes(data)
+                _fsync(temporary)
+                os.replace(temporary, path)
+                _fsync(Path(path).parent)
+
+    def write_json(self, name: str, value: Any) -> None:
+        """Replace a JSON file, in the one canonical layout."""
+        self.write_bytes(name, canonical_json(value))
+
+    @contextlib.contextmanager
+    def writing(self, name: str) -> Iterator[Path]:
+        """A local path to write a large file at; it becomes `name` when the block ends well."""
+        path = self._path(name, write=True)
+        with no_space_is_failure(name):
+            if self.is_local:
+                with _local_temporary(Path(path)) as temporary:
+                    yield temporary
+                    _fsync(temporary)
+                    os.replace(temporary, path)
+                    _fsync(Path(path).parent)
+                return
+            with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
+                yield Path(folder) / "file"
+                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+                self._fs.put_file(str(Path(folder) / "file"), path)
+
+    def create(self, name: str, data: bytes) -> None:
+        """Create the file, complete and exclusively; FileExistsError when it is already there."""
+        path = self._path(name, write=True)
+        with no_space_is_failure(name):
+            if not self.is_local:
+                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+                if self._fs.exists(path):
+                    raise FileExistsError(name)
+                with self._fs.open(path, "xb") as file:
+                    file.write(data)
+                return
+            # A link is exclusive and shows the whole content at once; open("xb") shows a torn one.
+            with _local_temporary(Path(path)) as temporary:
+                temporary.write_bytes(data)
+                _fsync(temporary)
+                os.link(temporary, path)
+                _fsync(Path(path).parent)
+
+    def append_line(self, name: str, line: str) -> None:
+        """Append a line to a journal. Journals are observations: a torn last line is skipped."""
+        path = self._path(name, write=True)
+        with no_space_is_failure(name):
+            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+            with self._fs.open(path, "ab") as file:
+                file.write(line.encode() + b"\n")
+
+    def remove(self, name: str) -> None:
+        """Remove a file or a whole folder; one that is not there is fine."""
+        path = self._path(name, write=True)
+        if self._fs.exists(path):
+            self._fs.rm(path, recursive=True)
+
+    # -- folders -------------------------------------------------------------------------------
+
+    def local(self, name: str) -> Path:
+        """A local path with the file's or folder's content: itself, or a copy staged from afar."""
+        path = self._path(name)
+        if self.is_local:
+            return Path(path)
+        if self._staged is None:
+            self._staged = tempfile.TemporaryDirectory(prefix="atoll-staged-")
+        target = Path(self._staged.name) / name
+        files = self.list(name)
+        for file in files:
+            place = target if file == name else target / file[len(name) + 1 :]
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(self.read_bytes(file))
+        if not files:
+            raise FileNotFoundError(name)
+        return target
+
+    @contextlib.contextmanager
+    def writing_folder(self, name: str) -> Iterator[Path]:
+        """A local folder to fill; it is published as `name` when the block ends well."""
+        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+            folder = Path(scratch) / "folder"
+            folder.mkdir()
+            yield folder
+            self.publish(folder, name)
+
+    def publish(self, folder: Path, name: str) -> None:
+        """Make a local folder appear at `name`, whole; what stood there before is replaced."""
+        path = self._path(name, write=True)
+        with no_space_is_failure(name):
+            if self.is_local:
+                self._publish_locally(folder, Path(path))
+                return
+            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            self.remove(name)
+            for file in sorted(files, key=lambda file: file.name in MARKERS):
+                self.write_bytes(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+    def _publish_locally(self, folder: Path, target: Path) -> None:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        fresh = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+        try:
+            shutil.copytree(folder, fresh)
+            for place in (fresh, *fresh.rglob("*")):
+                if place.is_dir():
+                    place.chmod(0o777 & ~_umask())  # a scratch folder was for our eyes only
+                _fsync(place)
+            if target.exists():
+                old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
+                os.rename(target, old)
+                os.rename(fresh, target)
+                shutil.rmtree(old)
+            else:
+                os.rename(fresh, target)
+            _fsync(target.parent)
+        finally:
+            shutil.rmtree(fresh, ignore_errors=True)
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""
+        path = self.local(name)
+        return sha256_folder(path) if path.is_dir() else sha256_file(path)
+
+
+def canonical_json(value: Any) -> bytes:
+    """The one layout of JSON on disk: sorted keys, two spaces, a final newline."""
+    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
+
+
+@contextlib.contextmanager
+def _local_temporary(path: Path) -> Iterator[Path]:
+    """A temporary name beside `path`, gone afterwards unless it was renamed."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
+    try:
+        yield temporary
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

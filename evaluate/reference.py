@@ -1,0 +1,96 @@
+"""The real side of every comparison: a run's records of one split, as its packs hold them.
+
+Reads `shards/*/`, `commons/`: pixels from the packs, so that real pictures went through the same
+resize as those that were trained on (a resize of another kind is worth more Frechet distance than a
+model); captions and labels from the Parquet files beside them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from atoll.core import seeds
+from atoll.core.errors import DataError, Refused
+from atoll.core.manifest import Manifest
+from atoll.core.pack import Pack
+from atoll.core.storage import Storage
+from atoll.evaluate.features import to_uint8
+
+HELD_OUT = "held-out"
+TRAIN = "train"
+
+
+@dataclass(frozen=True)
+class Records:
+    """Real pictures, uint8 `(n, channel, height, width)`, and what is known of each."""
+
+    pictures: Tensor
+    captions: tuple[str, ...]
+    labels: tuple[str | None, ...]
+    shards: tuple[str, ...]  # "commons" for the commons
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+    def take(self, rows: Sequence[int]) -> Records:
+        """Some of the records, in the order of `rows`."""
+        return Records(
+            self.pictures[torch.tensor(list(rows), dtype=torch.long)],
+            tuple(self.captions[row] for row in rows),
+            tuple(self.labels[row] for row in rows),
+            tuple(self.shards[row] for row in rows),
+        )
+
+    def sample(self, count: int, *, seed: int) -> Records:
+        """`count` of them without repetition, or all when there are fewer, in a seeded order."""
+        order = seeds.order(seed, "evaluate", "records", first=0, count=len(self), n=len(self))
+        return self.take(order[:count].tolist())
+
+
+def load_records(run: Storage, manifest: Manifest, *, split: str = HELD_OUT) -> Records:
+    """All records of a split, shard by shard and the commons last; `DataError` when empty."""
+    folders = {name: shard.path for name, shard in sorted(manifest.shards.items())}
+    folders["commons"] = manifest.commons.path
+    parts = [_read(run.local(path), name, split) for name, path in folders.items()]
+    records = Records(
+        torch.cat([part.pictures for part in parts]),
+        tuple(caption for part in parts for caption in part.captions),
+        tuple(label for part in parts for label in part.labels),
+        tuple(shard for part in parts for shard in part.shards),
+    )
+    if not len(records):
+        raise DataError(
+            f"The run at {run.uri} has no {split} records",
+            cure="partition with --holdout above 0",
+        )
+    return records
+
+
+def _read(folder: Path, shard: str, split: str) -> Records:
+    pack = Pack(folder)
+    rows = {HELD_OUT: pack.held_out, TRAIN: pack.train}[split]
+    files = [name for name in sorted(pack.card.files) if name.endswith(".parquet")]
+    columns = ["caption", "label", "split"]
+    found = [
+        row
+        for name in files
+        for row in pyarrow.parquet.read_table(folder / name, columns=columns).to_pylist()
+        if row["split"] == split
+    ]
+    if len(found) != len(rows):
+        raise Refused(
+            f"{folder} holds {len(found)} {split} records and {len(rows)} packed ones",
+            cure="restore the folder from a copy, or partition again",
+        )
+    return Records(
+        to_uint8(pack.x_data(torch.tensor(rows, dtype=torch.long))),
+        tuple(str(row["caption"]) for row in found),
+        tuple(None if row["label"] is None else str(row["label"]) for row in found),
+        (shard,) * len(found),
+    )

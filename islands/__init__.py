@@ -1,0 +1,6 @@
+"""One shard in, one expert and one gate head out, in a place that nothing else reaches.
+
+In: `islands/SHARD/island.json` (all that a job is told), `shards/SHARD`, `commons` and `base` of
+the run. Out: `islands/SHARD/expert`, `gate_head`, metrics and training states. `base.py` trains the
+common start on the commons by the same loop. Open `step.py` first: it is the whole algorithm.
+"""

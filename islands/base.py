@@ -1,0 +1,126 @@
+"""The base: the common starting weights of all experts, trained on the commons alone.
+
+Also the control that a claim is held against: the same loop, in this process, on any pack, from
+any start, outside the run's lineage.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from atoll.core import recipes, seeds
+from atoll.core.config import save_config
+from atoll.core.denoiser import Card, Denoiser
+from atoll.core.errors import ConfigError
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
+from atoll.core.pack import Pack
+from atoll.core.storage import Storage, sha256_folder
+from atoll.islands.loop import Course, Loop
+from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
+from atoll.islands.step import flow_matching
+
+FOLDER = "base"
+WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
+
+
+def course_of(training: DenoiserTraining, plan: Plan, learning_rate: float) -> Course:
+    """The loop's orders from a configuration; `learning_rate` is the recipe's."""
+    optimizer = training.optimizer
+    return Course(
+        plan=plan,
+        learning_rate=optimizer.learning_rate or learning_rate,
+        weight_decay=optimizer.weight_decay,
+        betas=(optimizer.beta1, optimizer.beta2),
+        warmup=optimizer.warmup,
+        clip=optimizer.clip,
+        ema_decay=training.ema_decay,
+        checkpoints=training.checkpoints,
+    )
+
+
+def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact:
+    """Train the base where it is not there yet; the same command resumes."""
+    name = config.recipe or manifest.recipe or recipes.default_recipe(manifest.picture)
+    recipe = recipes.recipe_of(name)
+    if manifest.base is not None:
+        if name != manifest.recipe:
+            raise ConfigError(
+                f"This run's base is of recipe {manifest.recipe}, not {name}",
+                cure="start a new run for another recipe",
+            )
+        check_artefact(run, manifest.base)
+        return manifest.base
+    check_artefact(run, manifest.commons)
+    commons = Pack(run.local(manifest.commons.path))
+    seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
+    denoiser = Denoiser(
+        recipes.build(recipe, manifest.picture, commons.text_width, seed=seed),
+        Card(
+            name="base",
+            kind="base",
+            shard=None,
+            base_sha256=None,
+            family=recipe.family,
+            prediction=config.training.prediction,
+            latent_space="pixels",
+            images_seen=0,
+        ),
+    )
+    plan = plan_for(config.training, recipe, commons.card.records, base=True)
+    trained = train_here(
+        run,
+        WORK,
+        denoiser,
+        commons,
+        config.training,
+        learning_rate=recipe.base_learning_rate,
+        plan=plan,
+        seed=manifest.seed,
+        stream="base",
+        threads=config.threads,
+    )
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+        folder = Path(scratch) / "base"
+        trained.save(folder)
+        sha256 = sha256_folder(folder)
+        run.publish(folder, FOLDER)
+    manifest.recipe = name
+    manifest.base = Artefact(path=FOLDER, sha256=sha256)
+    save_config(config, run, WORK)
+    ledger = Ledger(run)
+    parents = [e for kind in ("encoder", "commons") if (e := ledger.latest(kind, kind)) is not None]
+    ledger.append("base", "base", sha256, parents=parents)
+    manifest.save(run)
+    return manifest.base
+
+
+def train_here(
+    storage: Storage,
+    folder: str,
+    denoiser: Denoiser,
+    pack: Pack,
+    training: DenoiserTraining,
+    *,
+    learning_rate: float,
+    plan: Plan,
+    seed: int,
+    stream: str,
+    threads: int,
+) -> Denoiser:
+    """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        loss = flow_matching(denoiser, pack, training, seed=seed, stream=stream)
+        course = course_of(training, plan, learning_rate)
+        Loop(storage, folder, denoiser.network, course, name=stream).run(loss)
+    finally:
+        torch.set_num_threads(before)
+    card = denoiser.card.model_copy(
+        update={"images_seen": denoiser.card.images_seen + plan.images_seen}
+    )
+    return Denoiser(denoiser.network, card)

@@ -1,0 +1,172 @@
+"""An island's job: one shard and the commons in, an expert and a gate head out.
+
+    python -P -m atoll.islands.job RUN SHARD
+
+Reads `islands/SHARD/island.json`, the only thing it is told, through a handle scoped to its shard,
+the commons and the base; writes below `islands/SHARD` alone; ends with `exit.json`. Ray starts this
+process and is not imported by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from atoll.core import recipes
+from atoll.core.config import Config
+from atoll.core.denoiser import Card, Denoiser
+from atoll.core.errors import AtollError, ExitCode, Refused
+from atoll.core.head import HeadConfig, new_head
+from atoll.core.journal import log, set_verbosity
+from atoll.core.manifest import Artefact, Plan, check_artefact
+from atoll.core.pack import Pack
+from atoll.core.storage import Storage
+from atoll.islands.base import train_here
+from atoll.islands.loop import Course, Loop
+from atoll.islands.preview import preview_grid
+from atoll.islands.settings import HeadTraining, TrainConfig
+from atoll.islands.train_head import anchor_of, calibrate, head_loss
+
+SCHEMA_VERSION = 1
+
+
+class IslandOrder(Config):
+    """`island.json`: all that an island is told. It names one shard and nothing of the others."""
+
+    schema_version: int = SCHEMA_VERSION
+    shard: Artefact
+    name: str
+    commons: Artefact
+    base: Artefact
+    recipe: str
+    plan: Plan
+    seed: int
+    config: TrainConfig
+
+
+def island_folder(shard: str) -> str:
+    """Where an island writes, relative to the run."""
+    return f"islands/{shard}"
+
+
+def run_island(run_uri: str, shard: str) -> None:
+    """Train what is not there yet, in this process."""
+    here = island_folder(shard)
+    order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
+    run = Storage(run_uri).scoped(
+        read=[order.shard.path, order.commons.path, order.base.path], write=[here]
+    )
+    run.remove(f"{here}/exit.json")
+    torch.set_num_threads(order.config.threads)
+    for artefact in (order.shard, order.commons, order.base):
+        check_artefact(run, artefact)
+    pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
+    if pack.card.encoder != commons.card.encoder:
+        raise Refused("The shard's captions were embedded by another encoder than the commons'")
+    _once(run, f"{here}/expert", lambda folder: _expert(run, order, pack, folder))
+    _once(run, f"{here}/gate_head", lambda folder: _head(run, order, pack, commons, folder))
+    if order.config.preview > 0:
+        expert = Denoiser.load(run.local(f"{here}/expert"))
+        picture = preview_grid(expert, pack, order.config, seed=order.seed)
+        run.write_bytes(f"{here}/preview.png", picture)
+
+
+def _once(run: Storage, name: str, make: Callable[[Path], None]) -> None:
+    """Publish a folder made in a scratch place, unless an earlier generation published it."""
+    if run.exists(name):
+        return
+    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+        folder = Path(scratch) / "made"
+        make(folder)
+        run.publish(folder, name)
+
+
+def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
+    base = Denoiser.load(run.local(order.base.path))
+    card = Card(
+        name=order.name,
+        kind="expert",
+        shard=order.name,
+        base_sha256=order.base.sha256,
+        family=base.card.family,
+        prediction=base.card.prediction,
+        latent_space=base.card.latent_space,
+        images_seen=base.card.images_seen,
+    )
+    training = order.config.training.model_copy(update={"prediction": base.card.prediction})
+    expert = train_here(
+        run, island_folder(order.name), Denoiser(base.network, card), pack, training,
+        learning_rate=recipes.recipe_of(order.recipe).learning_rate, plan=order.plan,
+        seed=order.seed, stream=f"expert-{order.name}", threads=order.config.threads,
+    )  # fmt: skip
+    expert.save(folder)
+
+
+def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: Path) -> None:
+    settings = order.config.head
+    config = HeadConfig(
+        shard=order.name,
+        channels=pack.card.picture.channels,
+        pooled=pack.null.pooled.shape[1],
+        width=settings.width,
+    )
+    head = new_head(config, seed=order.seed)
+    anchor = anchor_of(commons, settings.broad, held_out=False)
+    place = f"{island_folder(order.name)}/gate_head_training"
+    loss = head_loss(head, pack, anchor, settings, seed=order.seed)
+    Loop(run, place, head, _head_course(settings), name=f"gate head of {order.name}").run(loss)
+    calibrate(head, pack, commons, settings, seed=order.seed).save(folder)
+
+
+def _head_course(settings: HeadTraining) -> Course:
+    steps = max(1, settings.images // settings.batch)
+    return Course(
+        plan=Plan(batch=settings.batch, images_seen=steps * settings.batch),
+        learning_rate=settings.learning_rate,
+        weight_decay=settings.weight_decay,
+        betas=(0.9, 0.99),
+        warmup=0.03,
+        clip=1.0,
+        ema_decay=0.99,
+        checkpoints=settings.checkpoints,
+    )
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one island and say in `exit.json` how it ended; the exit code is the same number."""
+    parser = argparse.ArgumentParser(description="Train one island of a run.")
+    parser.add_argument("run")
+    parser.add_argument("shard")
+    given = parser.parse_args(arguments)
+    set_verbosity(0)
+    code, reason = ExitCode.DONE, ""
+    try:
+        run_island(given.run, given.shard)
+    except AtollError as error:
+        code, reason = error.exit_code, str(error)
+    except Exception as error:  # the controller must learn of a bug too
+        traceback.print_exc()
+        code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
+    if reason:
+        log.error(reason)
+    if code is not ExitCode.FENCED:  # a fenced writer leaves everything to its successor
+        Storage(given.run).scoped(read=[], write=[island_folder(given.shard)]).write_json(
+            f"{island_folder(given.shard)}/exit.json",
+            {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason},
+        )
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.stdout.flush()
+    # Straight out: a library's thread must not hold a finished job's process.
+    status = main()
+    sys.stderr.flush()
+    os._exit(status)

@@ -1,0 +1,93 @@
+"""What training is told: the typed configuration of a base, of experts and of their gate heads."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from pydantic import Field
+
+from atoll.core.config import Config
+from atoll.core.flow import Prediction
+from atoll.core.manifest import Plan
+from atoll.core.recipes import Recipe
+
+
+class OptimizerConfig(Config):
+    """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with a warm-up and a linear decay to 0."""
+
+    learning_rate: float | None = Field(default=None, gt=0)  # None takes the recipe's
+    weight_decay: float = Field(default=0.01, ge=0)
+    beta1: float = Field(default=0.9, ge=0, lt=1)
+    beta2: float = Field(default=0.99, ge=0, lt=1)
+    warmup: float = Field(default=0.1, ge=0, le=1)  # share of images_seen
+    clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
+
+
+class TimeConfig(Config):
+    """How training times are drawn (SD3, arXiv 2403.03206, section 3.1)."""
+
+    sampling: Literal["logit-normal", "uniform"] = "logit-normal"
+    mean: float = 0.0
+    std: float = Field(default=1.0, gt=0)
+
+
+class DenoiserTraining(Config):
+    """How a base or an expert is trained."""
+
+    batch: int | None = Field(default=None, ge=1)  # None takes the recipe's
+    passes: float | None = Field(default=None, gt=0)  # images_seen over records; None: recipe's
+    prediction: Prediction = Prediction.VELOCITY
+    condition_dropout: float = Field(default=0.1, ge=0, le=1)
+    ema_decay: float = Field(default=0.995, ge=0, lt=1)  # per step, warmed up
+    time: TimeConfig = TimeConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    checkpoints: int = Field(default=8, ge=1)  # how many over the whole training
+
+
+class HeadTraining(Config):
+    """How a gate head is trained against the anchor, and calibrated."""
+
+    images: int = Field(default=24_000, ge=1)  # shard records seen; as many of the anchor besides
+    batch: int = Field(default=64, ge=2)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0)
+    width: int = Field(default=32, ge=8, multiple_of=8)
+    condition_dropout: float = Field(default=0.3, ge=0, le=1)
+    # Share of the anchor that is seeded broad noise instead of commons records, so that a head is
+    # defined where the commons never goes.
+    broad: float = Field(default=0.25, ge=0, lt=1)
+    bands: int = Field(default=5, ge=1)
+    checkpoints: int = Field(default=1, ge=1)
+
+
+class BaseConfig(Config):
+    """`atoll base`."""
+
+    recipe: str | None = None  # None takes the one for the picture's size
+    threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
+    training: DenoiserTraining = DenoiserTraining()
+
+
+class TrainConfig(Config):
+    """`atoll train`."""
+
+    threads: int = Field(default=1, ge=1)
+    slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
+    retries: int = Field(default=3, ge=0)  # new generations after a death, per island
+    training: DenoiserTraining = DenoiserTraining()
+    head: HeadTraining = HeadTraining()
+    preview: int = Field(default=16, ge=0)  # pictures in preview.png
+    preview_steps: int = Field(default=20, ge=1)
+
+
+def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: bool) -> Plan:
+    """Batch and images_seen from the number of records alone, so that no other shard matters.
+
+    With K shards of equal size this is DDM's rule (arXiv 2501.05450, section 4): as many steps as
+    the monolith with a batch K times as large.
+    """
+    batch = training.batch or recipe.batch
+    passes = training.passes or (recipe.base_passes if base else recipe.passes)
+    steps = max(1, math.ceil(records * passes / batch))
+    return Plan(batch=batch, images_seen=steps * batch)

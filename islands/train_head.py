@@ -1,0 +1,188 @@
+"""A gate head: its shard's noised records against the one anchor, then calibrated.
+
+f_k(x_t, t, cond) is the logit of a balanced binary classifier, so it estimates the log density
+ratio of the shard to the anchor at noise level t. The anchor is the same for every shard: commons
+records, and a share of seeded broad noise so that a head is defined where the commons never goes.
+Both sides get the same times, noise law and caption dropout.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from atoll.core import flow, seeds
+from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.head import Band, GateHead
+from atoll.core.pack import Pack
+from atoll.islands.settings import HeadTraining
+from atoll.islands.step import Loss, drop
+
+_PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
+_DRAWS = 512  # noised records of each side that a band is fitted and measured on
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The frozen reference: rows of the commons, and how broad the noise beside them is."""
+
+    commons: Pack
+    rows: range
+    broad: float  # share of broad samples
+    mean: Tensor  # (channel, 1, 1) of the commons' pixels
+    std: Tensor
+
+    def draw(
+        self, seed: int, purpose: str, *, first: int, count: int
+    ) -> tuple[Tensor, Conditioning]:
+        """Records `first` onwards: x_data `(count, channel, height, width)` and captions.
+
+        Keyed by the run's seed alone and not by a shard, so that all heads meet one anchor. A broad
+        sample is Gaussian with the commons' pixel mean and twice its deviation, under a caption of
+        the commons, so that text alone cannot tell it from the rest.
+        """
+        stream = f"anchor-{purpose}"
+        order = seeds.order(seed, stream, first=first, count=count, n=len(self.rows))
+        rows = torch.from_numpy(order) + self.rows.start
+        x_data = self.commons.x_data(rows)
+        noise = seeds.normal(
+            seed, stream, "broad", first=first, count=count, shape=tuple(x_data.shape[1:])
+        )
+        is_broad = seeds.uniform(seed, stream, "share", first=first, count=count)[:, 0] < self.broad
+        wide = self.mean + 2 * self.std * noise
+        return torch.where(flow.expand(is_broad, x_data), wide, x_data), self.commons.cond(rows)
+
+
+def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
+    """The anchor to train against, or the held-out one to calibrate and measure on."""
+    rows = commons.held_out if held_out and len(commons.held_out) > 0 else commons.train
+    pixels = commons.x_data(torch.tensor(commons.train))
+    return Anchor(
+        commons,
+        rows,
+        broad,
+        pixels.mean(dim=(0, 2, 3))[:, None, None],
+        pixels.std(dim=(0, 2, 3))[:, None, None],
+    )
+
+
+def head_loss(
+    head: GateHead, pack: Pack, anchor: Anchor, config: HeadTraining, *, seed: int
+) -> Loss:
+    """Binary cross-entropy of shard against anchor, balanced at every t; and of text alone."""
+    stream = f"head-{head.config.shard}"
+
+    def loss(first: int, count: int) -> Tensor:
+        order = seeds.order(seed, stream, "order", first=first, count=count, n=len(pack.train))
+        rows = torch.from_numpy(order)
+        x_data, cond = pack.x_data(rows), pack.cond(rows)
+        other, other_cond = anchor.draw(seed, "train", first=first, count=count)
+        t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
+        x_noise = seeds.normal(
+            seed, stream, "x_noise", first=2 * first, count=2 * count, shape=tuple(x_data.shape[1:])
+        )
+        uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
+        both = concatenate([cond, other_cond])
+        dropped = drop(both, pack.null, uniform, config.condition_dropout)
+        x_t = flow.interpolate(torch.cat([x_data, other]), x_noise, t)
+        is_shard = (torch.arange(2 * count) < count).float()
+        picture = functional.binary_cross_entropy_with_logits(head.raw(x_t, t, dropped), is_shard)
+        text = functional.binary_cross_entropy_with_logits(head.raw_text(both), is_shard)
+        return picture + text
+
+    return loss
+
+
+@torch.no_grad()
+def calibrate(
+    head: GateHead, pack: Pack, commons: Pack, config: HeadTraining, *, seed: int
+) -> GateHead:
+    """Fit slope and intercept per band of t on held-out records, and measure what is left.
+
+    Only this shard and the anchor are needed, so an island does it alone; the prior is never
+    touched. Records are noised several times over until a band has enough of them.
+    """
+    anchor = anchor_of(commons, config.broad, held_out=True)
+    rows = pack.held_out if len(pack.held_out) > 0 else pack.train
+    bands = []
+    for index in range(config.bands):
+        centre = (index + 0.5) / config.bands
+        own, others = _noised_logits(head, pack, rows, anchor, config, centre, seed=seed)
+        bands.append(_band(centre, own, others))
+    own_text = head.raw_text(pack.cond(torch.tensor(rows)))
+    other_text = head.raw_text(commons.cond(torch.tensor(anchor.rows)))
+    text = _band(1.0, own_text, other_text)
+    calibrated = GateHead(head.config.model_copy(update={"bands": bands, "text": text}))
+    calibrated.load_state_dict(head.state_dict())
+    return calibrated.eval()
+
+
+def _noised_logits(
+    head: GateHead,
+    pack: Pack,
+    rows: range,
+    anchor: Anchor,
+    config: HeadTraining,
+    centre: float,
+    *,
+    seed: int,
+) -> tuple[Tensor, Tensor]:
+    """Raw f on held-out shard records and on the anchor, at times within one band."""
+    stream = f"calibrate-{head.config.shard}-{centre:.3f}"
+    picked = torch.from_numpy(
+        seeds.order(seed, stream, "order", first=0, count=_DRAWS, n=len(rows))
+    )
+    picked = picked + rows.start
+    other, other_cond = anchor.draw(seed, f"calibrate-{centre:.3f}", first=0, count=_DRAWS)
+    x_data = torch.cat([pack.x_data(picked), other])
+    where = {"first": 0, "count": len(x_data)}
+    offset = seeds.uniform(seed, stream, "time", **where)[:, 0].float() - 0.5
+    t = centre + offset / config.bands
+    x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
+    cond = drop(
+        concatenate([pack.cond(picked), other_cond]),
+        pack.null,
+        seeds.uniform(seed, stream, "dropout", **where),
+        config.condition_dropout,
+    )
+    f = head.raw(flow.interpolate(x_data, x_noise, t), t, cond)
+    return f[:_DRAWS], f[_DRAWS:]
+
+
+def _band(centre: float, own: Tensor, others: Tensor) -> Band:
+    """Platt scaling (1999) with a pull towards slope 1 and intercept 0, by Newton's method.
+
+    Both sides weigh the same whatever their numbers, as in training.
+    """
+    f = torch.cat([own, others]).double()
+    wanted = torch.cat([torch.ones_like(own), torch.zeros_like(others)]).double()
+    weight = torch.cat(
+        [torch.full_like(own, 0.5 / len(own)), torch.full_like(others, 0.5 / len(others))]
+    ).double() * min(len(own), len(others))
+    design = torch.stack([f, torch.ones_like(f)], dim=1)
+    start = torch.tensor([1.0, 0.0], dtype=torch.float64)
+    scale = start.clone()
+    for _ in range(30):
+        p = torch.sigmoid(design @ scale)
+        gradient = design.T @ (weight * (p - wanted)) + _PULL * (scale - start)
+        curvature = design.T @ (design * (weight * p * (1 - p))[:, None]) + _PULL * torch.eye(
+            2, dtype=torch.float64
+        )
+        scale = scale - torch.linalg.solve(curvature, gradient)
+    # A head whose sign came out wrong knows nothing: it may be flattened, never turned round.
+    slope, intercept = max(float(scale[0]), 0.0), float(scale[1])
+    fitted = slope * f + intercept
+    per_record = functional.binary_cross_entropy_with_logits(fitted, wanted, reduction="none")
+    q = torch.sigmoid(fitted[len(own) :])
+    return Band(
+        t=centre,
+        slope=slope,
+        intercept=intercept,
+        loss=float((per_record * weight).sum() / weight.sum()),
+        overlap=float((2 * torch.minimum(q, 1 - q)).mean()),
+        mean_ratio=float(fitted[len(own) :].clamp(max=math.log(1e6)).exp().mean()),
+    )

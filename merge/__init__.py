@@ -1,0 +1,6 @@
+"""Soups: exact integer-weighted means of experts, made, extended, reduced and checked.
+
+In: expert folders (`config.json`, safetensors weights, `atoll.json`) that share one base.
+Out: a soup folder, itself an ordinary expert on disk, with its recipe in `soup.json`.
+Open first: `soup.py` (create, add, remove on one page), then `exact.py` (why every bit is right).
+"""

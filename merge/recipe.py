@@ -1,0 +1,152 @@
+"""`soup.json`: what went into a soup, with which weight and digest, and where it was found.
+
+Nothing in it tells the order or the history of the commands that led to it: ingredients are sorted
+by name, and no clock, version or user is recorded (the ledger has the code's version).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from atoll.core.errors import Refused, UsageError, did_you_mean
+from atoll.core.manifest import check_schema
+from atoll.core.storage import canonical_json
+from atoll.merge.exact import MAX_TOTAL
+
+RECIPE_NAME = "soup.json"
+SCHEMA_VERSION = 1
+
+# "same": each tensor keeps the ingredients' dtype.
+Dtype = Literal["same", "float32", "bfloat16", "float16"]
+
+
+class Ingredient(BaseModel):
+    """One member of a soup. `sha256` is of its weights; `path` is relative to the soup's folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    name: str
+    shard: str | None
+    weight: int = Field(gt=0)
+    sha256: str
+    path: str
+
+
+class Recipe(BaseModel):
+    """All of `soup.json`: enough for a stranger to compute the soup again, bit by bit."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    ingredients: tuple[Ingredient, ...] = Field(min_length=1)
+    base_sha256: str
+    dtype: Dtype = "same"
+    rounding: Literal["nearest-even of the exact mean, zeros +0"] = (
+        "nearest-even of the exact mean, zeros +0"
+    )
+    # Of the soup's own weights file; empty until they are written.
+    sha256: str = ""
+
+    @classmethod
+    def of(cls, ingredients: list[Ingredient], *, base_sha256: str, dtype: Dtype) -> Self:
+        """A recipe in the one order, after checking names and weights."""
+        names = [ingredient.name for ingredient in ingredients]
+        for name in names:
+            if names.count(name) > 1:
+                raise Refused(
+                    f"Two ingredients are named '{name}'",
+                    allowed="one ingredient of a name",
+                    cure=f"leave one out, or first `atoll soup remove SOUP {name}`",
+                )
+        check_total(ingredient.weight for ingredient in ingredients)
+        ordered = tuple(sorted(ingredients, key=lambda ingredient: ingredient.name))
+        return cls(ingredients=ordered, base_sha256=base_sha256, dtype=dtype)
+
+    @classmethod
+    def load(cls, soup: Path) -> Self:
+        """The recipe in a soup's folder; `UsageError` where there is none, `Refused` if damaged."""
+        path = soup / RECIPE_NAME
+        try:
+            values = json.loads(path.read_text())
+        except (FileNotFoundError, NotADirectoryError):
+            raise UsageError(
+                f"There is no soup at {soup}",
+                allowed=f"a folder with {RECIPE_NAME}",
+                cure="make one with `atoll soup create OUT EXPERT...`",
+            ) from None
+        except ValueError as error:
+            raise Refused(f"{path} is not readable JSON ({error})") from error
+        check_schema(values, SCHEMA_VERSION, str(path))
+        try:
+            recipe = cls.model_validate(values)
+        except ValidationError as error:
+            first = error.errors()[0]
+            where = ".".join(map(str, first["loc"]))
+            raise Refused(f"{path} is damaged: {where}: {first['msg']}") from error
+        names = [ingredient.name for ingredient in recipe.ingredients]
+        if names != sorted(set(names)):
+            raise Refused(f"{path} is damaged: ingredients are not sorted by distinct names")
+        check_total(ingredient.weight for ingredient in recipe.ingredients)
+        return recipe
+
+    def to_bytes(self) -> bytes:
+        """The file's content."""
+        return canonical_json(self.model_dump(mode="json"))
+
+    @property
+    def name(self) -> str:
+        """The soup's unique name, a function of what is in it: same soup, same name."""
+        parts = [(i.name, i.weight, i.sha256) for i in self.ingredients]
+        text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding])
+        return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+    @property
+    def shards(self) -> list[str]:
+        """The shards whose experts are in it, sorted."""
+        return sorted({i.shard for i in self.ingredients if i.shard is not None})
+
+    def named(self, name: str) -> Ingredient:
+        """The ingredient of that name, or else the only one of that shard."""
+        by_name = [i for i in self.ingredients if i.name == name]
+        found = by_name or [i for i in self.ingredients if i.shard == name]
+        if len(found) == 1:
+            return found[0]
+        names = [i.name for i in self.ingredients]
+        if found:
+            raise UsageError(
+                f"Shard '{name}' has {len(found)} experts in this soup",
+                allowed=", ".join(i.name for i in found),
+                cure="name one of them",
+            )
+        raise UsageError(
+            f"There is no ingredient '{name}' in this soup. {did_you_mean(name, names)}".strip(),
+            allowed=", ".join(names),
+        )
+
+
+def check_weight(weight: object, where: str) -> int:
+    """A positive integer, or the error that says so."""
+    if isinstance(weight, bool) or not isinstance(weight, int) or weight <= 0:
+        raise UsageError(
+            f"The weight {weight!r} of {where} is not a positive integer",
+            allowed="1, 2, 3, ...",
+            cure="scale fractions up to integers; to leave an ingredient out, do not name it",
+        )
+    return weight
+
+
+def check_total(weights: Iterable[int]) -> None:
+    """Refuse weights whose sum the exact mean does not cover."""
+    total = sum(weights)
+    if total > MAX_TOTAL:
+        raise UsageError(
+            f"The weights add up to {total}",
+            allowed=f"a sum of at most {MAX_TOTAL}",
+            cure="divide them by a common factor",
+        )

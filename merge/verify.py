@@ -1,0 +1,70 @@
+"""Checks a soup as a stranger would: from its recipe and its ingredients alone.
+
+Reads the soup and its ingredients, computes every byte of the soup's folder anew without writing
+any, and compares.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atoll.core.errors import Refused
+from atoll.core.storage import sha256_file
+from atoll.merge.ingredients import check_alike, find_ingredients
+from atoll.merge.recipe import Recipe
+from atoll.merge.soup import mean_file, small_files
+from atoll.merge.tensors import WEIGHTS_NAME
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What `verify` found; `problems` is empty when the soup is what its recipe says."""
+
+    path: Path
+    ingredients: tuple[str, ...]
+    expected_sha256: str  # of the weights file, as computed now; empty if that was not possible
+    found_sha256: str  # of the weights file on disk; empty if there is none
+    problems: tuple[str, ...]
+
+    @property
+    def holds(self) -> bool:
+        return not self.problems
+
+
+def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
+    """Recompute the soup at `soup`; files that are no part of a soup are not looked at.
+
+    Raises `UsageError` when there is no soup or an ingredient is nowhere to be found, in its
+    recorded place or below `search`, and `Refused` when the recipe cannot be read.
+    """
+    recipe = Recipe.load(soup)
+    names = tuple(ingredient.name for ingredient in recipe.ingredients)
+    weights = soup / WEIGHTS_NAME
+    found = sha256_file(weights) if weights.is_file() else ""
+    try:
+        opened = find_ingredients(recipe, soup, search=search)
+        check_alike(opened)
+        expected = mean_file(recipe, opened)
+    except Refused as refused:  # an ingredient that is not what it was
+        return Verdict(soup, names, "", found, (str(refused),))
+
+    problems = []
+    if opened[0].card.base_sha256 != recipe.base_sha256:
+        problems.append("soup.json names another base than the ingredients")
+    problems += _differences(WEIGHTS_NAME, expected, found)
+    wanted = small_files(recipe.model_copy(update={"sha256": expected}), opened)
+    for name, content in wanted.items():
+        there = sha256_file(soup / name) if (soup / name).is_file() else ""
+        problems += _differences(name, hashlib.sha256(content).hexdigest(), there)
+    return Verdict(soup, names, expected, found, tuple(problems))
+
+
+def _differences(name: str, expected: str, found: str) -> list[str]:
+    if expected == found:
+        return []
+    if not found:
+        return [f"{name} is missing"]
+    return [f"{name} has sha256 {found[:16]}..., computed anew it has {expected[:16]}..."]

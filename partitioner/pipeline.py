@@ -1,0 +1,171 @@
+"""The partition on one page: corpus -> commons, encoder, centroids, shards, report, manifest.
+
+Whatever is made of more than one shard's records is made of the commons alone (unless `--fit-on
+all` asks otherwise), and whatever is one shard's is made in an order that its records fix. So a
+shard leaves no trace in the others' files, and `forget` has little to do. The manifest is written
+last: a run without one is not a run yet, and the same command starts it anew.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from atoll.core.embedding import Encoder
+from atoll.core.journal import log
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import Commons, Manifest, Partition, Picture, Shard
+from atoll.core.manifest import Encoder as EncoderArtefact
+from atoll.core.storage import Storage
+from atoll.partitioner.assignments import COMMONS, listed, write_assignments, write_unreadable
+from atoll.partitioner.cluster import Centroids
+from atoll.partitioner.embed import Embedder, make_encoder
+from atoll.partitioner.pictures import is_gray
+from atoll.partitioner.placement import (
+    Placement,
+    fitted_centroids,
+    is_skewed,
+    place_by_clusters,
+    place_by_owner,
+    training_only,
+)
+from atoll.partitioner.previous import FOLDER, corpora, finished, start_anew
+from atoll.partitioner.records import Gathered, Record, Spool, gather, without_duplicates
+from atoll.partitioner.report import write_report
+from atoll.partitioner.settings import PartitionConfig, check_options
+from atoll.partitioner.shards import ShardWriter
+
+CENTROIDS_NAME = f"{FOLDER}/centroids.safetensors"
+_LARGEST_OWN_SIZE = 32
+
+
+def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
+    """Partition a corpus into a run, or hand back the manifest of the same partition made before.
+
+    Raises `UsageError` and `DataError` before anything in `run` is touched, and `Refused` when
+    `run` holds another partition or files of somebody else.
+    """
+    check_options(config)
+    earlier = finished(corpus, run, config)
+    if earlier is not None:
+        return earlier
+    with Spool() as spool:
+        gathered = gather(corpus, spool, config)
+        public = training_only(gathered.commons, config)
+        picture = _picture(public, gathered.private, spool, config)
+        fitting = public if config.fit_on == "commons" else _everybody(gathered, config)
+        encoder = make_encoder(fitting, spool, config)
+        if config.by_owner:
+            centroids = None
+            placement = place_by_owner(gathered, config)
+        else:
+            embed = Embedder(encoder, spool, public)
+            centroids = fitted_centroids(fitting, embed, config)
+            placement = place_by_clusters(gathered, centroids, embed, config)
+        sources = corpora(corpus, config)
+        start_anew(run, config)
+        writer = ShardWriter(run, spool, encoder, picture, config)
+        return _write(writer, gathered, placement, centroids, sources)
+
+
+def _everybody(gathered: Gathered, config: PartitionConfig) -> list[Record]:
+    return training_only(without_duplicates(gathered.commons + gathered.private), config)
+
+
+def _picture(
+    public: Sequence[Record], private: Sequence[Record], spool: Spool, config: PartitionConfig
+) -> Picture:
+    """The shape of training pixels: as configured, else as the commons' training records are."""
+    size, channels = config.size, config.channels
+    if size is None:
+        sizes = {spool.picture(record).size for record in public}
+        width, height = min(sizes)
+        own = len(sizes) == 1 and width == height <= _LARGEST_OWN_SIZE
+        size = width if own else _LARGEST_OWN_SIZE
+    if channels is None:
+        channels = 1 if all(is_gray(spool.picture(record)) for record in public) else 3
+        coloured = channels == 1 and any(not is_gray(spool.picture(r)) for r in private)
+        if coloured:
+            log.warning("the commons is grey and private pictures are not: they are made grey, "
+                        "unless you --set channels=3")  # fmt: skip
+    return Picture(channels=channels, height=size, width=size)
+
+
+# -- what is written -----------------------------------------------------------------------------
+
+
+def _write(
+    writer: ShardWriter,
+    gathered: Gathered,
+    placement: Placement,
+    centroids: Centroids | None,
+    sources: dict[str, str],
+) -> Manifest:
+    """All files, in the order in which they depend on each other, and the manifest."""
+    run, config, ledger = writer.run, writer.config, Ledger(writer.run)
+    seen = sorted(placement.shards) if config.fit_on == "all" else []
+
+    encoder = _write_encoder(run, writer.encoder, seen)
+    parents = [ledger.append("encoder", "encoder", encoder.sha256, shards=seen)]
+    card = writer.write(COMMONS, COMMONS, gathered.commons)
+    commons = Commons(
+        path=COMMONS,
+        sha256=run.sha256(COMMONS),
+        declared=config.commons,
+        records=card.records,
+        held_out=card.held_out,
+    )
+    parents.append(ledger.append(COMMONS, COMMONS, commons.sha256, parents=parents))
+    if centroids is not None:
+        run.write_bytes(CENTROIDS_NAME, centroids.as_safetensors())
+        digest = run.sha256(CENTROIDS_NAME)
+        parents.append(ledger.append("centroids", CENTROIDS_NAME, digest, parents=parents))
+
+    shards, entries = {}, []
+    for name, records in placement.shards.items():
+        card = writer.write(f"shards/{name}", name, records)
+        path = f"shards/{name}"
+        shards[name] = Shard(
+            path=path, sha256=run.sha256(path), records=card.records, held_out=card.held_out
+        )
+        entries.append(
+            ledger.append("shard", name, shards[name].sha256, parents=parents, shards=[name])
+        )
+    sizes = [shard.records + shard.held_out for shard in shards.values()]
+    if is_skewed(sizes):
+        log.warning("the shards are skewed: from %d to %d records", min(sizes), max(sizes))
+
+    write_assignments(run, placement.rows)
+    write_unreadable(run, listed(gathered.unreadable, by_owner=config.by_owner))
+    write_report(run)
+    manifest = Manifest(
+        picture=writer.picture,
+        encoder=encoder,
+        partition=Partition(
+            path=FOLDER,
+            sha256=run.sha256(FOLDER),
+            by=config.by,
+            fitted_on=seen if centroids else [],
+        ),
+        commons=commons,
+        shards=shards,
+        seed=config.seed,
+    )
+    ledger.append(
+        FOLDER, FOLDER, manifest.partition.sha256, parents=[*parents, *entries], note=sources
+    )
+    manifest.save(run)
+    return manifest
+
+
+def _write_encoder(run: Storage, encoder: Encoder, seen: list[str]) -> EncoderArtefact:
+    with tempfile.TemporaryDirectory(prefix="atoll-encoder-") as temporary:
+        encoder.save_pretrained(temporary)
+        run.publish(Path(temporary), "encoder")
+    return EncoderArtefact(
+        path="encoder",
+        sha256=run.sha256("encoder"),
+        spec=str(encoder.config.spec),
+        fitted_on=seen,
+    )

@@ -1,0 +1,117 @@
+"""Writes the folder of a shard or of the commons: records, training tensors, card.
+
+`data-*.parquet` holds the original bytes and is the source of truth; `pack-*.safetensors` beside
+it the same rows as `core/pack.py` defines them. Nothing in the folder depends on another shard.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from torch import Tensor
+
+from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.embedding import Encoder
+from atoll.core.journal import progress
+from atoll.core.manifest import Picture
+from atoll.core.pack import ShardCard, write_pack, write_shard_card
+from atoll.core.storage import Storage, no_space_is_failure, sha256_file
+from atoll.partitioner.pictures import training_pixels
+from atoll.partitioner.records import TRAIN, Record, Spool, canonical, split_of
+from atoll.partitioner.settings import PartitionConfig
+
+_ROW_GROUP = 256
+_TEXT_BATCH = 256
+SCHEMA = pa.schema(
+    [
+        ("id", pa.string()),
+        ("image", pa.binary()),
+        ("caption", pa.string()),
+        ("label", pa.string()),
+        ("owner", pa.string()),
+        ("split", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class ShardWriter:
+    """What all folders of a run have in common."""
+
+    run: Storage
+    spool: Spool
+    encoder: Encoder
+    picture: Picture
+    config: PartitionConfig
+
+    def write(self, folder: str, name: str, records: Sequence[Record]) -> ShardCard:
+        """Write `folder` with the given records, in canonical order; its card."""
+        ordered = canonical(records, self.config.holdout)
+        training = sum(split_of(record, self.config.holdout) == TRAIN for record in ordered)
+        step = self.config.records_per_file
+        parts = [ordered[start : start + step] for start in range(0, len(ordered), step)]
+        with tempfile.TemporaryDirectory(prefix="atoll-shard-") as temporary:
+            place, packs = Path(temporary), {}
+            with (
+                no_space_is_failure(folder),
+                progress(f"writing {name}", len(ordered)) as advance,
+            ):
+                for number, part in enumerate(parts):
+                    self._write_records(place / f"data-{number:05d}.parquet", part)
+                    self._write_pack(place / f"pack-{number:05d}.safetensors", part)
+                    packs[f"pack-{number:05d}.safetensors"] = len(part)
+                    advance(len(part))
+                card = ShardCard(
+                    name=name,
+                    records=training,
+                    held_out=len(ordered) - training,
+                    picture=self.picture,
+                    encoder=self.encoder.fingerprint(),
+                    packs=packs,
+                    files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
+                )
+                write_shard_card(place, card)
+            self.run.publish(place, folder)
+        return card
+
+    def _write_records(self, path: Path, records: Sequence[Record]) -> None:
+        with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
+            for start in range(0, len(records), _ROW_GROUP):
+                part = records[start : start + _ROW_GROUP]
+                columns = {
+                    "id": [record.id for record in part],
+                    "image": [self.spool.read(record) for record in part],
+                    "caption": [record.caption for record in part],
+                    "label": [record.label for record in part],
+                    "owner": [record.owner for record in part],
+                    "split": [split_of(record, self.config.holdout) for record in part],
+                }
+                writer.write_table(pa.table(columns, schema=SCHEMA))
+
+    def _write_pack(self, path: Path, records: Sequence[Record]) -> None:
+        shape = self.picture.shape
+        pixels = torch.empty((len(records), *shape), dtype=torch.uint8)
+        for row, record in enumerate(records):
+            pixels[row] = training_pixels(self.spool.picture(record), shape[1], shape[0])
+        captions = ["", *sorted({record.caption for record in records} - {""})]
+        where = {caption: row for row, caption in enumerate(captions)}
+        caption = torch.tensor([where[record.caption] for record in records])
+        write_pack(path, pixels, caption, self._table(captions))
+
+    def _table(self, captions: Sequence[str]) -> Conditioning:
+        """Embedded captions; halved at once, since tokens of a large encoder are most of a pack."""
+        parts = []
+        for start in range(0, len(captions), _TEXT_BATCH):
+            part = self.encoder.condition(captions[start : start + _TEXT_BATCH])
+            parts.append(Conditioning(_half(part.tokens), part.mask, part.pooled, part.is_null))
+        return concatenate(parts)
+
+
+def _half(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float16)

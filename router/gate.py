@@ -1,0 +1,44 @@
+"""The gate: the posterior over shards, assembled from independently trained heads.
+
+p(k | x_t, t, cond) is proportional to n_k exp f_k(x_t, t, cond), with n_k the shard's record count
+and f_k its head's log density ratio to the one anchor. The anchor cancels, so adding or removing a
+shard is adding or removing its head, and nothing is retrained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from atoll.core.conditioning import Conditioning
+from atoll.core.head import GateHead
+
+
+class GateWeights(Protocol):
+    """Anything that gives `(batch, shard)` weights summing to 1: heads, or a closed form."""
+
+    def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
+
+
+class Gate(nn.Module):
+    """Gate heads and record counts, in the order of the ensemble's shards."""
+
+    def __init__(self, heads: Mapping[str, GateHead], records: Mapping[str, int]) -> None:
+        super().__init__()
+        self.shards = list(heads)
+        self.heads = nn.ModuleList(heads.values())
+        # Integer counts, so that a removal changes the others' priors exactly.
+        self.records = {shard: records[shard] for shard in self.shards}
+
+    def log_weights(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """log p(k | x_t, t, cond), `(batch, shard)`."""
+        counts = torch.tensor([float(self.records[shard]) for shard in self.shards])
+        ratios = torch.stack([head(x_t, t, cond) for head in self.heads], dim=1)
+        return (ratios + counts.log().to(ratios)).log_softmax(dim=1)
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """gate_weights, `(batch, shard)`, each row summing to 1."""
+        return self.log_weights(x_t, t, cond).exp()

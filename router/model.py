@@ -1,0 +1,153 @@
+"""The ensemble as a diffusers component: `config.json`, `experts/SHARD/`, `gate/SHARD/`.
+
+Every expert and gate head stands there as its island published it, byte for byte; `config.json`
+adds the shards' record counts, which are the gate's priors, and the shape of the pictures.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+from diffusers import ModelMixin
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from atoll.core.conditioning import Conditioning
+from atoll.core.denoiser import Denoiser, read_card
+from atoll.core.errors import MissingError, Refused
+from atoll.core.head import GateHead
+from atoll.core.manifest import Picture, check_schema
+from atoll.core.storage import canonical_json
+from atoll.router.ensemble import ExpertVelocity, Trajectory
+from atoll.router.gate import Gate
+from atoll.router.routing import parse_routing
+
+SCHEMA_VERSION = 1
+_log = logging.getLogger("atoll")
+
+
+class EnsembleConfig(BaseModel):
+    """`transformer/config.json` of an ensemble folder."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    schema_version: int = SCHEMA_VERSION
+    picture: Picture
+    records: dict[str, int]  # shard -> record count, of the experts that are here
+    missing: list[str]  # shards of the run whose expert was not there when this was assembled
+
+
+class EnsembleModel(ModelMixin):  # type: ignore[misc]
+    """All experts and the gate, resident."""
+
+    def __init__(self, config: EnsembleConfig, experts: Mapping[str, Denoiser], gate: Gate) -> None:
+        super().__init__()
+        self.ensemble_config = config
+        self.cards = {shard: expert.card for shard, expert in experts.items()}
+        self.networks = torch.nn.ModuleList(expert.network for expert in experts.values())
+        self.gate = gate
+        self.shards = list(experts)
+        self._experts = list(experts.values())
+
+    @property
+    def velocities(self) -> list[ExpertVelocity]:
+        """The experts as functions, in the order of `shards`."""
+        return [expert.velocity for expert in self._experts]
+
+    def trajectory(
+        self, cond: Conditioning, null: Conditioning, *, routing: str, **options: Any
+    ) -> Trajectory:
+        """A velocity for one batch's way from noise to data; options as `Trajectory`'s."""
+        return Trajectory(
+            self.velocities,
+            self.gate,
+            shards=self.shards,
+            routing=parse_routing(routing, self.shards),
+            cond=cond,
+            null=null,
+            **options,
+        )
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path, **options: Any) -> EnsembleModel:
+        """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts."""
+        folder = Path(folder)
+        config = read_ensemble_config(folder)
+        experts, heads = {}, {}
+        for shard in config.records:
+            place = folder / "experts" / shard
+            if not place.is_dir():
+                raise MissingError(
+                    f"The expert of {shard} is not at {place}",
+                    cure="assemble the ensemble again without it, or restore the folder",
+                )
+            experts[shard] = Denoiser.load(place)
+            heads[shard] = GateHead.load(folder / "gate" / shard)
+        spaces = {expert.card.latent_space for expert in experts.values()}
+        if len(spaces) > 1:
+            raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
+        if config.missing:
+            _log.warning(
+                "This is the ensemble of %d of %d shards, renormalised; missing: %s",
+                len(config.records),
+                len(config.records) + len(config.missing),
+                ", ".join(config.missing),
+            )
+        model = cls(config, experts, Gate(heads, config.records))
+        dtype = options.get("torch_dtype") or options.get("dtype")
+        if isinstance(dtype, torch.dtype):
+            model.networks.to(dtype)
+        model.eval()
+        return model
+
+    def save_pretrained(self, folder: str | Path, **_options: Any) -> None:
+        """Write the component folder that `from_pretrained` reads."""
+        folder = Path(folder)
+        for shard, expert, head in zip(self.shards, self._experts, self.gate.heads, strict=True):
+            expert.save(folder / "experts" / shard)
+            assert isinstance(head, GateHead)
+            head.save(folder / "gate" / shard)
+        write_ensemble_config(folder, self.ensemble_config)
+
+
+def read_ensemble_config(folder: Path) -> EnsembleConfig:
+    """`config.json` of an ensemble component, checked."""
+    path = folder / "config.json"
+    try:
+        values = json.loads(path.read_text())
+        check_schema(values, SCHEMA_VERSION, str(path))
+        # diffusers wants to see these; they say nothing to us.
+        values = {key: value for key, value in values.items() if not key.startswith("_")}
+        return EnsembleConfig.model_validate(values)
+    except FileNotFoundError:
+        raise MissingError(
+            f"There is no ensemble at {folder}", cure="run `atoll assemble`"
+        ) from None
+    except (OSError, ValueError, ValidationError) as error:
+        raise Refused(f"{path} is not the configuration of an ensemble ({error})") from error
+
+
+def write_ensemble_config(folder: Path, config: EnsembleConfig) -> None:
+    """Write `config.json` into a folder that is still being made."""
+    values = {
+        "_class_name": "EnsembleModel",
+        "_diffusers_version": diffusers.__version__,
+        **config.model_dump(mode="json"),
+    }
+    (folder / "config.json").write_bytes(canonical_json(values))
+
+
+def copy_parts(folder: Path, experts: Mapping[str, Path], heads: Mapping[str, Path]) -> None:
+    """Copy islands' folders to their places, after checking that they may stand together."""
+    spaces = {read_card(place).latent_space for place in experts.values()}
+    if len(spaces) > 1:
+        raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
+    for shard, place in experts.items():
+        shutil.copytree(place, folder / "experts" / shard)
+        shutil.copytree(heads[shard], folder / "gate" / shard)

@@ -1,0 +1,142 @@
+"""`AtollPipeline`: prompts to pictures through an ensemble, in diffusers' own terms.
+
+    import atoll.router
+    from diffusers import DiffusionPipeline
+    pictures = DiffusionPipeline.from_pretrained("RUN/ensemble")(["a handwritten seven"]).images
+
+Importing this module sets `diffusers.AtollPipeline`, where diffusers looks for the class.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers.utils import BaseOutput
+from PIL import Image
+from torch import Tensor
+
+from atoll.core import sampler, seeds
+from atoll.core.embedding import Encoder
+from atoll.core.errors import UsageError
+from atoll.core.storage import canonical_json
+from atoll.router.ensemble import TraceStep
+from atoll.router.model import EnsembleModel
+
+CARD_NAME = "atoll.json"
+Progress = Callable[[int], None]
+
+
+@dataclass
+class AtollOutput(BaseOutput):  # type: ignore[misc]
+    """What the pipeline returns.
+
+    `images` are PIL pictures, or x_data `(batch, channel, height, width)` for `output_type="pt"`;
+    `trace` holds a step's gate weights and experts, where it was asked for.
+    """
+
+    images: list[Image.Image] | Tensor
+    trace: list[TraceStep] | None = None
+
+
+class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
+    """Samples an ensemble under any routing, unguided unless told otherwise."""
+
+    model_cpu_offload_seq = "text_encoder->transformer"
+
+    def __init__(
+        self,
+        transformer: EnsembleModel,
+        scheduler: FlowMatchEulerDiscreteScheduler,
+        text_encoder: Encoder,
+    ) -> None:
+        super().__init__()
+        self.register_modules(
+            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder
+        )
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        prompt: str | Sequence[str] = "",
+        *,
+        num_inference_steps: int = 30,
+        guidance_scale: float = 1.0,
+        routing: str = "full",
+        num_images_per_prompt: int = 1,
+        seed: int = 0,
+        first: int = 0,
+        output_type: str = "pil",
+        trace: bool = False,
+        callback: Progress | None = None,
+    ) -> AtollOutput:
+        """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
+
+        `routing` is one of `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch.
+        """
+        if output_type not in ("pil", "pt"):
+            raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt")
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        encoder: Encoder = self.text_encoder
+        model: EnsembleModel = self.transformer
+        trajectory = model.trajectory(
+            encoder.condition(prompts),
+            encoder.condition([""]),
+            routing=routing,
+            guidance=guidance_scale,
+            seed=seed,
+            first=first,
+            trace=trace,
+        )
+        x_t = x_noise(seed, first, len(prompts), model.ensemble_config.picture.shape)
+        x_t = x_t.to(self.device)
+        # A scheduler keeps its place in itself; a copy lets requests run beside one another.
+        scheduler = copy.deepcopy(self.scheduler)
+        grid = sampler.times(num_inference_steps)
+        scheduler.set_timesteps(sigmas=grid[:-1].tolist(), device=self.device)
+        for step, timestep in enumerate(scheduler.timesteps):
+            t = scheduler.sigmas[step].expand(len(x_t)).to(x_t)
+            velocity = trajectory(x_t, t)
+            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
+            if callback is not None:
+                callback(step)
+        images = x_t if output_type == "pt" else to_pil(x_t)
+        return AtollOutput(images=images, trace=trajectory.trace)
+
+    def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
+        """Write the folder that `from_pretrained` reads, `atoll.json` included."""
+        super().save_pretrained(save_directory, **options)
+        config = self.transformer.ensemble_config
+        (Path(save_directory) / CARD_NAME).write_bytes(
+            canonical_json(ensemble_card(list(config.records), config.missing))
+        )
+
+
+def ensemble_card(shards: list[str], missing: list[str]) -> dict[str, Any]:
+    """`atoll.json` of an ensemble folder."""
+    return {"schema_version": 1, "kind": "ensemble", "shards": shards, "missing": missing}
+
+
+def x_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
+    """The noise of pictures `first` to `first + count - 1`, `(count, channel, height, width)`."""
+    return seeds.normal(seed, "x_noise", first=first, count=count, shape=shape)
+
+
+def to_pil(x_data: Tensor) -> list[Image.Image]:
+    """Pictures from pixels in [-1, 1], `(batch, channel, height, width)`."""
+    scaled = ((x_data.float().clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).cpu().numpy()
+    return [
+        Image.fromarray(picture[0] if len(picture) == 1 else np.moveaxis(picture, 0, -1))
+        for picture in scaled
+    ]
+
+
+diffusers.AtollPipeline = AtollPipeline

@@ -1,0 +1,302 @@
+"""The exact mean against `fractions.Fraction`, on inputs made to break every shortcut."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atoll.merge import exact
+
+DTYPES = exact.DTYPES
+# dtype -> (bits of the significand, exponent of the smallest normal number)
+FORMATS = {torch.float16: (11, -14), torch.bfloat16: (8, -126), torch.float32: (24, -126)}
+INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
+SIZES = (2, 3, 5, 7)
+
+
+def rounded(value: Fraction, dtype: torch.dtype) -> float:
+    """IEEE 754 round to nearest, ties to even, subnormals included, from the definition."""
+    if not value:
+        return 0.0
+    precision, smallest = FORMATS[dtype]
+    exponent = 0
+    while abs(value) < Fraction(2) ** exponent:
+        exponent -= 1
+    while abs(value) >= Fraction(2) ** (exponent + 1):
+        exponent += 1
+    unit = Fraction(2) ** (max(exponent, smallest) - precision + 1)
+    return float(round(value / unit) * unit)  # round() of a Fraction is half to even
+
+
+def reference(
+    tensors: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype | None = None
+) -> Tensor:
+    target = dtype or tensors[0].dtype
+    means = []
+    for column in zip(*(tensor.double().tolist() for tensor in tensors), strict=True):
+        total = sum(w * Fraction(v) for w, v in zip(weights, column, strict=True))
+        means.append(rounded(total / sum(weights), target) + 0.0)  # -0 becomes +0
+    return torch.tensor(means, dtype=torch.float64).to(target)
+
+
+def bits(tensor: Tensor) -> list[int]:
+    return tensor.reshape(-1).view(INTEGER[tensor.dtype]).tolist()
+
+
+def check(tensors: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype | None = None):
+    assert bits(exact.mean(tensors, weights, dtype=dtype)) == bits(
+        reference(tensors, weights, dtype)
+    )
+
+
+def any_bits(dtype: torch.dtype, count: int, *, seed: int) -> Tensor:
+    """Finite values of all exponents, subnormals and both zeros among them."""
+    generator = torch.Generator().manual_seed(seed)
+    width = torch.iinfo(INTEGER[dtype])
+    raw = torch.randint(width.min, width.max + 1, (count,), generator=generator)
+    value = raw.to(INTEGER[dtype]).view(dtype)
+    return torch.where(torch.isfinite(value), value, torch.zeros((), dtype=dtype))
+
+
+def like_weights(dtype: torch.dtype, count: int, *, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return (0.05 * torch.randn(count, generator=generator)).to(dtype)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("make", [like_weights, any_bits])
+def test_mean_is_the_rounded_fraction(make, dtype, size):
+    tensors = [make(dtype, 1500, seed=10 * size + i) for i in range(size)]
+    check(tensors, [1] * size)
+    check(tensors, [1 + (3 * i) % 7 for i in range(size)])
+
+
+@pytest.mark.parametrize(("source", "target"), itertools.permutations(DTYPES, 2))
+def test_other_target_dtypes_are_rounded_once(source, target):
+    tensors = [like_weights(source, 1500, seed=i) for i in range(3)]
+    check(tensors, [1, 1, 1], target)
+    check(tensors, [2, 5, 4], target)
+    tiny = [tensor * 2.0**-20 for tensor in tensors]
+    check(tiny, [2, 5, 4], target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [(1, 1), (3, 1), (1, 1, 1), (2, 3), (1, 2, 4), (1,) * 7])
+def test_midpoints_and_their_neighbours(dtype, weights):
+    """Means at a midpoint of the target, and a last place of some ingredient beside it."""
+    precision, _ = FORMATS[dtype]
+    last = 2.0 ** (1 - precision)
+    near = [1.0, 1 + last, 1 + 2 * last, 1 - last / 2, -1.0, 2.0, last, 2.0**-14, -(2.0**-14), 0.0]
+    columns = list(itertools.product(near, repeat=min(len(weights), 3)))
+    columns = [column + (1.0,) * (len(weights) - len(column)) for column in columns]
+    tensors = [torch.tensor(row, dtype=dtype) for row in zip(*columns, strict=True)]
+    check(tensors, weights)
+
+
+@pytest.mark.parametrize("target", [torch.bfloat16, torch.float16])
+def test_no_double_rounding_through_float32(target):
+    """1 + half a last place + 2**-40 is above a tie; torch's cast from float64 makes it one."""
+    precision, _ = FORMATS[target]
+    up = 1 + 2.0**-precision
+    assert torch.tensor(up + 2.0**-40, dtype=torch.float64).to(target) == 1.0
+    for sign, tail in itertools.product((1, -1), (2.0**-40, -(2.0**-40), 2.0**-80, -(2.0**-80))):
+        tensors = [torch.tensor([sign * value]) for value in (2 * up, 2 * tail)]
+        expected = sign * (1 + 2.0 ** (1 - precision) if tail > 0 else 1.0)
+        assert exact.mean(tensors, [1, 1], dtype=target) == expected
+        check(tensors, [1, 1], target)
+
+
+def test_no_double_rounding_through_float64():
+    """A float32 tie that is broken only beyond float64's last place."""
+    tie = 1 + 2.0**-24
+    for tail in (2.0**-60, -(2.0**-60), 2.0**-126, -(2.0**-149), 0.0):
+        parts = [1.0, 2.0**-24, tail]
+        tensors = [torch.tensor([3 * part]) for part in parts]
+        assert float(Fraction(tie) + Fraction(tail)) == tie
+        check(tensors, [1, 1, 1])
+        check([*tensors, torch.tensor([0.0])], [1, 1, 1, 3])
+
+
+@pytest.mark.parametrize("total", [3, 5, 7, 2**27 + 1, 2**28 - 1])
+def test_quotients_next_to_float32_midpoints(total):
+    """Sums a last place of float64 beside total * midpoint: the closest that a quotient comes."""
+    found = 0
+    for numerator in (2**24 + 1, 2**25 - 1, 2**24 + 12345):
+        midpoint = Fraction(numerator, 2**24)
+        sums = float(midpoint * total)
+        assert Fraction(sums) == midpoint * total
+        for near in (math.nextafter(sums, 0.0), sums, math.nextafter(sums, math.inf)):
+            # Three float32 pieces hold any 53 bits.
+            pieces, rest = [], Fraction(near)
+            for _ in range(3):
+                pieces.append(rounded(rest, torch.float32))
+                rest -= Fraction(pieces[-1])
+            assert rest == 0
+            tensors = [torch.tensor([piece]) for piece in pieces]
+            if total == 3:
+                check(tensors, [1, 1, 1])
+            else:
+                check([*tensors, torch.tensor([0.0])], [1, 1, 1, total - 3])
+            found += 1
+    assert found == 9
+
+
+def test_stragglers_beside_float32_midpoints():
+    """Means that miss a midpoint by less than 53 bits show, with and without a remainder."""
+    for total, tail in itertools.product((4, 5, 7, 2**28 - 1), (2.0**-149, 2.0**-90, 0.0)):
+        for sign in (1, -1):
+            midpoint = Fraction(2**24 + 1, 2**24)
+            big = rounded(midpoint * total, torch.float32)
+            rest = float(midpoint * total - Fraction(big))
+            column = [big, rest, sign * tail, 0.0]
+            assert sum(map(Fraction, column[:2])) == midpoint * total
+            tensors = [torch.tensor([value]) for value in column]
+            check(tensors, [1, 1, 1, total - 3])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_cancellation_and_wide_exponents(dtype):
+    huge = torch.finfo(dtype).max
+    small = 2.0 ** {torch.float16: -24, torch.bfloat16: -133, torch.float32: -149}[dtype]
+    rows = [
+        [huge, -huge, small],
+        [huge, -huge, -small],
+        [huge, small, -huge],
+        [huge, huge, huge],
+        [huge, small, small],
+        [1.0, -1.0, small],
+        [1.0, 1.0, small],
+        [1.0, small, -small],
+    ]
+    tensors = [torch.tensor(row, dtype=dtype) for row in zip(*rows, strict=True)]
+    for weights in ([1, 1, 1], [5, 5, 1], [1, 2, 3]):
+        check(tensors, weights)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_subnormals(dtype):
+    generator = torch.Generator().manual_seed(3)
+    low = [torch.randint(-40, 41, (2000,), generator=generator) for _ in range(5)]
+    smallest = {torch.float16: -24, torch.bfloat16: -133, torch.float32: -149}[dtype]
+    tensors = [(value.double() * 2.0**smallest).to(dtype) for value in low]
+    check(tensors, [1] * 5)
+    check(tensors[:2], [1, 1])
+    check(tensors, [1, 2, 3, 4, 5])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_zeros_are_positive(dtype):
+    smallest = {torch.float16: -24, torch.bfloat16: -133, torch.float32: -149}[dtype]
+    zero, below = torch.tensor([-0.0], dtype=dtype), torch.tensor([-(2.0**smallest)], dtype=dtype)
+    assert bits(exact.mean([zero, zero], [1, 1])) == [0]
+    assert bits(exact.mean([zero], [1])) == [0]
+    assert bits(exact.mean([below, -below], [1, 1])) == [0]
+    assert bits(exact.mean([below, zero], [1, 1])) == [0]  # -2**-150 rounds to -0 elsewhere
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_proof_of_exactness_is_not_too_generous(dtype):
+    """At the edge of the condition the sum needs all 53 bits, and one more would break it."""
+    _, fraction = exact._LAYOUT[dtype]
+    smallest = torch.finfo(dtype).smallest_normal
+    for exponents in range(24, 53 - fraction):
+        top = smallest * 2.0**exponents * (2 - torch.finfo(dtype).eps)
+        if top > torch.finfo(dtype).max:
+            break
+        values = [torch.tensor([value], dtype=dtype) for value in (top, smallest, smallest)]
+        for total in (3, 4, 5, 2**10, 2**15 + 1, 2**20, 2**28):
+            weights = [total - 2, 1, 1]
+            proven = exact._proven_exact(values, total)
+            assert proven == (exponents + 1 + fraction + (total - 1).bit_length() <= 53)
+            if proven:
+                true = sum(w * Fraction(float(v)) for w, v in zip(weights, values, strict=True))
+                assert Fraction(float(true)) == true
+            check(values, weights)
+
+
+def test_stragglers_are_few_on_real_scales():
+    tensors = [like_weights(torch.float32, 200_000, seed=i) for i in range(4)]
+    _, inexact = exact._checked_sums(tensors, [1, 2, 3, 4])
+    assert int(inexact.sum()) < 5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_not_finite_is_refused_by_index(dtype, bad):
+    good = torch.ones(100_000, dtype=dtype)
+    worse = good.clone()
+    worse[77_777] = bad
+    with pytest.raises(exact.NotFiniteError) as caught:
+        exact.mean([good, good, worse], [1, 1, 1])
+    assert caught.value.index == 2
+
+
+def test_overflow_of_a_narrower_dtype_is_refused():
+    with pytest.raises(exact.NotFiniteError) as caught:
+        exact.mean([torch.full((3,), 1e5)], [1], dtype=torch.float16)
+    assert caught.value.index is None
+
+
+def test_shapes_are_kept():
+    for shape in ((), (0,), (3, 0), (2, 3, 4)):
+        tensors = [torch.ones(shape), torch.zeros(shape)]
+        assert exact.mean(tensors, [1, 1]).shape == shape
+    turned = torch.arange(6.0).reshape(2, 3).T
+    assert torch.equal(exact.mean([turned, turned], [1, 2]), turned)
+
+
+values = {
+    torch.float16: st.floats(width=16, allow_nan=False, allow_infinity=False),
+    torch.bfloat16: st.integers(0, 2**16 - 1).filter(lambda raw: raw & 0x7F80 != 0x7F80),
+    torch.float32: st.floats(width=32, allow_nan=False, allow_infinity=False),
+}
+
+
+@st.composite
+def mixtures(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
+    dtype = draw(st.sampled_from(DTYPES))
+    size = draw(st.sampled_from(SIZES))
+    count = draw(st.integers(1, 6))
+    rows = [draw(st.lists(values[dtype], min_size=count, max_size=count)) for _ in range(size)]
+    weight = st.one_of(st.integers(1, 9), st.integers(1, exact.MAX_TOTAL // 8))
+    weights = [draw(weight) for _ in range(size)]
+    if dtype == torch.bfloat16:
+        raw = torch.tensor(rows, dtype=torch.int32).to(torch.int16)
+        return list(raw.view(dtype)), weights
+    return [torch.tensor(row, dtype=dtype) for row in rows], weights
+
+
+@settings(max_examples=400, deadline=None)
+@given(mixtures())
+def test_any_mixture(mixture):
+    check(*mixture)
+
+
+@settings(max_examples=150, deadline=None)
+@given(mixtures(), st.randoms(use_true_random=False), st.integers(1, 7))
+def test_order_and_chunking_do_not_show(mixture, random, chunk):
+    tensors, weights = mixture
+    pairs = list(zip(tensors, weights, strict=True))
+    random.shuffle(pairs)
+    again = exact.mean([t for t, _ in pairs], [w for _, w in pairs], chunk=chunk)
+    assert bits(exact.mean(tensors, weights)) == bits(again)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_chunks_threads_and_order_do_not_show_on_long_tensors(dtype):
+    tensors = [like_weights(dtype, 300_001, seed=i) for i in range(3)]
+    tensors[0][::97] *= 2.0**-20
+    weights = [3, 1, 7]
+    expected = exact.mean(tensors, weights)
+    assert torch.equal(expected, exact.mean(tensors, weights, chunk=1 << 18))
+    torch.set_num_threads(2)
+    assert torch.equal(expected, exact.mean(tensors[::-1], weights[::-1], chunk=99_991))
