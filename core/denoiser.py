@@ -130,6 +130,11 @@ class Denoiser:
     def save(self, folder: Path) -> None:
         """Write a component folder that diffusers loads too."""
         self.network.save_pretrained(folder)  # type: ignore[operator]
+        # diffusers notes where it loaded a model from: a path of this machine, and other bytes for
+        # the same expert wherever its run lies.
+        config = json.loads((folder / "config.json").read_text())
+        config.pop("_name_or_path", None)
+        (folder / "config.json").write_bytes(canonical_json(config))
         write_card(folder, self.card)
 
     @classmethod

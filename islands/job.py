@@ -10,6 +10,7 @@ process and is not imported by it.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import sys
 import tempfile
@@ -35,6 +36,8 @@ from atoll.islands.settings import HeadTraining, TrainConfig
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1
+# How a job learns which submission it is, to write it down beside its process id.
+SUBMISSION_VARIABLE = "ATOLL_SUBMISSION_ID"
 
 
 class IslandOrder(Config):
@@ -64,6 +67,12 @@ def run_island(run_uri: str, shard: str) -> None:
         read=[order.shard.path, order.commons.path, order.base.path], write=[here]
     )
     run.remove(f"{here}/exit.json")
+    started = {
+        "event": "started",
+        "process": os.getpid(),
+        "submission_id": os.environ.get(SUBMISSION_VARIABLE),
+    }
+    run.append_line(f"{here}/journal.jsonl", json.dumps(started))
     torch.set_num_threads(order.config.threads)
     for artefact in (order.shard, order.commons, order.base):
         check_artefact(run, artefact)

@@ -27,6 +27,7 @@ from pathlib import Path
 
 from atoll.core.errors import Failed, MissingError, UsageError
 from atoll.core.journal import log
+from atoll.islands.job import SUBMISSION_VARIABLE
 
 _START_SECONDS = 90.0
 _STOP_SECONDS = 20.0
@@ -134,7 +135,11 @@ class Jobs:
                 entrypoint=f"{command} {shlex.quote(run_uri)} {shlex.quote(shard)}",
                 submission_id=submission_id,
                 runtime_env={
-                    "env_vars": {"OMP_NUM_THREADS": threads_text, "MKL_NUM_THREADS": threads_text}
+                    "env_vars": {
+                        "OMP_NUM_THREADS": threads_text,
+                        "MKL_NUM_THREADS": threads_text,
+                        SUBMISSION_VARIABLE: submission_id,
+                    }
                 },
             )
         )

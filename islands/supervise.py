@@ -74,7 +74,7 @@ def train(
     save_config(config, run, "islands")
     todo = [name for name in wanted if name not in manifest.experts]
     for name in todo:
-        _write_order(run, manifest, config, name)
+        write_order(run, manifest, config, name)
     # Finished by an earlier command that died before it could write that down.
     for name in [name for name in todo if _exit_code(run, name) is ExitCode.DONE]:
         _collect(run, manifest, name)
@@ -119,7 +119,7 @@ def _check_exclusive_create(run: Storage) -> None:
     )
 
 
-def _write_order(run: Storage, manifest: Manifest, config: TrainConfig, name: str) -> None:
+def write_order(run: Storage, manifest: Manifest, config: TrainConfig, name: str) -> None:
     shard = manifest.shard(name)
     assert shard.plan is not None
     assert manifest.base is not None

@@ -1,8 +1,8 @@
 """Two-stage spherical k-means, and the assignment of vectors to centroids.
 
 Many fine centroids first, then few coarse ones among the fine: so the coarse ones follow the
-extent of the data and not its density (Decentralized Diffusion Models, arXiv 2501.05450, section
-3.2, and Vo et al. 2024, arXiv 2405.15613). This is the one file that imports faiss.
+extent of the data and not its density (Decentralized Diffusion Models, arXiv 2501.05450; Vo et al.
+2024, arXiv 2405.15613). This is the one file that imports faiss.
 """
 
 from __future__ import annotations

@@ -1,0 +1,79 @@
+"""A small real run: digits, three shards, a tiny UNet; made once and copied by each test."""
+
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from sklearn.datasets import load_digits
+
+from atoll.core.embedding import FitConfig
+from atoll.core.manifest import Manifest
+from atoll.core.storage import Storage
+from atoll.islands.base import train_base
+from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
+from atoll.partitioner.pipeline import partition
+from atoll.partitioner.settings import PartitionConfig
+
+SHARDS = 3
+TRAIN = TrainConfig(
+    slots=2,
+    training=DenoiserTraining(passes=2, checkpoints=4),
+    head=HeadTraining(images=128, batch=16, width=8, bands=2),
+    preview=4,
+    preview_steps=2,
+)
+
+
+def write_corpus(path: Path, count: int) -> Path:
+    """The first digits of scikit-learn as a Parquet corpus."""
+    digits = load_digits()
+    rows: dict[str, list[object]] = {"image": [], "caption": [], "label": []}
+    for picture, label in zip(digits.images[:count], digits.target[:count], strict=True):
+        buffer = io.BytesIO()
+        Image.fromarray((picture * 15.9375).astype("uint8")).save(buffer, format="PNG")
+        rows["image"].append(buffer.getvalue())
+        rows["caption"].append(f"a handwritten {label}")
+        rows["label"].append(str(label))
+    pq.write_table(pa.table(rows), path)
+    return path
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run as `partition` and `base` leave it."""
+    folder = tmp_path_factory.mktemp("islands")
+    corpus = write_corpus(folder / "digits.parquet", 300)
+    run = Storage(folder / "run")
+    config = PartitionConfig(shards=SHARDS, commons="0.25", holdout=0.15, fit=FitConfig(steps=20))
+    manifest = partition(str(corpus), run, config)
+    train_base(
+        run,
+        manifest,
+        BaseConfig(recipe="unet-tiny", training=DenoiserTraining(passes=1, checkpoints=1)),
+    )
+    return folder / "run"
+
+
+@pytest.fixture
+def fresh(made: Path, tmp_path: Path) -> Callable[[str], tuple[Storage, Manifest]]:
+    """Copies of that run, by name."""
+
+    def copy(name: str = "run") -> tuple[Storage, Manifest]:
+        shutil.copytree(made, tmp_path / name)
+        run = Storage(tmp_path / name)
+        return run, Manifest.load(run)
+
+    return copy

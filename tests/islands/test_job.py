@@ -1,0 +1,164 @@
+"""An island as a process: resumed bitwise after kill -9, and reading nothing but its own."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from atoll.core.checkpoint import Checkpoints
+from atoll.core.errors import ExitCode
+from atoll.core.manifest import Manifest
+from atoll.core.storage import Storage
+from atoll.islands.settings import DenoiserTraining, TrainConfig
+from atoll.islands.supervise import plan_islands, write_order
+from tests.islands.conftest import TRAIN
+
+RESULTS = ("expert", "gate_head", "preview.png", "metrics.jsonl")
+
+
+def order(run: Storage, manifest: Manifest, shard: str, config: TrainConfig = TRAIN) -> None:
+    """What the controller does before it submits a job."""
+    plan_islands(run, manifest, config)
+    write_order(run, manifest, config, shard)
+
+
+def start(run: Storage, shard: str) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-P", "-m", "atoll.islands.job", run.uri, shard],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+
+def finish(run: Storage, shard: str) -> dict[str, str]:
+    """Run the job to its end; the digests of what it made."""
+    assert start(run, shard).wait(timeout=120) == 0
+    return {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS}
+
+
+def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
+    longer = TRAIN.model_copy(update={"training": DenoiserTraining(passes=30, checkpoints=25)})
+    straight, manifest = fresh("straight")
+    shard = next(iter(manifest.shards))
+    order(straight, manifest, shard, longer)
+    began = time.monotonic()
+    expected = finish(straight, shard)
+    seconds = time.monotonic() - began
+
+    killed, manifest = fresh("killed")
+    order(killed, manifest, shard, longer)
+    moments = random.Random(2026)
+    kills = 0
+    while kills < 5:
+        job = start(killed, shard)
+        # From before the first import has ended to about when the whole training has.
+        time.sleep(moments.uniform(0.5, max(3.0, seconds)))
+        if job.poll() is None:
+            job.send_signal(signal.SIGKILL)
+        elif kills > 0:
+            break
+        assert job.wait() in (-signal.SIGKILL, 0)
+        kills += 1
+    assert finish(killed, shard) == expected
+
+
+def test_killed_in_the_middle_of_training_it_loses_at_most_one_interval(fresh) -> None:
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=200, checkpoints=100)})
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(run, manifest, shard, config)
+    job = start(run, shard)
+    deadline = time.monotonic() + 60
+    while len(run.list(f"islands/{shard}/commits")) < 2:
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.01)
+    job.send_signal(signal.SIGKILL)
+    job.wait()
+    at_kill = json.loads(
+        run.read_bytes(f"islands/{shard}/metrics.jsonl").decode().splitlines()[-1]
+    )["images_seen"]
+    latest = Checkpoints(run, f"islands/{shard}").latest()
+    plan = manifest.shards[shard].plan
+    assert latest is not None
+    assert plan is not None
+    assert at_kill - latest.images_seen <= plan.images_seen / 100 + plan.batch
+
+
+def test_sigterm_commits_and_ends_as_interrupted(fresh) -> None:
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=500, checkpoints=1)})
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(run, manifest, shard, config)
+    job = start(run, shard)
+    deadline = time.monotonic() + 60
+    while not run.exists(f"islands/{shard}/heartbeat.json"):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    job.terminate()
+    assert job.wait(timeout=30) == ExitCode.INTERRUPTED
+    assert run.read_json(f"islands/{shard}/exit.json")["code"] == ExitCode.INTERRUPTED
+    latest = Checkpoints(run, f"islands/{shard}").latest()
+    assert latest is not None
+    assert 0 < latest.images_seen
+
+
+def test_a_changed_shard_is_refused(fresh) -> None:
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(run, manifest, shard)
+    pack = run.local(f"shards/{shard}/pack-00000.safetensors")
+    data = bytearray(pack.read_bytes())
+    data[-1] ^= 1
+    pack.chmod(0o644)
+    pack.write_bytes(data)
+    assert start(run, shard).wait(timeout=60) == ExitCode.REFUSED
+    assert "sha256" in run.read_json(f"islands/{shard}/exit.json")["reason"]
+
+
+def test_an_island_opens_nothing_of_another_shard(fresh, tmp_path: Path) -> None:
+    run, manifest = fresh()
+    shard, *others = manifest.shards
+    order(run, manifest, shard)
+    for other in others:
+        order(run, manifest, other)
+    script = tmp_path / "audited.py"
+    script.write_text(
+        "import sys, json\n"
+        "seen = []\n"
+        "def hook(event, given):\n"
+        "    if event in ('open', 'os.listdir', 'os.scandir') and given:\n"
+        "        seen.append(str(given[0]))\n"
+        "sys.addaudithook(hook)\n"
+        "from atoll.islands.job import run_island\n"
+        f"run_island({run.uri!r}, {shard!r})\n"
+        f"open({str(tmp_path / 'seen.json')!r}, 'w').write(json.dumps(seen))\n"
+    )
+    subprocess.run([sys.executable, "-P", str(script)], check=True, capture_output=True)
+    inside = {
+        name.removeprefix(run.uri).strip("/")
+        for name in json.loads((tmp_path / "seen.json").read_text())
+        if name.startswith(run.uri)
+    }
+    assert any(name.startswith(f"shards/{shard}") for name in inside)
+    allowed = (f"shards/{shard}", "commons", "base", f"islands/{shard}")
+    stray = [name for name in inside if name and not name.startswith(allowed)]
+    assert stray == []
+
+
+def test_a_scoped_handle_refuses_another_shard(fresh) -> None:
+    run, manifest = fresh()
+    shard, other, *_ = manifest.shards
+    scoped = run.scoped(read=[f"shards/{shard}", "commons"], write=[f"islands/{shard}"])
+    scoped.read_bytes(f"shards/{shard}/shard.json")
+    with pytest.raises(PermissionError):
+        scoped.read_bytes(f"shards/{other}/shard.json")
+    with pytest.raises(PermissionError):
+        scoped.write_bytes(f"shards/{shard}/shard.json", b"")
