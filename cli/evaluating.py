@@ -174,8 +174,8 @@ def partition_view(run: Storage, manifest: Manifest) -> PartitionView:
         for name in by_shard
     }
     how = (
-        f"by {manifest.partition.by}, with the encoder {manifest.encoder.spec!r} fitted on the "
-        f"{', '.join(manifest.encoder.fitted_on) or 'commons'}"
+        f"By {manifest.partition.by}, with the encoder {manifest.encoder.spec!r}"
+        + (" fitted on the commons." if manifest.encoder.spec == "fit" else ".")
     )
     commons = views.pop("commons")
     return PartitionView(tuple(views.values()), commons=commons, how=how)

@@ -2,9 +2,11 @@
 
 The protocol (no clocks, no modification times): a writer claims the next generation by exclusive
 creation of `gen/G`; writes the payload under a name that is never used again; checks that no newer
-generation has been claimed; exclusively creates the commit record with the payload's sha256; and
-deletes only what lies below the newest commits. Resuming takes the newest commit whose payload
-verifies, else the one before it. Payloads are safetensors, records JSON; nothing is pickled.
+generation has been claimed; exclusively creates the commit record with the payload's sha256 and its
+own; and deletes only what lies below the newest commits. Names start with the generation, so that
+a writer that had to go back further than its predecessor is the newer one all the same. Resuming
+takes the newest commit that verifies, else the one before it. Payloads are safetensors, records
+JSON; nothing is pickled.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
@@ -72,7 +75,8 @@ class Checkpoints:
         self, images_seen: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> None:
         """Make a state the newest one; `Fenced` when another writer has taken over."""
-        name = f"{images_seen:012d}-{self.generation:06d}"
+        self.check_fence()  # the second check is the one that counts; this one leaves no payload
+        name = f"{self.generation:06d}-{images_seen:012d}"
         payload = save(dict(tensors))
         self._storage.write_bytes(f"{self._folder}/checkpoints/{name}.safetensors", payload)
         self.check_fence()
@@ -85,7 +89,8 @@ class Checkpoints:
             "sha256": hashlib.sha256(payload).hexdigest(),
             "facts": dict(facts),
         }
-        self._storage.create(f"{self._folder}/commits/{name}.json", canonical_json(record))
+        sealed = canonical_json({**record, "record_sha256": _record_sha256(record)})
+        self._storage.create(f"{self._folder}/commits/{name}.json", sealed)
         self._prune()
 
     def latest(self) -> Checkpoint | None:
@@ -99,6 +104,10 @@ class Checkpoints:
 
     def _load(self, name: str) -> Checkpoint:
         record = self._storage.read_json(name)
+        if not isinstance(record, dict) or record.pop("record_sha256", "") != _record_sha256(
+            record
+        ):
+            raise Refused(f"{name} does not have the sha256 that it names")
         payload = self._storage.read_bytes(f"{self._folder}/{record['file']}")
         if hashlib.sha256(payload).hexdigest() != record["sha256"]:
             raise Refused(f"{record['file']} does not have the sha256 of its commit record")
@@ -109,14 +118,24 @@ class Checkpoints:
         return max((int(name.rsplit("/", 1)[1][:6]) for name in claimed), default=0)
 
     def _prune(self) -> None:
-        """Delete all but the newest commits, payload last, and payloads that nothing commits."""
+        """Delete what lies below the newest commits, payloads last, committed or not.
+
+        Nothing is deleted above: it may be what a newer writer is about to commit.
+        """
         commits = self._storage.list(f"{self._folder}/commits")
         for name in commits[: -self._keep]:
             self._storage.remove(name)
-        kept = {
-            f"{self._folder}/{json.loads(self._storage.read_bytes(name))['file']}"
-            for name in commits[-self._keep :]
-        }
+        oldest = _stem(commits[-self._keep :][0])
         for name in self._storage.list(f"{self._folder}/checkpoints"):
-            if name not in kept:
+            if _stem(name) < oldest:
                 self._storage.remove(name)
+
+
+def _stem(name: str) -> str:
+    return PurePosixPath(name).stem
+
+
+def _record_sha256(record: Mapping[str, Any]) -> str:
+    # Through JSON first: what is hashed before writing must be what is hashed after reading.
+    plain = json.loads(canonical_json(record))
+    return hashlib.sha256(canonical_json(plain)).hexdigest()

@@ -124,8 +124,14 @@ class Denoiser:
         return FAMILIES[self.card.family].adapter(self.network, x_t, t, cond)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """dx_t/dt, `(batch, channel, height, width)`; `t` is `(batch,)` in [0, 1]."""
-        return flow.to_velocity(self.output(x_t, t, cond), x_t, t, self.card.prediction)
+        """dx_t/dt, `(batch, channel, height, width)`; `t` is `(batch,)` in [0, 1].
+
+        The network runs in the dtype of its weights; the path, its times and the conversion stay
+        in that of `x_t`.
+        """
+        weight = next(self.network.parameters())
+        output = self.output(x_t.to(weight), t.to(weight.device), cond.to(weight)).to(x_t)
+        return flow.to_velocity(output, x_t, t, self.card.prediction)
 
     def save(self, folder: Path) -> None:
         """Write a component folder that diffusers loads too."""

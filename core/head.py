@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional
@@ -132,7 +133,7 @@ class GateHead(nn.Module):
             check_schema(values, SCHEMA_VERSION, f"{folder}/config.json")
             head = cls(HeadConfig.model_validate(values))
             head.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        except (OSError, ValueError, ValidationError, RuntimeError) as error:
+        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
             raise Refused(f"{folder} is not a gate head ({error})") from error
         return head.eval()
 

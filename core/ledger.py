@@ -91,7 +91,7 @@ class Ledger:
         reached = set(shards).union(*(parent.shards for parent in parents))
         for earlier, _ in reversed(checked):
             if (earlier.kind, earlier.name) == (kind, name):
-                if earlier.sha256 == sha256:
+                if (earlier.sha256, earlier.shards) == (sha256, sorted(reached)):
                     return earlier
                 break
         entry = LedgerEntry(

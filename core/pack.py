@@ -26,6 +26,7 @@ from atoll.core.storage import canonical_json
 
 CARD_NAME = "shard.json"
 SCHEMA_VERSION = 1
+_TENSORS = {"pixels", "caption", "text_tokens", "text_mask", "text_pooled"}
 
 
 class ShardCard(BaseModel):
@@ -81,6 +82,15 @@ class Pack:
             parts = [load_file(folder / name) for name in self.card.packs]
         except (OSError, SafetensorError) as error:
             raise Refused(f"A pack in {folder} is not readable ({error})") from error
+        rows = list(self.card.packs.values())
+        if (
+            not parts
+            or any(part.keys() != _TENSORS for part in parts)
+            or [len(part["pixels"]) for part in parts] != rows
+            or [len(part["caption"]) for part in parts] != rows
+            or sum(rows) != self.card.records + self.card.held_out
+        ):
+            raise Refused(f"The packs in {folder} do not hold the rows that {CARD_NAME} names")
         # Joined once: a table of unique captions is small beside the pixels.
         starts = torch.tensor([0, *(len(part["text_tokens"]) for part in parts)]).cumsum(0)
         self._pixels = _joined([part["pixels"] for part in parts])
@@ -98,8 +108,6 @@ class Pack:
                 for part in parts
             ]
         )
-        if len(self._pixels) != self.card.records + self.card.held_out:
-            raise Refused(f"The packs in {folder} do not hold the rows that shard.json names")
 
     def __len__(self) -> int:
         return len(self._pixels)

@@ -24,11 +24,14 @@ def times(steps: int, *, shift: float = 1.0) -> Tensor:
     """The `steps + 1` times from 1 to 0 of a solver, float32, shifted towards noise by `shift`.
 
     In the arithmetic of diffusers' flow-matching schedulers, whose Euler then takes the same path,
-    bit for bit.
+    bit for bit. Only the first time is set: some shifts round it to just below 1 or above, and at 1
+    alone x_t says nothing.
     """
     if steps < 1:
         raise ValueError(f"steps is {steps}; allowed: 1 or more; cure: ask for at least one step")
-    return flow.shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64).float(), shift)
+    grid = flow.shift_times(torch.linspace(1, 0, steps + 1, dtype=torch.float64).float(), shift)
+    grid[0] = 1
+    return grid
 
 
 def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:

@@ -43,7 +43,8 @@ def _words(
 def uniform(seed: int, *words: str | int, first: int, count: int, each: int = 1) -> Tensor:
     """Uniform numbers in (0, 1), float64 `(count, each)`, for items `first` onwards of a stream."""
     raw = _words(seed, words, first, count, each)
-    return torch.from_numpy(((raw >> np.uint64(11)).astype(np.float64) + 0.5) * 2.0**-53)
+    # 52 bits and a half: with 53 the half would be rounded away, and 1 could come out.
+    return torch.from_numpy(((raw >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52)
 
 
 def normal(

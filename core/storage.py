@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -22,12 +24,13 @@ from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
+from safetensors import SafetensorError
 
 from atoll.core.errors import DataError, Failed, Refused
 
 # Written last and read first: a published folder without one of these is not there yet.
 MARKERS = ("atoll.json", "shard.json", "model_index.json")
-_PIECE_BYTES = 1 << 22
+_CREATING = threading.Lock()
 
 
 def sha256_file(path: Path) -> str:
@@ -54,8 +57,12 @@ def no_space_is_failure(where: str) -> Iterator[None]:
     """Turn the operating system's "no space left" into an error with a cure (exit code 1)."""
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+    except (OSError, SafetensorError) as error:
+        # safetensors hands on the system's error as text alone.
+        numbers = (errno.ENOSPC, errno.EDQUOT)
+        if getattr(error, "errno", None) not in numbers and not any(
+            f"(os error {number})" in str(error) for number in numbers
+        ):
             raise
         raise Failed(
             f"No space left while writing {where}; nothing was half-written",
@@ -137,7 +144,7 @@ class Storage:
         """Parsed JSON; `Refused` when the file is not JSON."""
         try:
             return json.loads(self.read_bytes(name))
-        except (ValueError, UnicodeDecodeError) as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(
                 f"{self.uri}/{name} is not readable JSON ({error})",
                 cure="restore the file from a copy; nothing was changed",
@@ -169,6 +176,7 @@ class Storage:
             if self.is_local:
                 with _local_temporary(Path(path)) as temporary:
                     yield temporary
+                    _follow_umask(temporary)
                     _fsync(temporary)
                     os.replace(temporary, path)
                     _fsync(Path(path).parent)
@@ -184,10 +192,12 @@ class Storage:
         with no_space_is_failure(name):
             if not self.is_local:
                 self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-                if self._fs.exists(path):
-                    raise FileExistsError(name)
-                with self._fs.open(path, "xb") as file:
-                    file.write(data)
+                # `memory://` looks and writes in two steps, between which a thread may come.
+                with _CREATING:
+                    if self._fs.exists(path):
+                        raise FileExistsError(name)
+                    with self._fs.open(path, "xb") as file:
+                        file.write(data)
                 return
             # A link is exclusive and shows the whole content at once; open("xb") shows a torn one.
             with _local_temporary(Path(path)) as temporary:
@@ -209,6 +219,8 @@ class Storage:
         path = self._path(name, write=True)
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
+        if self.is_local and name:
+            _drop_leftovers(Path(path))
 
     # -- folders -------------------------------------------------------------------------------
 
@@ -220,9 +232,10 @@ class Storage:
         if self._staged is None:
             self._staged = tempfile.TemporaryDirectory(prefix="atoll-staged-")
         target = Path(self._staged.name) / name
+        _drop(target)  # an earlier copy may hold files that have been removed since
         files = self.list(name)
         for file in files:
-            place = target if file == name else target / file[len(name) + 1 :]
+            place = Path(self._staged.name) / file
             place.parent.mkdir(parents=True, exist_ok=True)
             place.write_bytes(self.read_bytes(file))
         if not files:
@@ -235,7 +248,8 @@ class Storage:
         with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
             folder = Path(scratch) / "folder"
             folder.mkdir()
-            yield folder
+            with no_space_is_failure(name):
+                yield folder
             self.publish(folder, name)
 
     def publish(self, folder: Path, name: str) -> None:
@@ -256,8 +270,7 @@ class Storage:
         try:
             shutil.copytree(folder, fresh)
             for place in (fresh, *fresh.rglob("*")):
-                if place.is_dir():
-                    place.chmod(0o777 & ~_umask())  # a scratch folder was for our eyes only
+                _follow_umask(place)
                 _fsync(place)
             if target.exists():
                 old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
@@ -269,6 +282,7 @@ class Storage:
             _fsync(target.parent)
         finally:
             shutil.rmtree(fresh, ignore_errors=True)
+        _drop_leftovers(target)
 
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""
@@ -292,10 +306,25 @@ def _local_temporary(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
-def _umask() -> int:
+def _drop(path: Path) -> None:
+    """Remove a local file or folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def _drop_leftovers(path: Path) -> None:
+    """Remove what killed writers of `path` left beside it: data that nothing would ever forget."""
+    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
+        _drop(leftover)
+
+
+def _follow_umask(path: Path) -> None:
+    """The permissions of something newly made: scratch folders and safetensors are private."""
     mask = os.umask(0)
     os.umask(mask)
-    return mask
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
 
 
 def _fsync(path: Path) -> None:

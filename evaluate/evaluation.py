@@ -125,25 +125,24 @@ def evaluate_systems(
     seed: int,
     count: int,
     instrument: Instrument | None = None,
-    real: Records | None = None,
+    real: Records,
     control: str | None = None,
     about_reference: str = "held-out records of all shards and of the commons",
     batch: int = 100,
 ) -> Evaluation:
     """Sample `count` pictures from each system and measure them all in the same way.
 
-    Prompts are the captions of `reference` in a seeded order, so that the systems are asked for the
-    very mixture they are compared with. `real` are further real records, measured like a system:
-    the floor below which no figure can be expected at this N. `control` names the system that all
-    the others are compared with, pair by pair.
+    `real` are further real records of the same law: their captions are the prompts, and their
+    pictures are measured like a system's, as the floor below which no figure can be expected at
+    this N. Prompts must not be those of `reference` itself: a sample that has its very mixture of
+    captions agrees with it better than chance, and KID comes out negative. `control` names the
+    system that all the others are compared with, pair by pair.
     """
     _check_names(systems, control)
     bench = _Bench(reference, spaces(encoder), instrument, seed)
-    order = seeds.order(seed, "evaluate", "prompts", first=0, count=count, n=len(reference))
-    asked = reference.take(order.tolist())
-    measured: list[tuple[Row, dict[str, Jackknife]]] = []
-    if real is not None:
-        measured.append(bench.row(_real(real), real.sample(count, seed=seed), None))
+    order = seeds.order(seed, "evaluate", "prompts", first=0, count=count, n=len(real))
+    asked = real.take(order.tolist())
+    measured = [bench.row(_real(real), asked.take(range(min(count, len(real)))), None)]
     for system in systems:
         pictures, experts = _draw(system, asked, seed, batch)
         measured.append(bench.row(system, Records(pictures, *_said(asked)), experts))

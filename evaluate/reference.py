@@ -15,7 +15,6 @@ import pyarrow.parquet
 import torch
 from torch import Tensor
 
-from atoll.core import seeds
 from atoll.core.errors import DataError, Refused
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack
@@ -46,11 +45,6 @@ class Records:
             tuple(self.labels[row] for row in rows),
             tuple(self.shards[row] for row in rows),
         )
-
-    def sample(self, count: int, *, seed: int) -> Records:
-        """`count` of them without repetition, or all when there are fewer, in a seeded order."""
-        order = seeds.order(seed, "evaluate", "records", first=0, count=len(self), n=len(self))
-        return self.take(order[:count].tolist())
 
 
 def load_records(run: Storage, manifest: Manifest, *, split: str = HELD_OUT) -> Records:

@@ -40,6 +40,8 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
         check_artefact(run, manifest.experts[shard])
         check_artefact(run, manifest.experts[shard].gate_head)
     check_artefact(run, manifest.encoder)
+    if out is not None:
+        _export_place(out)
     if missing:
         _log.warning("Missing shards, left out and renormalised: %s", ", ".join(missing))
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
@@ -57,11 +59,17 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
 
 def export(folder: Path, out: str) -> None:
     """Publish a copy of an ensemble at `out`, in place of an ensemble or of nothing."""
-    parent, _, name = out.rstrip("/").rpartition("/")
-    place = Storage(parent or ".")
-    if place.list(name) and not place.exists(f"{name}/{CARD_NAME}"):
-        raise Refused(f"{out} is not empty and holds no ensemble", cure="name another OUT")
+    place, name = _export_place(out)
     place.publish(folder, name)
+
+
+def _export_place(out: str) -> tuple[Storage, str]:
+    """Where a copy goes; `Refused` where something else stands, experts and soups among it."""
+    parent, slash, name = out.rstrip("/").rpartition("/")
+    place = Storage(parent or slash or ".")
+    if place.list(name) and not place.exists(f"{name}/model_index.json"):
+        raise Refused(f"{out} is not empty and holds no ensemble", cure="name another OUT")
+    return place, name
 
 
 def add_export(manifest: Manifest, out: str) -> None:
@@ -71,9 +79,9 @@ def add_export(manifest: Manifest, out: str) -> None:
 
 
 def _here(manifest: Manifest) -> tuple[list[str], list[str]]:
-    """Shards with an expert, and shards without."""
-    present = [shard for shard in manifest.shards if shard in manifest.experts]
-    return present, [shard for shard in manifest.shards if shard not in manifest.experts]
+    """Shards with an expert, and shards without, in the order in which JSON keeps them."""
+    present = sorted(shard for shard in manifest.shards if shard in manifest.experts)
+    return present, sorted(shard for shard in manifest.shards if shard not in manifest.experts)
 
 
 def build(run: Storage, manifest: Manifest, folder: Path) -> None:

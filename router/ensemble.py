@@ -42,6 +42,8 @@ def mix(
         # The whole batch goes in as it is: the same shape, so the same kernels and the same bits.
         whole = len(rows) == len(x_t)
         v = expert(x_t, t, cond) if whole else expert(x_t[rows], t[rows], cond[rows])
+        # Before the sum: in 16 bits a weight of .999 would be a sole expert's.
+        v = v.to(x_t)
         w = weights[rows, k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
         mixed[rows] = torch.where(w == 1, v, mixed[rows] + w * v)
     return mixed
@@ -162,7 +164,7 @@ class Trajectory:
             first=self._first,
             count=len(self._cond),
             each=self._routing.draws,
-        ).to(self._cond.tokens.device)
+        )
 
     def _note(self, t: Tensor, p: Tensor, chosen: Tensor, null_chosen: Tensor | None) -> None:
         if self.trace is None:

@@ -7,8 +7,8 @@ shard is adding or removing its head, and nothing is retrained.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +35,8 @@ class Gate(nn.Module):
 
     def log_weights(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """log p(k | x_t, t, cond), `(batch, shard)`."""
+        weight = next(self.heads.parameters())
+        x_t, t, cond = x_t.to(weight), t.to(weight), cond.to(weight)
         counts = torch.tensor([float(self.records[shard]) for shard in self.shards])
         ratios = torch.stack([head(x_t, t, cond) for head in self.heads], dim=1)
         return (ratios + counts.log().to(ratios)).log_softmax(dim=1)
@@ -42,3 +44,11 @@ class Gate(nn.Module):
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """gate_weights, `(batch, shard)`, each row summing to 1."""
         return self.log_weights(x_t, t, cond).exp()
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        """Moves to another device as any module, but keeps its dtype: 16 bits are no odds."""
+
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        return super()._apply(moved, recurse)

@@ -11,12 +11,12 @@ import logging
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import diffusers
 import torch
 from diffusers import ModelMixin
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser, read_card
@@ -32,6 +32,9 @@ SCHEMA_VERSION = 1
 _log = logging.getLogger("atoll")
 
 
+ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$")]
+
+
 class EnsembleConfig(BaseModel):
     """`transformer/config.json` of an ensemble folder."""
 
@@ -39,7 +42,8 @@ class EnsembleConfig(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     picture: Picture
-    records: dict[str, int]  # shard -> record count, of the experts that are here
+    # Shard -> record count, of the experts that are here. A shard's name is that of a folder.
+    records: Annotated[dict[ShardName, Annotated[int, Field(ge=1, le=2**53)]], Field(min_length=1)]
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
 
 

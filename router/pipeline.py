@@ -10,6 +10,7 @@ Importing this module sets `diffusers.AtollPipeline`, where diffusers looks for 
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,6 +86,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
+        if not prompts:
+            raise UsageError("No picture is asked for", allowed="one prompt or more, '' among them")
         encoder: Encoder = self.text_encoder
         model: EnsembleModel = self.transformer
         trajectory = model.trajectory(
@@ -112,12 +115,26 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         return AtollOutput(images=images, trace=trajectory.trace)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
-        """Write the folder that `from_pretrained` reads, `atoll.json` included."""
+        """Write the folder that `from_pretrained` reads, `atoll.json` included.
+
+        A loaded ensemble is written back byte for byte.
+        """
         super().save_pretrained(save_directory, **options)
+        folder = Path(save_directory)
+        for name in ("model_index.json", "text_encoder/config.json"):
+            _forget_place(folder / name)
         config = self.transformer.ensemble_config
-        (Path(save_directory) / CARD_NAME).write_bytes(
+        (folder / CARD_NAME).write_bytes(
             canonical_json(ensemble_card(list(config.records), config.missing))
         )
+
+
+def _forget_place(path: Path) -> None:
+    """Take out the folder that diffusers says a configuration was once read from."""
+    values = json.loads(path.read_text())
+    values.pop("_name_or_path", None)
+    # diffusers' own layout, which escapes what is not ASCII.
+    path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 
 
 def ensemble_card(shards: list[str], missing: list[str]) -> dict[str, Any]:

@@ -119,25 +119,33 @@ def support(routing: Routing, weights: Tensor) -> Tensor:
 
 def _top(weights: Tensor, k: int) -> Tensor:
     chosen = torch.zeros_like(weights, dtype=torch.bool)
-    return chosen.scatter(1, weights.topk(k, dim=1).indices, True)
+    # A stable sort: among equals the first shards, whatever the batch (topk promises no order).
+    place = weights.sort(dim=1, descending=True, stable=True).indices
+    return chosen.scatter(1, place[:, :k], True)
 
 
 def _nucleus(weights: Tensor, mass: float) -> Tensor:
-    ordered, place = weights.sort(dim=1, descending=True, stable=True)
+    if mass >= 1:
+        # Beside a sum rounded to 1 the smallest weights would seem to be needed no more.
+        return weights > 0
+    ordered, place = weights.double().sort(dim=1, descending=True, stable=True)
     # An expert is needed while those before it hold less than the mass; the first always is.
-    before = ordered.cumsum(dim=1) - ordered
-    needed = (before < mass) & (ordered > 0)
-    needed[:, 0] = True
+    before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered.cumsum(dim=1)[:, :-1]], dim=1)
+    needed = (before < mass * ordered.sum(dim=1, keepdim=True)) & (ordered > 0)
     # Back from sorted places to shards: `place[b, i]` is the shard that stands i-th.
     return torch.zeros_like(needed).scatter(1, place, needed)
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
-    """Shards drawn by inversion, int64 `(batch, draws)`, from uniforms `(batch, draws)`."""
-    cumulative = weights.double().cumsum(dim=1)
+    """Shards drawn by inversion, int64 `(batch, draws)`, from uniforms `(batch, draws)`.
+
+    In float64 on the CPU wherever the weights are, because not every accelerator has float64.
+    """
+    cumulative = weights.double().cpu().cumsum(dim=1)
     cumulative = cumulative / cumulative[:, -1:]
-    drawn = torch.searchsorted(cumulative.contiguous(), uniform.double().contiguous(), right=True)
-    return drawn.clamp(max=weights.shape[1] - 1)
+    # Below 1, where the last shard with any weight ends and those without would begin.
+    uniform = uniform.double().cpu().clamp(max=1 - 2.0**-53).contiguous()
+    return torch.searchsorted(cumulative, uniform, right=True).to(weights.device)
 
 
 def mean_of_draws(drawn: Tensor, shards: int) -> Tensor:

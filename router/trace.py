@@ -44,7 +44,7 @@ def strip_png(
     for number, axis in enumerate(axes):
         weights = torch.stack([step.gate_weights[number] for step in trace], dim=1)
         axis.imshow(weights.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=1)
-        axis.set_yticks(range(len(shards)), shards, fontsize=7)
+        axis.set_yticks(range(len(shards)), shards, fontsize=7, parse_math=False)
         axis.set_xticks([])
         axis.set_title(prompts[number] or "(no prompt)", fontsize=8, loc="left", parse_math=False)
     axes[-1].set_xlabel("noise  →  data", fontsize=8)
