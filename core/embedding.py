@@ -25,7 +25,7 @@ from torch.nn import functional
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.config import Config
-from atoll.core.errors import ConfigError, MissingError, did_you_mean
+from atoll.core.errors import ConfigError, MissingError, Refused, did_you_mean
 from atoll.core.journal import progress
 
 _BATCH = 256
@@ -62,11 +62,7 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        if "hf_model_name" in model.get("text_cfg", {}):
-            raise ConfigError(
-                f"The text tower of {spec} comes from transformers, which is not supported",
-                cure="choose an encoder with open_clip's own text tower",
-            )
+        _check_text_tower(spec, model)
         kind = open_clip.CustomTextCLIP if model.get("custom_text") else open_clip.CLIP
         self.clip = kind(**{k: v for k, v in model.items() if k != "custom_text"})
         self._transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
@@ -138,16 +134,43 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return digest.hexdigest()
 
 
+def _check_text_tower(spec: str, model: dict[str, Any]) -> None:
+    """Refuse text towers that `condition` would read wrongly.
+
+    Those that are not open_clip's own, have a tokenizer of their own, see what comes after a token,
+    or end anywhere but at the end-of-text token.
+    """
+    text = model["text_cfg"]
+    foreign = sorted({"hf_model_name", "hf_tokenizer_name", "tokenizer_kwargs"} & text.keys())
+    if text.get("no_causal_mask") or text.get("embed_cls") or "multimodal_cfg" in model:
+        foreign.append("a tower that is not causal")
+    if text.get("pool_type", "argmax") != "argmax":
+        foreign.append(f"pool_type {text['pool_type']}")
+    if foreign:
+        raise ConfigError(
+            f"The text tower of {spec} is not supported: {', '.join(foreign)}",
+            cure="choose an encoder with CLIP's own text tower, such as ViT-B-32",
+        )
+
+
 def load_encoder(folder: Path) -> Encoder:
     """Read an encoder's component folder; needs no network."""
     try:
-        encoder: Encoder = Encoder.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True
+        declared = json.loads((folder / "config.json").read_text())
+        if not isinstance(declared, dict) or declared.get("_class_name") != Encoder.__name__:
+            raise Refused(f"{folder}/config.json is not an encoder's")
+        encoder, found = Encoder.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except OSError as error:
         raise MissingError(f"There is no encoder at {folder} ({error})") from error
-    encoder.eval()
-    return encoder
+    # What a damaged configuration makes of open_clip's constructors, and other weights of diffusers
+    except (ValueError, TypeError, KeyError, AttributeError, RuntimeError) as error:
+        raise Refused(f"The encoder at {folder} is damaged ({error})") from error
+    if found["missing_keys"] or found["unexpected_keys"]:
+        raise Refused(f"The weights in {folder} are not those of its config.json: {found}")
+    loaded: Encoder = encoder.eval()
+    return loaded
 
 
 def encoder_from_spec(spec: str) -> Encoder:
@@ -173,6 +196,7 @@ def encoder_from_spec(spec: str) -> Encoder:
                 f"{did_you_mean(pretrained, known)}".strip(),
                 allowed=", ".join(known) or "none",
             )
+        _check_text_tower(spec, open_clip.get_model_config(architecture))
         name, source = architecture, pretrained
     else:
         name, source = spec, None

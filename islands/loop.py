@@ -141,7 +141,7 @@ class Loop:
         value = loss(seen, batch)
         if not torch.isfinite(value):
             raise Failed(
-                f"The loss of {self._name} is {float(value)} after {seen} images",
+                f"The loss of {self._name} is {float(value.detach())} after {seen} images",
                 cure="lower training.optimizer.learning_rate; the last checkpoint is kept",
             )
         norm = take_step(

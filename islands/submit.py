@@ -111,6 +111,7 @@ class Jobs:
     """The Jobs API of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
+        from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
         for name in _REDIRECTS:
@@ -118,7 +119,7 @@ class Jobs:
         headers = {"Authorization": f"Bearer {cluster.token}"} if cluster.token else {}
         try:
             self._client = JobSubmissionClient(cluster.address, headers=headers)
-        except (ConnectionError, RuntimeError) as error:
+        except (ConnectionError, RuntimeError, RayError) as error:
             raise Failed(
                 f"The Ray cluster at {cluster.address} does not answer as it should: {error}",
                 cure="check the address, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",

@@ -154,7 +154,7 @@ def _noised_logits(
 
 
 def _band(centre: float, own: Tensor, others: Tensor) -> Band:
-    """Platt scaling (1999) with a pull towards slope 1 and intercept 0, by Newton's method.
+    """Platt scaling (1999) with a pull towards slope 1 and intercept 0; convex.
 
     Both sides weigh the same whatever their numbers, as in training.
     """
@@ -164,15 +164,24 @@ def _band(centre: float, own: Tensor, others: Tensor) -> Band:
         [torch.full_like(own, 0.5 / len(own)), torch.full_like(others, 0.5 / len(others))]
     ).double() * min(len(own), len(others))
     design = torch.stack([f, torch.ones_like(f)], dim=1)
-    start = torch.tensor([1.0, 0.0], dtype=torch.float64)
-    scale = start.clone()
-    for _ in range(30):
-        p = torch.sigmoid(design @ scale)
-        gradient = design.T @ (weight * (p - wanted)) + _PULL * (scale - start)
-        curvature = design.T @ (design * (weight * p * (1 - p))[:, None]) + _PULL * torch.eye(
-            2, dtype=torch.float64
+    scale = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)
+    start = scale.detach().clone()
+    solver = torch.optim.LBFGS(
+        [scale], max_iter=200, tolerance_grad=1e-10, line_search_fn="strong_wolfe"
+    )
+
+    def objective() -> Tensor:
+        solver.zero_grad()
+        logits = design @ scale
+        value = (
+            functional.binary_cross_entropy_with_logits(logits, wanted, weight, reduction="sum")
+            + _PULL / 2 * (scale - start).square().sum()
         )
-        scale = scale - torch.linalg.solve(curvature, gradient)
+        value.backward()  # type: ignore[no-untyped-call]
+        return value
+
+    with torch.enable_grad():
+        solver.step(objective)  # type: ignore[no-untyped-call]
     # A head whose sign came out wrong knows nothing: it may be flattened, never turned round.
     slope, intercept = max(float(scale[0]), 0.0), float(scale[1])
     fitted = slope * f + intercept

@@ -46,8 +46,14 @@ def strip_png(
         axis.imshow(weights.numpy(), aspect="auto", cmap="magma", vmin=0, vmax=1)
         axis.set_yticks(range(len(shards)), shards, fontsize=7, parse_math=False)
         axis.set_xticks([])
-        axis.set_title(prompts[number] or "(no prompt)", fontsize=8, loc="left", parse_math=False)
+        axis.set_title(_title(prompts[number]), fontsize=8, loc="left", parse_math=False)
     axes[-1].set_xlabel("noise  →  data", fontsize=8)
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=120)
     return buffer.getvalue()
+
+
+def _title(prompt: str, *, most: int = 100) -> str:
+    """One line that any prompt fits on: a font knows no control characters or half surrogates."""
+    line = "".join(sign if sign.isprintable() else " " for sign in prompt).strip()
+    return (line if len(line) <= most else f"{line[: most - 1]}…") or "(no prompt)"

@@ -1,0 +1,225 @@
+"""Real Ray: isolated jobs, restarts, tokens, interruption, and what is refused before any of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+from atoll.core.errors import ExitCode, Failed, Refused, UsageError
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import Manifest, check_artefact
+from atoll.core.storage import Storage
+from atoll.islands.settings import DenoiserTraining
+from atoll.islands.submit import Jobs, local_head, remote_cluster
+from atoll.islands.supervise import plan_islands, train
+from tests.islands.conftest import TRAIN
+from tests.islands.test_job import RESULTS
+
+CLOCKS = ("heartbeat.json", "journal.jsonl")
+
+
+def journal(run: Storage, shard: str, event: str) -> list[dict[str, object]]:
+    lines = run.read_bytes(f"islands/{shard}/journal.jsonl").decode().splitlines()
+    return [entry for line in lines if (entry := json.loads(line))["event"] == event]
+
+
+def ray_processes(marker: str) -> list[str]:
+    """Command lines of living processes that mention a folder."""
+    found = []
+    for place in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            text = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
+        except OSError:
+            continue
+        if marker in text:
+            found.append(text)
+    return found
+
+
+def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh) -> None:
+    together, manifest = fresh("together")
+    assert train(together, manifest, TRAIN) == list(manifest.shards)
+    shard = "shard-01"
+    alone, single = fresh("alone")
+    assert train(alone, single, TRAIN, shards=[shard]) == [shard]
+    assert list(single.experts) == [shard]
+    for name in RESULTS:
+        here = f"islands/{shard}/{name}"
+        assert alone.sha256(here) == together.sha256(here), name
+    same = [n for n in alone.list(f"islands/{shard}") if not n.endswith(CLOCKS)]
+    assert same == [n for n in together.list(f"islands/{shard}") if not n.endswith(CLOCKS)]
+    assert all(alone.read_bytes(n) == together.read_bytes(n) for n in same)
+
+    started = [journal(together, each, "started")[0] for each in manifest.shards]
+    assert len({entry["process"] for entry in started}) == len(manifest.shards)
+    assert len({entry["submission_id"] for entry in started}) == len(manifest.shards)
+    assert os.getpid() not in {entry["process"] for entry in started}
+
+    for each, expert in manifest.experts.items():
+        check_artefact(together, expert)
+        check_artefact(together, expert.gate_head)
+        entry = Ledger(together).latest("expert", each)
+        assert entry is not None
+        assert entry.shards == [each]
+    assert Manifest.load(together) == manifest
+    assert train(together, manifest, TRAIN) == []  # nothing is left to do, and no head is started
+
+
+def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=300, checkpoints=60)})
+    run, manifest = fresh()
+    shard = "shard-00"
+    killer = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import json, os, pathlib, signal, sys, time\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
+            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
+            "os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
+            str(run.local(f"islands/{shard}")),
+        ]
+    )  # fmt: skip
+    try:
+        assert train(run, manifest, config, shards=[shard]) == [shard]
+        assert killer.wait(timeout=10) == 0
+    finally:
+        killer.kill()
+    started = journal(run, shard, "started")
+    assert len(started) == 2
+    assert len({entry["submission_id"] for entry in started}) == 2
+    resumed = journal(run, shard, "trained")[0]
+    assert resumed["generation"] == 2
+    assert resumed["from_images_seen"] > 0
+
+
+def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh, tmp_path: Path) -> None:
+    run, manifest = fresh()
+    script = (
+        "import sys\n"
+        "from atoll.core.errors import AtollError\n"
+        "from atoll.core.manifest import Manifest\n"
+        "from atoll.core.storage import Storage\n"
+        "from atoll.islands.settings import DenoiserTraining, TrainConfig\n"
+        "from atoll.islands.supervise import train\n"
+        "run = Storage(sys.argv[1])\n"
+        "config = TrainConfig(slots=2, training=DenoiserTraining(passes=5000, checkpoints=1))\n"
+        "try:\n"
+        "    train(run, Manifest.load(run), config)\n"
+        "except AtollError as error:\n"
+        "    sys.exit(int(error.exit_code))\n"
+    )
+    controller = subprocess.Popen([sys.executable, "-c", script, run.uri])
+    deadline = time.monotonic() + 90
+    while sum(run.exists(f"islands/{s}/heartbeat.json") for s in manifest.shards) < 2:
+        assert time.monotonic() < deadline
+        assert controller.poll() is None
+        time.sleep(0.1)
+    controller.send_signal(signal.SIGINT)
+    assert controller.wait(timeout=60) == ExitCode.INTERRUPTED
+    begun = [s for s in manifest.shards if run.exists(f"islands/{s}/heartbeat.json")]
+    for shard in begun:
+        assert run.read_json(f"islands/{shard}/exit.json")["code"] == ExitCode.INTERRUPTED
+        assert run.list(f"islands/{shard}/commits")
+    assert ray_processes(run.uri) == []
+
+
+def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
+    with local_head(1) as cluster:
+        for token, expected in ((None, 401), ("0" * 64, 403), (cluster.token, 200)):
+            headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+            request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=headers)
+            try:
+                with urllib.request.urlopen(request, timeout=10) as answer:
+                    status = answer.status
+            except urllib.error.HTTPError as error:
+                status = error.code
+            assert status == expected
+        assert "127.0.0.1" in cluster.address
+        folder = next(
+            line.split("--temp-dir ")[1].split()[0] for line in ray_processes("--temp-dir /tmp/atoll")
+        )
+        token_file = Path(folder).parent / "token"
+        assert token_file.stat().st_mode & 0o077 == 0
+        with pytest.raises(Failed, match="does not answer"):
+            Jobs(type(cluster)(cluster.address, "0" * 64))
+    assert ray_processes(str(Path(folder).parent)) == []
+    assert not Path(folder).exists()
+
+
+def test_a_head_dies_with_its_controller() -> None:
+    script = (
+        "import os, sys, time\n"
+        "from atoll.islands.submit import local_head\n"
+        "with local_head(1) as cluster:\n"
+        "    print('up', flush=True)\n"
+        "    time.sleep(600)\n"
+    )
+    controller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
+    assert controller.stdout is not None
+    assert controller.stdout.readline().strip() == b"up"
+    children = [
+        line.split("--temp-dir ")[1].split()[0] for line in ray_processes("--temp-dir /tmp/atoll")
+    ]
+    controller.kill()
+    controller.wait()
+    deadline = time.monotonic() + 30
+    while any(ray_processes(folder) for folder in children):
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+def test_the_plan_is_written_before_the_first_job_and_does_not_move(fresh) -> None:
+    run, manifest = fresh()
+    plan_islands(run, manifest, TRAIN)
+    plans = {name: shard.plan for name, shard in Manifest.load(run).shards.items()}
+    assert all(plans.values())
+    other = TRAIN.model_copy(update={"training": DenoiserTraining(passes=7)})
+    with pytest.raises(Refused, match="is planned for"):
+        plan_islands(run, manifest, other)
+    # A shard's plan does not know of the others.
+    lone, few = fresh("lone")
+    few.shards = {"shard-01": few.shards["shard-01"]}
+    plan_islands(lone, few, TRAIN)
+    assert few.shards["shard-01"].plan == plans["shard-01"]
+
+
+def test_what_is_refused_before_anything_starts(fresh) -> None:
+    run, manifest = fresh()
+    with pytest.raises(UsageError, match="Did you mean 'shard-01'"):
+        train(run, manifest, TRAIN, shards=["shard-1"])
+    with pytest.raises(UsageError, match="processes of their own"):
+        train(Storage("memory://run"), manifest, TRAIN)
+    with pytest.raises(UsageError, match="not an address"):
+        remote_cluster("my-cluster")
+    baseless = manifest.model_copy(update={"base": None})
+    with pytest.raises(Exception, match="no base yet"):
+        train(run, baseless, TRAIN)
+    assert not run.exists("islands")
+
+
+def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:
+    run, manifest = fresh()
+    monkeypatch.setattr(Storage, "create", lambda self, name, data: self.write_bytes(name, data))
+    with pytest.raises(Refused, match="two writers"):
+        train(run, manifest, TRAIN)
+
+
+def test_an_island_that_refuses_is_not_tried_again_and_the_others_are_kept(fresh) -> None:
+    run, manifest = fresh()
+    pack = run.local("shards/shard-00/pack-00000.safetensors")
+    pack.chmod(0o644)
+    pack.write_bytes(pack.read_bytes()[:-1])
+    with pytest.raises(Failed, match=r"1 of 2 islands.*shard-00"):
+        train(run, manifest, TRAIN, shards=["shard-00", "shard-01"])
+    assert list(Manifest.load(run).experts) == ["shard-01"]
+    assert len(journal(run, "shard-00", "started")) == 1

@@ -1,0 +1,149 @@
+"""A gate head against closed-form log density ratios, and its calibration against known scales."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.core import flow, seeds
+from atoll.core.conditioning import Conditioning
+from atoll.core.head import HeadConfig, new_head
+from atoll.core.manifest import Picture, Plan
+from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
+from atoll.core.storage import Storage
+from atoll.islands.loop import Course, Loop
+from atoll.islands.settings import HeadTraining
+from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
+
+SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1, 1]
+STD = 0.3
+
+
+def make_pack(folder: Path, name: str, mean: float, caption: int) -> Pack:
+    """Gaussian 4x4 pictures about a mean, all under one of two captions."""
+    folder.mkdir()
+    count = 2_000
+    x = mean + STD * seeds.normal(0, name, first=0, count=count, shape=(1, 4, 4))
+    pixels = ((x.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
+    table = Conditioning(
+        torch.zeros(3, 2, 4),
+        torch.ones(3, 2, dtype=torch.bool),
+        torch.nn.functional.normalize(torch.eye(3, 4) + 0.1, dim=1),
+        torch.tensor([True, False, False]),
+    )
+    # Two captions on both sides, the shard's own three times as often as the other.
+    captions = torch.where(torch.arange(count) % 4 == 0, 3 - caption, caption)
+    write_pack(folder / "pack-00000.safetensors", pixels, captions, table)
+    card = ShardCard(
+        name=name, records=1_500, held_out=500, picture=Picture(channels=1, height=4, width=4),
+        encoder="none", packs={"pack-00000.safetensors": count}, files={},
+    )  # fmt: skip
+    write_shard_card(folder, card)
+    return Pack(folder)
+
+
+@pytest.fixture(scope="module")
+def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pack, Pack]:
+    folder = tmp_path_factory.mktemp("packs")
+    return make_pack(folder / "a", "a", SHIFT, 1), make_pack(folder / "c", "commons", -SHIFT, 2)
+
+
+SETTINGS = HeadTraining(images=16_000, batch=64, width=8, broad=0.0, bands=3, condition_dropout=1.0)
+
+
+@pytest.fixture(scope="module")
+def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+    shard, commons = packs
+    trained = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
+    course = Course(
+        plan=Plan(batch=64, images_seen=SETTINGS.images), learning_rate=4e-3, weight_decay=0.01,
+        betas=(0.9, 0.99), warmup=0.05, clip=1.0, ema_decay=0.99, checkpoints=1,
+    )  # fmt: skip
+    loss = head_loss(trained, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0)
+    place = Storage(tmp_path_factory.mktemp("head"))
+    Loop(place, "head", trained, course, name="head").run(loss)
+    return calibrate(trained, shard, commons, SETTINGS, seed=0)
+
+
+def exact_ratio(x_t: Tensor, t: Tensor) -> Tensor:
+    """log N(x_t; (1-t) m, v) - log N(x_t; -(1-t) m, v) = 2 (1-t) m sum(x_t) / v."""
+    variance = ((1 - t) * STD) ** 2 + t**2
+    return 2 * (1 - t) * SHIFT * x_t.sum(dim=(1, 2, 3)) / variance
+
+
+@pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
+def test_the_head_is_the_log_density_ratio(packs, head, t: float) -> None:
+    shard, commons = packs
+    x = torch.cat([p.x_data(torch.tensor(p.held_out)) for p in packs])
+    times = torch.full((len(x),), t)
+    noise = seeds.normal(9, "test", first=0, count=len(x), shape=(1, 4, 4))
+    x_t = flow.interpolate(x, noise, times)
+    with torch.no_grad():
+        found = head(x_t, times, shard.null.expand(len(x)))
+    exact = exact_ratio(x_t, times)
+    # As a classifier it must be within a few hundredths of a nat of the exact posterior.
+    wanted = (torch.arange(len(x)) < len(shard.held_out)).float()
+    bce = torch.nn.functional.binary_cross_entropy_with_logits
+    assert float(bce(found, wanted)) < float(bce(exact, wanted)) + 0.03
+    assert float(torch.corrcoef(torch.stack([found, exact]))[0, 1]) > 0.9
+    assert len(commons) == len(shard)
+
+
+def test_at_noise_text_alone_answers_and_nothing_answers_zero(packs, head) -> None:
+    shard, _ = packs
+    x = seeds.normal(1, "noise", first=0, count=3, shape=(1, 4, 4))
+    one = torch.ones(3)
+    # Captions 1 and 2 stand 3:1 and 1:3 in shard and commons.
+    cond = Conditioning(
+        shard._table.tokens, shard._table.mask, shard._table.pooled, shard._table.is_null
+    )
+    with torch.no_grad():
+        f = head(x, one, cond)
+        elsewhere = head(torch.zeros_like(x), one, cond)
+    assert torch.equal(f, elsewhere)
+    assert float(f[0]) == 0
+    assert float(f[1]) == pytest.approx(math.log(3), abs=0.25)
+    assert float(f[2]) == pytest.approx(-math.log(3), abs=0.25)
+
+
+def test_calibration_says_how_far_to_trust(head) -> None:
+    bands = head.config.bands
+    assert [band.t for band in bands] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
+    assert bands[0].loss < bands[1].loss < bands[2].loss < math.log(2)
+    assert bands[0].overlap < bands[2].overlap <= 1
+    # Where the shard is nearly out of the anchor's sight, 512 records cannot tell the mean.
+    assert 0.7 < bands[2].mean_ratio < 1.4
+
+
+@pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, 0.0), (2.0, 0.7), (1.0, -1.0)])
+def test_a_band_undoes_a_known_distortion(slope: float, intercept: float) -> None:
+    torch.manual_seed(0)
+    own, others = torch.randn(20_000) + 0.5, torch.randn(20_000) - 0.5  # exact logit: x itself
+    band = _band(0.5, (own - intercept) / slope, (others - intercept) / slope)
+    assert band.slope == pytest.approx(slope, rel=0.05)
+    assert band.intercept == pytest.approx(intercept, abs=0.05)
+    assert band.mean_ratio == pytest.approx(1.0, abs=0.05)
+
+
+def test_a_head_with_the_wrong_sign_is_flattened_not_turned() -> None:
+    band = _band(0.5, torch.full((500,), -3.0), torch.full((500,), 3.0))
+    assert band.slope == 0
+
+
+def test_the_anchor_is_one_for_all_shards_and_broad_where_asked(packs) -> None:
+    _, commons = packs
+    plain = anchor_of(commons, 0.0, held_out=False)
+    x, cond = plain.draw(0, "train", first=10, count=50)
+    again, _ = plain.draw(0, "train", first=30, count=20)
+    assert torch.equal(x[20:40], again[:20])
+    assert len(cond) == 50
+    broad = anchor_of(commons, 0.9, held_out=True)
+    wide, _ = broad.draw(0, "train", first=0, count=4_000)
+    assert float(wide.std()) == pytest.approx(2 * float(plain.std.mean()), rel=0.1)
+    rows = {float(v) for v in commons.x_data(torch.tensor(commons.held_out)).flatten()}
+    narrow, _ = anchor_of(commons, 0.0, held_out=True).draw(0, "calibrate", first=0, count=100)
+    assert {float(v) for v in narrow.flatten()} <= rows

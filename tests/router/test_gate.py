@@ -1,0 +1,126 @@
+"""The gate: a softmax over heads and record counts, from which a shard can be taken exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from atoll.core import seeds
+from atoll.core.conditioning import Conditioning
+from atoll.core.head import Band, GateHead, HeadConfig, new_head
+from atoll.router.gate import Gate
+from atoll.router.routing import renormalise
+
+RECORDS = {"a": 700, "b": 31, "c": 4, "d": 1}
+BAND = Band(t=0.5, slope=1.3, intercept=-0.2, loss=0.5, overlap=0.5, mean_ratio=1.0)
+
+
+def head(shard: str) -> GateHead:
+    config = HeadConfig(shard=shard, channels=1, pooled=6, width=8, bands=[BAND], text=BAND)
+    made = new_head(config, seed=0).eval()
+    with torch.no_grad():
+        for name, weight in made.named_parameters():
+            weight.add_(0.2 * torch.randn(weight.shape, generator=seeds.generator(0, shard, name)))
+    return made
+
+
+def question(n: int, t: float, *, null: bool = False) -> tuple[Tensor, Tensor, Conditioning]:
+    pooled = torch.nn.functional.normalize(
+        seeds.normal(2, "pooled", first=0, count=n, shape=(6,)), dim=1
+    )
+    cond = Conditioning(
+        torch.zeros(n, 3, 4), torch.ones(n, 3, dtype=torch.bool), pooled,
+        torch.full((n,), null),
+    )  # fmt: skip
+    x_t = seeds.normal(3, "x_t", first=0, count=n, shape=(1, 8, 8))
+    return x_t, torch.full((n,), t), cond
+
+
+@pytest.fixture(scope="module")
+def heads() -> dict[str, GateHead]:
+    return {shard: head(shard) for shard in RECORDS}
+
+
+@pytest.mark.parametrize("t", [0.0, 0.01, 0.5, 0.99, 1.0])
+def test_weights_are_counts_times_density_ratios(heads: dict[str, GateHead], t: float) -> None:
+    asked = question(20, t)
+    with torch.no_grad():
+        p = Gate(heads, RECORDS)(*asked)
+        odds = torch.stack(
+            [RECORDS[shard] * heads[shard](*asked).double().exp() for shard in RECORDS], dim=1
+        )
+    torch.testing.assert_close(p.double(), renormalise(odds), rtol=1e-5, atol=1e-8)
+    torch.testing.assert_close(p.sum(dim=1), torch.ones(20))
+    assert float(p.std(dim=1).min()) > 0
+
+
+def test_at_noise_without_a_caption_the_gate_is_the_prior(heads: dict[str, GateHead]) -> None:
+    """The text head is calibrated, and the empty caption still says nothing at all."""
+    with torch.no_grad():
+        p = Gate(heads, RECORDS)(*question(5, 1.0, null=True))
+    prior = torch.tensor([float(n) for n in RECORDS.values()])
+    torch.testing.assert_close(p, (prior / prior.sum()).expand(5, 4))
+
+
+@pytest.mark.parametrize("gone", RECORDS)
+def test_taking_out_a_shard_renormalises_the_others(
+    heads: dict[str, GateHead], gone: str
+) -> None:
+    asked = question(20, 0.4)
+    rest = {shard: made for shard, made in heads.items() if shard != gone}
+    kept = [k for k, shard in enumerate(heads) if shard != gone]
+    with torch.no_grad():
+        # As log weights, where a small share keeps its digits beside a large one.
+        whole = Gate(heads, RECORDS).log_weights(*asked)[:, kept].double()
+        less = Gate(rest, RECORDS).log_weights(*asked).double()
+    torch.testing.assert_close(whole.log_softmax(dim=1), less, rtol=1e-5, atol=1e-5)
+    # The odds among those who stay are not touched by who left: heads see no other head.
+    torch.testing.assert_close(whole.diff(dim=1), less.diff(dim=1), rtol=1e-5, atol=2e-5)
+
+
+def test_the_order_of_the_heads_is_irrelevant(heads: dict[str, GateHead]) -> None:
+    asked, order = question(20, 0.4), ["c", "a", "d", "b"]
+    with torch.no_grad():
+        p = Gate(heads, RECORDS)(*asked)
+        q = Gate({shard: heads[shard] for shard in order}, RECORDS)(*asked)
+    torch.testing.assert_close(q, p[:, [list(RECORDS).index(shard) for shard in order]])
+
+
+def test_counts_are_looked_up_by_name(heads: dict[str, GateHead]) -> None:
+    asked = question(4, 0.4)
+    with torch.no_grad():
+        p = Gate(heads, RECORDS)(*asked)
+        q = Gate(heads, dict(reversed(RECORDS.items())))(*asked)
+    assert torch.equal(p, q)
+
+
+def test_confident_heads_do_not_overflow(heads: dict[str, GateHead]) -> None:
+    class Sure(torch.nn.Module):
+        def __init__(self, f: float) -> None:
+            super().__init__()
+            self.f = torch.nn.Parameter(torch.tensor([f]), requires_grad=False)
+
+        def forward(self, x_t: Tensor, _t: Tensor, _cond: Conditioning) -> Tensor:
+            return self.f.expand(len(x_t))
+
+    sure = {"a": Sure(-1e4), "b": Sure(1e4), "c": Sure(1e4), "d": Sure(0.0)}
+    p = Gate(sure, RECORDS)(*question(2, 0.4))  # type: ignore[arg-type]
+    torch.testing.assert_close(p, torch.tensor([[0.0, 31 / 35, 4 / 35, 0.0]]).expand(2, 4))
+
+
+def test_odds_stay_in_float32(heads: dict[str, GateHead]) -> None:
+    asked = question(4, 0.4)
+    gate = Gate({shard: head(shard) for shard in RECORDS}, RECORDS)
+    with torch.no_grad():
+        before = gate(*asked)
+        gate.to(torch.bfloat16).half().to("cpu", torch.float64)
+        assert torch.equal(gate(*asked), before)
+        x_t, t, cond = asked
+        wide = gate(x_t.double(), t.double(), cond.to(x_t.double()))
+    assert torch.equal(wide, before)
+
+
+def test_the_gate_moves_to_another_device(heads: dict[str, GateHead]) -> None:
+    gate = Gate({shard: head(shard) for shard in RECORDS}, RECORDS).to("meta", torch.bfloat16)
+    assert {(w.device.type, w.dtype) for w in gate.parameters()} == {("meta", torch.float32)}

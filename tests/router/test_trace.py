@@ -1,0 +1,86 @@
+"""A trace as JSON and as a picture, whatever the prompts are."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from PIL import Image
+
+from atoll.core import sampler, seeds
+from atoll.router.ensemble import TraceStep
+from atoll.router.trace import strip_png, trace_json
+
+HOSTILE = [
+    "$math$", "$\\frac{", "<b>bold</b> &amp;", "", " ", "日本語 🦊", "\u202egnp.exe", "a\nb\r\tc",
+    "\x00\x1b[31m", "\ud800", "long " * 2000, "%s {0} {", "\\",
+]  # fmt: skip
+
+
+def steps(pictures: int, shards: int, count: int = 3) -> list[TraceStep]:
+    def weights(step: int) -> torch.Tensor:
+        drawn = seeds.uniform(step, "w", first=0, count=pictures, each=shards).float()
+        return drawn / drawn.sum(dim=1, keepdim=True)
+
+    return [TraceStep(1 - s / count, weights(s), weights(s), pictures) for s in range(count)]
+
+
+def opened(data: bytes) -> Image.Image:
+    image = Image.open(io.BytesIO(data))
+    image.load()
+    assert image.format == "PNG"
+    return image
+
+
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_json_round_trip(make_world: Callable[..., Any], guidance: float) -> None:
+    world = make_world(1)
+    trajectory = world.trajectory("top-k:2", [1, 2, 0], trace=True, guidance=guidance)
+    noise = seeds.normal(0, "x_noise", first=0, count=3, shape=(2,)).double()
+    sampler.euler(trajectory, noise, sampler.times(4).double())
+    text = json.dumps(trace_json(trajectory.trace, world.names), allow_nan=False)
+    read = json.loads(text)
+    assert read["schema_version"] == 1
+    assert read["shards"] == world.names
+    assert [step["t"] for step in read["steps"]] == [1.0, 0.75, 0.5, 0.25]
+    for told, step in zip(read["steps"], trajectory.trace, strict=True):
+        for name in ("gate_weights", "weights"):
+            found = torch.tensor(told[name], dtype=torch.float64)
+            torch.testing.assert_close(found, getattr(step, name), rtol=0, atol=1e-6)
+            assert torch.allclose(found.sum(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-5)
+        assert told["experts_run"] == step.experts_run
+
+
+def test_no_trace_is_kept_unless_asked_for(make_world: Callable[..., Any]) -> None:
+    trajectory = make_world(1).trajectory("full", [0])
+    trajectory(torch.zeros(1, 2, dtype=torch.float64), torch.ones(1, dtype=torch.float64))
+    assert trajectory.trace is None
+
+
+@pytest.mark.parametrize("prompt_text", HOSTILE, ids=[f"{p[:12]!a}" for p in HOSTILE])
+def test_a_strip_for_any_prompt(prompt_text: str) -> None:
+    with warnings.catch_warnings():
+        # A font without a sign draws a box; a layout that gives up draws nothing.
+        warnings.filterwarnings("error", message=".*constrained_layout.*")
+        image = opened(strip_png(steps(2, 3), ["a", "b", "c"], [prompt_text, "plain"]))
+    plain = opened(strip_png(steps(2, 3), ["a", "b", "c"], ["other", "plain"]))
+    assert image.size == plain.size
+
+
+def test_a_shard_may_be_called_anything() -> None:
+    names = ["$x$", "$\\frac{", "<i>"]
+    assert opened(strip_png(steps(1, 3), names, ["a prompt"])).size[0] > 0
+
+
+def test_many_pictures_are_cut() -> None:
+    few = opened(strip_png(steps(40, 2), ["a", "b"], ["p"] * 40, most=3))
+    assert few.size == opened(strip_png(steps(3, 2), ["a", "b"], ["p"] * 3)).size
+
+
+def test_one_shard_one_picture_one_step() -> None:
+    assert opened(strip_png(steps(1, 1, count=1), ["only"], ["p"])).size[0] > 0
