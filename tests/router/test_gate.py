@@ -106,7 +106,9 @@ def test_confident_heads_do_not_overflow(heads: dict[str, GateHead]) -> None:
 
     sure = {"a": Sure(-1e4), "b": Sure(1e4), "c": Sure(1e4), "d": Sure(0.0)}
     p = Gate(sure, RECORDS)(*question(2, 0.4))  # type: ignore[arg-type]
-    torch.testing.assert_close(p, torch.tensor([[0.0, 31 / 35, 4 / 35, 0.0]]).expand(2, 4))
+    expected = torch.tensor([[0.0, 31 / 35, 4 / 35, 0.0]]).expand(2, 4)
+    # Beside 10,000 nats a count's logarithm has three digits left in float32.
+    torch.testing.assert_close(p, expected, rtol=1e-2, atol=1e-6)
 
 
 def test_odds_stay_in_float32(heads: dict[str, GateHead]) -> None:

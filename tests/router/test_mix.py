@@ -40,12 +40,12 @@ def test_a_sole_expert_is_untouched(prompt: Any, dtype: torch.dtype) -> None:
     assert torch.equal(v[1:3], torch.stack([others, -others]))
 
 
-@given(row=st.lists(st.sampled_from([0.0, 0.25, 0.5, 1.0]), min_size=3, max_size=3))
+@given(row=st.permutations([0.0, 0.25, 0.75]) | st.permutations([0.0, 0.0, 1.0]))
 def test_a_weight_of_zero_is_never_multiplied(prompt: Any, row: list[float]) -> None:
     nan = torch.tensor([float("nan")])
     experts = [constant(nan if w == 0 else torch.tensor([2.0])) for w in row]
     v = mix(experts, torch.tensor([row]), torch.zeros(1, 1), torch.ones(1), prompt([0]))
-    assert float(v) == 2.0 * sum(row)
+    assert float(v) == 2.0
 
 
 def test_the_sum_of_16_bit_experts_is_not_taken_in_16_bits(prompt: Any) -> None:

@@ -1,0 +1,421 @@
+"""Storage on local files and in memory: names, scopes, exclusive creation, digests, no space."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import multiprocessing
+import os
+import stat
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+
+from atoll.core.errors import DataError, ExitCode, Failed, Refused
+from atoll.core.storage import Storage, canonical_json, sha256_file, sha256_folder
+
+ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
+
+
+def make(folder: Path, **files: str) -> Path:
+    for name, text in files.items():
+        path = folder / name.replace("__", "/").replace("_dot_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    return folder
+
+
+# -- files ---------------------------------------------------------------------------------------
+
+
+def test_what_is_written_is_read(storage: Storage) -> None:
+    storage.write_bytes("a/b.bin", b"\x00\xff" * 1000)
+    assert storage.read_bytes("a/b.bin") == b"\x00\xff" * 1000
+    storage.write_bytes("a/b.bin", b"shorter")
+    assert storage.read_bytes("a/b.bin") == b"shorter"
+    assert storage.exists("a/b.bin")
+    assert storage.exists("a")
+    assert not storage.exists("a/c")
+    with pytest.raises(FileNotFoundError):
+        storage.read_bytes("a/c")
+
+
+def test_json_has_one_layout(storage: Storage) -> None:
+    storage.write_json("x.json", {"b": [1, 2.5, None], "a": "é"})
+    wanted = '{\n  "a": "é",\n  "b": [\n    1,\n    2.5,\n    null\n  ]\n}\n'
+    assert storage.read_bytes("x.json").decode() == wanted
+    assert storage.read_json("x.json") == {"a": "é", "b": [1, 2.5, None]}
+
+
+@pytest.mark.parametrize("data", [b"", b"{", b'{"a": 1', b"\xff\xfe", b"[" * 100_000])
+def test_damaged_json_is_refused(storage: Storage, data: bytes) -> None:
+    storage.write_bytes("x.json", data)
+    with pytest.raises(Refused, match=r"x\.json is not readable JSON.*Cure"):
+        storage.read_json("x.json")
+
+
+def test_writing_appears_when_the_block_ends_well(storage: Storage) -> None:
+    with storage.writing("a/big.bin") as path:
+        path.write_bytes(b"content")
+        assert not storage.exists("a/big.bin")
+    assert storage.read_bytes("a/big.bin") == b"content"
+    with pytest.raises(RuntimeError), storage.writing("a/big.bin") as path:
+        path.write_bytes(b"torn")
+        raise RuntimeError
+    assert storage.read_bytes("a/big.bin") == b"content"
+    assert storage.list() == ["a/big.bin"]
+
+
+def test_lines_are_appended_in_order(storage: Storage) -> None:
+    for line in ("one", "two", "drei é"):
+        storage.append_line("journal/m.jsonl", line)
+    assert storage.read_bytes("journal/m.jsonl").decode().splitlines() == ["one", "two", "drei é"]
+
+
+def test_list_is_sorted_relative_and_without_temporaries(storage: Storage) -> None:
+    for name in ("b/2", "b/10", "a", "b/c/d", "bb/e"):
+        storage.write_bytes(name, b"x")
+    if storage.is_local:  # what a killed writer leaves
+        make(storage.local(""), **{"b__._dot_2.0f": "x"})
+        (storage.local("b") / ".c.0f").mkdir()
+        (storage.local("b") / ".c.0f" / "d").write_text("x")
+        (storage.local("") / ".lock").touch()
+        assert len([p for p in storage.local("").rglob(".*")]) >= 2
+    assert storage.list() == ["a", "b/10", "b/2", "b/c/d", "bb/e"]
+    assert storage.list("b") == ["b/10", "b/2", "b/c/d"]
+    assert storage.list("b/c") == ["b/c/d"]
+    assert storage.list("nothing") == []
+
+
+def test_remove_takes_files_and_whole_folders_and_nothing_else(storage: Storage) -> None:
+    for name in ("a/1", "a/b/2", "ab/3"):
+        storage.write_bytes(name, b"x")
+    storage.remove("a")
+    storage.remove("a")
+    assert storage.list() == ["ab/3"]
+    storage.remove("ab/3")
+    assert storage.list() == []
+
+
+# -- names and scopes ----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ESCAPES)
+def test_names_that_lead_out_are_refused_by_every_method(
+    storage: Storage, name: str, tmp_path: Path
+) -> None:
+    calls: list[Callable[[], Any]] = [
+        lambda: storage.read_bytes(name),
+        lambda: storage.read_json(name),
+        lambda: storage.write_bytes(name, b""),
+        lambda: storage.write_json(name, {}),
+        lambda: storage.create(name, b""),
+        lambda: storage.append_line(name, ""),
+        lambda: storage.exists(name),
+        lambda: storage.list(name),
+        lambda: storage.remove(name),
+        lambda: storage.local(name),
+        lambda: storage.publish(tmp_path, name),
+        lambda: storage.sha256(name),
+        lambda: storage.writing(name).__enter__(),
+    ]
+    for call in calls:
+        with pytest.raises(Refused, match="not a name inside a run"):
+            call()
+
+
+@given(parts=st.lists(st.sampled_from(["..", ".", "", "a", "b c", "é", "..."]), max_size=5))
+def test_a_name_is_either_refused_or_inside(parts: list[str]) -> None:
+    place, name = Storage("/nowhere/run"), "/".join(parts)
+    try:
+        path = place.local(name)
+    except Refused:
+        assert not name or name.startswith("/") or {"", ".", ".."} & set(parts)
+    else:
+        inside = os.path.normpath(path)
+        assert inside == "/nowhere/run" or inside.startswith("/nowhere/run/")
+
+
+def test_scoped_handle_reads_and_writes_only_what_it_was_given(storage: Storage) -> None:
+    for name in ("commons/a", "shards/s0/a", "shards/s00/a", "shards/s1/a", "manifest.json"):
+        storage.write_bytes(name, b"x")
+    island = storage.scoped(read=["commons", "shards/s0"], write=["islands/s0"])
+    assert island.read_bytes("commons/a") == b"x"
+    assert island.list("shards/s0") == ["shards/s0/a"]
+    island.write_bytes("islands/s0/y", b"y")
+    assert island.read_bytes("islands/s0/y") == b"y"
+    denied: list[Callable[[], Any]] = [
+        lambda: island.read_bytes("manifest.json"),
+        lambda: island.read_bytes("shards/s1/a"),
+        lambda: island.read_bytes("shards/s00/a"),
+        lambda: island.list(),
+        lambda: island.list("shards"),
+        lambda: island.exists("shards/s1"),
+        lambda: island.local("shards/s1"),
+        lambda: island.sha256("manifest.json"),
+        lambda: island.write_bytes("commons/a", b"y"),
+        lambda: island.create("shards/s0/b", b"y"),
+        lambda: island.remove("shards/s0/a"),
+        lambda: island.append_line("islands/s1/log", "y"),
+        lambda: island.publish(Path("/tmp"), "islands"),
+    ]
+    for call in denied:
+        with pytest.raises(PermissionError, match="this handle may not (read|write)"):
+            call()
+    assert storage.list("islands") == ["islands/s0/y"]
+
+
+@pytest.mark.parametrize("uri", ["nosuch://place", "s4://bucket/run"])
+def test_unknown_kind_of_place_is_a_data_error(uri: str) -> None:
+    with pytest.raises(DataError, match="not a place that fsspec can open"):
+        Storage(uri)
+
+
+# -- exclusive creation --------------------------------------------------------------------------
+
+
+def test_create_refuses_what_is_there_and_leaves_it(storage: Storage) -> None:
+    storage.create("gen/1", b"first")
+    with pytest.raises(FileExistsError):
+        storage.create("gen/1", b"second")
+    assert storage.read_bytes("gen/1") == b"first"
+    assert storage.list() == ["gen/1"]
+
+
+def _winners(storage: Storage, name: str, racers: int) -> list[int]:
+    won: list[int] = []
+    start = threading.Barrier(racers)
+
+    def race(number: int) -> None:
+        start.wait()
+        with contextlib.suppress(FileExistsError):
+            storage.create(name, b"%d" % number)
+            won.append(number)
+
+    threads = [threading.Thread(target=race, args=(number,)) for number in range(racers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return won
+
+
+def test_of_16_racing_threads_exactly_one_creates(storage: Storage) -> None:
+    for round_ in range(40):
+        won = _winners(storage, f"gen/{round_}", 16)
+        assert len(won) == 1
+        assert storage.read_bytes(f"gen/{round_}") == b"%d" % won[0]
+
+
+def _create_all(uri: str, number: int, rounds: int, start: Any, won: Any) -> None:
+    place = Storage(uri)
+    for round_ in range(rounds):
+        start.wait()
+        try:
+            place.create(f"gen/{round_}", b"%d" % number * 1000)
+        except FileExistsError:
+            # Whoever loses must find the winner's content, all of it.
+            assert len(set(place.read_bytes(f"gen/{round_}").split(b","))) == 1
+        else:
+            won.put((round_, number))
+
+
+def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
+    context, rounds = multiprocessing.get_context("fork"), 25
+    start, won = context.Barrier(16), context.Queue()
+    racers = [
+        context.Process(target=_create_all, args=(str(tmp_path), number, rounds, start, won))
+        for number in range(16)
+    ]
+    for racer in racers:
+        racer.start()
+    winners = dict(won.get(timeout=60) for _ in range(rounds))
+    for racer in racers:
+        racer.join()
+        assert racer.exitcode == 0
+    assert won.empty()
+    assert sorted(winners) == list(range(rounds))
+    for round_, number in winners.items():
+        assert (tmp_path / f"gen/{round_}").read_bytes() == b"%d" % number * 1000
+
+
+# -- folders and digests -------------------------------------------------------------------------
+
+
+def test_publish_replaces_whole_and_keeps_nothing_of_before(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.publish(make(tmp_path / "one", a="1", sub__b="2"), "islands/s/expert")
+    assert storage.list() == ["islands/s/expert/a", "islands/s/expert/sub/b"]
+    storage.publish(make(tmp_path / "two", c="3", atoll_dot_json="{}"), "islands/s/expert")
+    assert storage.list() == ["islands/s/expert/atoll.json", "islands/s/expert/c"]
+    local = storage.local("islands/s/expert")
+    assert {p.name: p.read_text() for p in local.iterdir()} == {"c": "3", "atoll.json": "{}"}
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["atoll.json", "c"]
+
+
+def test_writing_folder_publishes_only_what_ended_well(storage: Storage) -> None:
+    with storage.writing_folder("x/expert") as folder:
+        make(folder, a="1")
+    with pytest.raises(RuntimeError), storage.writing_folder("x/expert") as folder:
+        make(folder, b="2")
+        raise RuntimeError
+    assert storage.list() == ["x/expert/a"]
+
+
+def test_on_object_stores_the_marker_comes_last(tmp_path: Path) -> None:
+    place, written = Storage("memory://marker"), []
+    place.write_bytes = lambda name, data: written.append(name)  # type: ignore[method-assign]
+    place.publish(make(tmp_path / "x", atoll_dot_json="{}", weights="w", sub__z="z"), "expert")
+    assert written == ["expert/sub/z", "expert/weights", "expert/atoll.json"]
+
+
+def test_a_staged_copy_never_holds_what_was_removed_since(storage: Storage) -> None:
+    storage.write_bytes("x/a", b"1")
+    storage.write_bytes("x/b", b"2")
+    both = storage.sha256("x")
+    storage.remove("x/b")
+    assert storage.sha256("x") != both
+    assert [p.name for p in storage.local("x").iterdir()] == ["a"]
+    assert storage.local("x/a").read_bytes() == b"1"
+    assert (storage.local("") / "x" / "a").read_bytes() == b"1"
+    with pytest.raises(FileNotFoundError):
+        storage.sha256("nothing")
+
+
+def test_sha256_is_what_coreutils_say(storage: Storage, tmp_path: Path) -> None:
+    files = {"b": "1", "a__z": "2", "a__b": "3", "a_dot_x": "4", "é_dot_t": "5", "A": "", "a0": "6"}
+    folder = make(tmp_path / "folder", **files)
+    recipe = "find . -type f -printf '%P\\0' | LC_ALL=C sort -z | xargs -0 sha256sum | sha256sum"
+    printed = subprocess.run(
+        ["bash", "-c", recipe], cwd=folder, capture_output=True, text=True, check=True
+    ).stdout
+    assert sha256_folder(folder) == printed.split()[0]
+    storage.publish(folder, "x/folder")
+    assert storage.sha256("x/folder") == printed.split()[0]
+    storage.write_bytes("y", b"data" * 100_000)
+    assert storage.sha256("y") == hashlib.sha256(b"data" * 100_000).hexdigest()
+
+
+@pytest.mark.parametrize("change", ["edit", "rename", "add", "remove", "move"])
+def test_sha256_of_a_folder_sees_every_change(change: str, tmp_path: Path) -> None:
+    folder = make(tmp_path / "x", a="1", b="2", sub__c="3")
+    before = sha256_folder(folder)
+    {
+        "edit": lambda: (folder / "a").write_text("9"),
+        "rename": lambda: (folder / "a").rename(folder / "aa"),
+        "add": lambda: (folder / "d").write_text(""),
+        "remove": lambda: (folder / "b").unlink(),
+        "move": lambda: (folder / "a").rename(folder / "sub" / "a"),
+    }[change]()
+    assert sha256_folder(folder) != before
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_permissions_follow_the_umask(mask: int, tmp_path: Path) -> None:
+    run, before = Storage(tmp_path / "run"), os.umask(mask)
+    try:
+        with run.writing_folder("x/expert") as folder:
+            save_file({"w": torch.zeros(1)}, folder / "w.safetensors")  # private by itself
+            make(folder, sub__a="1")
+        with run.writing("pack.safetensors") as path:
+            save_file({"w": torch.zeros(1)}, path)
+        run.write_bytes("plain", b"")
+        run.create("exclusive", b"")
+    finally:
+        os.umask(before)
+    for path in run.local("").rglob("*"):
+        wanted = (0o777 if path.is_dir() else 0o666) & ~mask
+        assert stat.S_IMODE(path.stat().st_mode) == wanted, path
+
+
+# -- no space left -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+@pytest.mark.parametrize("call", ["write", "fsync"])
+def test_no_space_is_a_failure_that_leaves_what_was_there(
+    number: int, call: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Storage(tmp_path / "run")
+    run.write_bytes("a/x", b"before")
+    run.publish(make(tmp_path / "one", a="1"), "a/folder")
+
+    def full(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    def save_full(path: Path) -> None:
+        path.write_bytes(b"torn")
+        full()
+
+    if call == "fsync":
+        monkeypatch.setattr(os, "fsync", full)
+    else:
+        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr("shutil.copytree", full)
+    writes: list[Callable[[], Any]] = [
+        lambda: run.write_bytes("a/x", b"after"),
+        lambda: run.write_json("a/x", {}),
+        lambda: run.create("a/new", b"after"),
+        lambda: run.publish(tmp_path / "one", "a/folder"),
+    ]
+    for write in writes:
+        with pytest.raises(Failed, match="No space left.*Cure: free some space") as caught:
+            write()
+        assert caught.value.exit_code == ExitCode.FAILED == 1
+    monkeypatch.undo()
+    assert run.read_bytes("a/x") == b"before"
+    assert run.list() == ["a/folder/a", "a/x"]
+    assert [p.name for p in (tmp_path / "run/a").iterdir() if p.name.startswith(".")] == []
+
+
+def test_no_space_while_the_content_is_made_is_a_failure_too(storage: Storage) -> None:
+    with pytest.raises(Failed), storage.writing_folder("x"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    with pytest.raises(Failed), storage.writing("y"):
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert storage.list() == []
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="a device that is always full")
+def test_no_space_reported_by_a_real_device(tmp_path: Path) -> None:
+    run = Storage(tmp_path)
+    with pytest.raises(Failed), run.writing("x"), open("/dev/full", "wb", buffering=0) as full:
+        full.write(b"x")
+
+
+def test_no_space_in_the_words_of_safetensors_is_a_failure(storage: Storage) -> None:
+    from safetensors import SafetensorError
+
+    said = "Error while serializing: I/O error: No space left on device (os error 28)"
+    with pytest.raises(Failed), storage.writing("x"):
+        raise SafetensorError(said)
+    with pytest.raises(SafetensorError), storage.writing("x"):
+        raise SafetensorError("Error while serializing: something else")
+
+
+def test_other_errors_of_the_system_keep_their_name(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises((FileExistsError, NotADirectoryError)):
+        Storage(tmp_path).write_bytes("file/below", b"")
+
+
+def test_canonical_json_round_trips() -> None:
+    value = {"b": 0.1 + 0.2, "a": [2**53 + 1, 1e-300, "\x1f\n"]}
+    assert json.loads(canonical_json(value)) == value
+    assert canonical_json(json.loads(canonical_json(value))) == canonical_json(value)
+
+
+def test_digest_of_a_file_is_of_its_bytes(tmp_path: Path) -> None:
+    (tmp_path / "x").write_bytes(b"")
+    assert sha256_file(tmp_path / "x") == hashlib.sha256().hexdigest()
