@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -34,7 +34,8 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="Fraction held out of every shard [default: 0.05]")
         ] = None,
         fit_on: Annotated[
-            str | None, typer.Option(help="commons or all: whose records move the centroids.")
+            Literal["commons", "all"] | None,
+            typer.Option(help="Whose records move the centroids."),
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Seed of the whole run [default: 0]")] = None,
         set_: SetOption = None,
@@ -42,6 +43,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Embed a corpus, cluster it, and write one folder per shard."""
         from atoll.cli.resolve import resolve
+        from atoll.cli.unlearn import check_no_removal
         from atoll.core.lock import exclusive
         from atoll.core.storage import Storage
         from atoll.partitioner.pipeline import partition as do_partition
@@ -54,6 +56,7 @@ def register(app: typer.Typer) -> None:
         )  # fmt: skip
         storage = Storage(run)
         with exclusive(storage):
+            check_no_removal(storage)
             manifest = do_partition(corpus, storage, resolved)
         sizes = {name: shard.records for name, shard in manifest.shards.items()}
         lines = [f"{name}: {count} records" for name, count in sizes.items()]

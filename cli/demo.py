@@ -35,7 +35,7 @@ from atoll.core.errors import Refused
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.lock import exclusive
-from atoll.core.manifest import Manifest, Plan
+from atoll.core.manifest import MANIFEST_NAME, Manifest, Plan
 from atoll.core.pack import Pack, join
 from atoll.core.recipes import recipe_of
 from atoll.core.storage import Storage
@@ -63,15 +63,16 @@ def run_demo(
     place = Storage(out)
     with exclusive(place):
         if place.exists(CONFIG_NAME):
-            if load_config(DemoSettings, place.local(CONFIG_NAME)) != settings:
+            earlier = load_config(DemoSettings, place.local(CONFIG_NAME))
+            # Before its partition stands, as after a corpus that was refused, nothing is lost.
+            if earlier != settings and place.exists(f"run/{MANIFEST_NAME}"):
                 raise Refused(
                     f"{out} holds a demo with other options",
                     cure="give the same options, or another --out",
                 )
         elif place.list():
             raise Refused(f"{out} is not empty and holds no demo", cure="give another --out")
-        else:
-            save_config(settings, place, "")
+        save_config(settings, place, "")
         if not place.exists("report.html"):
             _Demo(place, settings).run()
         else:

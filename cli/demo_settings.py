@@ -33,14 +33,14 @@ def settings_for(
             minutes=1.0 if smallest else minutes or 15.0,
             partition=PartitionConfig(shards=shards),
             base=BaseConfig(),
-            train=TrainConfig(head=HeadTraining(images=2_000 if smallest else 16_000)),
+            train=TrainConfig(head=HeadTraining(images=2_000 if smallest else None)),
             pictures=40 if smallest else 300,
         )
     partition = PartitionConfig(shards=shards, commons="0.25", holdout=0.2)
     if not smallest:
         return DemoSettings(
             corpus=None, minutes=minutes, partition=partition, base=BaseConfig(),
-            train=TrainConfig(),
+            train=TrainConfig(head=HeadTraining(share=2)),
         )  # fmt: skip
     return DemoSettings(
         corpus=None,

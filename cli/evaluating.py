@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
 from safetensors.torch import load_file
 
 from atoll.cli.systems import Model, Pictures, load_model, model_names, sample
+from atoll.cli.unlearn import check_no_removal
+from atoll.cli.working import working_on
 from atoll.core.errors import UsageError
 from atoll.core.head import GateHead, HeadConfig
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Manifest
+from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.storage import Storage
 from atoll.evaluate.evaluation import Evaluation, Request, Sampled, System, evaluate_systems
 from atoll.evaluate.features import embed
@@ -47,9 +50,47 @@ def evaluate_models(
     seed: int,
     out: str | None,
 ) -> tuple[Evaluation, str]:
-    """Measure models against a run's held-out records; write metrics.json and report.html."""
+    """Measure models against a run's held-out records; write metrics.json and report.html.
+
+    Without `out` they are the run's own, which is held meanwhile: a removal deletes them.
+    """
+    with working_on(reference) if out is None else _looking_at(reference) as (run, manifest):
+        for artefact in (manifest.partition, manifest.commons, *manifest.shards.values()):
+            check_artefact(run, artefact)
+        evaluation, data = _measure(
+            models, run, manifest, routings=routings, count=count, steps=steps, guidance=guidance,
+            seed=seed,
+        )  # fmt: skip
+        if out is None:
+            evaluation.save(run)
+            write_report(data, run)
+        else:
+            place = Storage(out)
+            place.write_json("metrics.json", evaluation.model_dump(mode="json"))
+            write_report(data, place, name="report.html")
+    return evaluation, f"{reference}/evaluation" if out is None else out
+
+
+@contextmanager
+def _looking_at(reference: str) -> Iterator[tuple[Storage, Manifest]]:
     run = Storage(reference)
     manifest = Manifest.load(run)
+    check_no_removal(run)
+    yield run, manifest
+
+
+def _measure(
+    models: Sequence[str],
+    run: Storage,
+    manifest: Manifest,
+    *,
+    routings: Sequence[str],
+    count: int,
+    steps: int,
+    guidance: float,
+    seed: int,
+) -> tuple[Evaluation, ReportData]:
+    reference = run.uri
     loaded = [load_model(path, encoder=f"{reference}/encoder") for path in models]
     systems = []
     for name, model in zip(model_names(list(models)), loaded, strict=True):
@@ -70,11 +111,9 @@ def evaluate_models(
         instrument=instrument_of(run, manifest),
         real=load_records(run, manifest, split=TRAIN),
     )
-    place, folder = (run, f"{reference}/evaluation") if out is None else (Storage(out), out)
-    shards = tuple(manifest.shards)
     data = ReportData(
         title=f"Evaluation of {reference}",
-        shards=shards,
+        shards=tuple(manifest.shards),
         sentence=f"{len(systems)} systems against {evaluation.n_reference} held-out records.",
         partition=partition_view(run, manifest),
         curves=training_curves(run, manifest),
@@ -83,13 +122,7 @@ def evaluate_models(
         evaluation=evaluation,
         ledger=Ledger(run).entries(),
     )
-    if out is None:
-        evaluation.save(run)
-        write_report(data, run)
-    else:
-        place.write_json("metrics.json", evaluation.model_dump(mode="json"))
-        write_report(data, place, name="report.html")
-    return evaluation, folder
+    return evaluation, data
 
 
 def systems_of(
@@ -173,9 +206,8 @@ def partition_view(run: Storage, manifest: Manifest) -> PartitionView:
         )
         for name in by_shard
     }
-    how = (
-        f"By {manifest.partition.by}, with the encoder {manifest.encoder.spec!r}"
-        + (" fitted on the commons." if manifest.encoder.spec == "fit" else ".")
+    how = f"By {manifest.partition.by}, with the encoder {manifest.encoder.spec!r}" + (
+        " fitted on the commons." if manifest.encoder.spec == "fit" else "."
     )
     commons = views.pop("commons")
     return PartitionView(tuple(views.values()), commons=commons, how=how)

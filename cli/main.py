@@ -6,6 +6,7 @@ command's packages are imported when it runs.
 
 from __future__ import annotations
 
+import logging
 import sys
 from typing import Annotated
 
@@ -14,7 +15,9 @@ import typer
 from atoll import __version__
 from atoll.cli import corpora, demonstration, models, removal, soups, training
 from atoll.cli.output import fail, interrupted
-from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.core.errors import AtollError, Failed, Refused, UsageError
+
+log = logging.getLogger("atoll")
 
 app = typer.Typer(
     name="atoll",
@@ -68,6 +71,10 @@ def run(arguments: list[str] | None = None) -> None:
         context = getattr(error, "ctx", None)
         hint = f"`{context.command_path} --help` lists what is allowed" if context else ""
         fail(UsageError(message, cure=hint), as_json=as_json)
+    except OSError as error:  # a place that cannot be read or written
+        log.debug("where it happened", exc_info=True)
+        named = f"{error.filename}: " if error.filename else ""
+        fail(Failed(f"{named}{error.strerror or error}"), as_json=as_json)
     except KeyboardInterrupt:
         fail(interrupted(), as_json=as_json)
     if ended == 130:  # how typer hands on Ctrl-C

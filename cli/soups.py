@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -49,8 +51,10 @@ def register(app: typer.Typer) -> None:
                 f"Unknown dtype '{dtype}'. {did_you_mean(dtype, choices)}".strip(),
                 allowed=", ".join(choices),
             )
-        made = soup.create(Path(out), _weighted(expert), dtype=dtype)  # type: ignore[arg-type]
-        _remember(made)
+        weighted = _weighted(expert)
+        with _at_work(Path(out), weighted) as remember_in_all:
+            made = soup.create(Path(out), weighted, dtype=dtype)  # type: ignore[arg-type]
+            remember_in_all(made)
         return _result(made)
 
     @command(group, "add", example="atoll soup add out/soup out/run/islands/shard-05/expert=2")
@@ -58,8 +62,10 @@ def register(app: typer.Typer) -> None:
         """Make a soup anew with further experts."""
         from atoll.merge import soup as soups
 
-        made = soups.add(Path(soup), _weighted(expert), search=_paths(search))
-        _remember(made)
+        weighted = _weighted(expert)
+        with _at_work(Path(soup), weighted) as remember_in_all:
+            made = soups.add(Path(soup), weighted, search=_paths(search))
+            remember_in_all(made)
         return _result(made)
 
     @command(group, "remove", example="atoll soup remove out/soup shard-02")
@@ -71,8 +77,9 @@ def register(app: typer.Typer) -> None:
         """Make a soup anew without one ingredient."""
         from atoll.merge import soup as soups
 
-        made = soups.remove(Path(soup), name, search=_paths(search))
-        _remember(made)
+        with _at_work(Path(soup)) as remember_in_all:
+            made = soups.remove(Path(soup), name, search=_paths(search))
+            remember_in_all(made)
         return _result(made)
 
     @command(group, "verify", example="atoll soup verify out/soup")
@@ -145,18 +152,30 @@ def _result(made: Soup) -> Result:
     return result
 
 
-def _remember(made: Soup) -> None:
-    """Tell the runs that a soup lies in, or comes from; one that left is among their exports."""
-    from atoll.cli.systems import owning_run
-    from atoll.core.lock import exclusive
-    from atoll.core.manifest import Manifest
-    from atoll.core.storage import Storage
+@contextmanager
+def _at_work(soup: Path, experts: Iterable[Path] = ()) -> Iterator[Callable[[Soup], None]]:
+    """Hold the runs that a soup lies in or comes from, before anything of it is changed.
 
-    parts = [made.path, *(made.path / part.path for part in made.recipe.ingredients)]
-    for place in sorted({home for part in parts if (home := owning_run(part)) is not None}):
-        run = Storage(place)
-        with exclusive(run):
-            remember(made, run, Manifest.load(run))
+    Yields what tells them all of the soup; one that left them is among their exports.
+    """
+    from atoll.cli.working import check_recorded, owning_run, working_on
+    from atoll.merge.recipe import RECIPE_NAME, Recipe
+
+    experts = list(experts)
+    parts = [soup, *experts]
+    if (soup / RECIPE_NAME).is_file():
+        parts += [soup / part.path for part in Recipe.load(soup).ingredients]
+    with ExitStack() as stack:
+        homes = sorted({home for part in parts if (home := owning_run(part)) is not None})
+        runs = [stack.enter_context(working_on(home)) for home in homes]
+        for expert in experts:
+            check_recorded(expert)
+
+        def remember_in_all(made: Soup) -> None:
+            for run, manifest in runs:
+                remember(made, run, manifest)
+
+        yield remember_in_all
 
 
 def remember(made: Soup, run: Storage, manifest: Manifest) -> None:

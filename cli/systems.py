@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atoll.cli.working import check_recorded, owning_run
 from atoll.core import sampler
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import CARD_NAME, Denoiser
@@ -99,6 +100,7 @@ def load_model(path: str, *, encoder: str | None = None) -> Model:
         if not (folder / "ensemble" / "model_index.json").is_file():
             raise MissingError(f"The run {path} has no ensemble yet", cure=f"atoll assemble {path}")
         folder = folder / "ensemble"
+    check_recorded(folder)
     if (folder / "model_index.json").is_file():
         return _ensemble(folder)
     if (folder / CARD_NAME).is_file():
@@ -132,6 +134,7 @@ def _denoiser(folder: Path, encoder: str | None) -> Model:
             f"{folder} is no part of a run, so its encoder is not known",
             cure="give --encoder RUN/encoder",
         )
+    check_recorded(place)
     return one_expert(denoiser, load_encoder(place))
 
 
@@ -153,14 +156,6 @@ def one_expert(denoiser: Denoiser, encoder: Encoder) -> Model:
 
 def _sole_gate(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     raise AssertionError("the gate of a sole expert has nothing to decide")
-
-
-def owning_run(folder: Path) -> Path | None:
-    """The nearest folder above that holds a manifest, or None."""
-    for parent in folder.resolve().parents:
-        if (parent / MANIFEST_NAME).is_file():
-            return parent
-    return None
 
 
 def _encoder_near(folder: Path) -> Path | None:

@@ -36,18 +36,12 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Train the common start of all experts on the commons."""
         from atoll.cli.resolve import resolve
-        from atoll.cli.unlearn import check_no_removal
-        from atoll.core.lock import exclusive
-        from atoll.core.manifest import Manifest
-        from atoll.core.storage import Storage
+        from atoll.cli.working import working_on
         from atoll.islands.base import train_base
         from atoll.islands.settings import BaseConfig
 
-        storage = Storage(run)
-        manifest = Manifest.load(storage)
         settings = resolve(BaseConfig, config, set_, recipe=recipe, training__passes=passes)
-        with exclusive(storage):
-            check_no_removal(storage)
+        with working_on(run) as (storage, manifest):
             if minutes is not None and manifest.base is None:
                 settings = base_within(storage, manifest, settings, minutes)
             made = train_base(storage, manifest, settings)
@@ -79,32 +73,30 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Train one expert and one gate head per shard, each an isolated Ray job."""
         from atoll.cli.resolve import resolve
-        from atoll.cli.unlearn import check_no_removal
+        from atoll.cli.working import working_on
         from atoll.core.errors import ConfigError
-        from atoll.core.lock import exclusive
-        from atoll.core.manifest import Manifest
+        from atoll.core.manifest import check_artefact, require
         from atoll.core.recipes import recipe_of
-        from atoll.core.storage import Storage
         from atoll.islands import supervise
         from atoll.islands.settings import TrainConfig, plan_for
 
-        storage = Storage(run)
-        manifest = Manifest.load(storage)
         settings = resolve(TrainConfig, config, set_, training__passes=passes)
-        if recipe is not None and recipe_of(recipe) and recipe != manifest.recipe:
-            raise ConfigError(
-                f"The experts start from the base, whose recipe is {manifest.recipe}",
-                cure="leave out --recipe, or start a new run with `atoll base --recipe`",
-            )
-        with exclusive(storage):
-            check_no_removal(storage)
+        with working_on(run) as (storage, manifest):
+            # Before the plan is written, which would move a manifest that is then refused.
+            check_artefact(storage, require(manifest.base, "base", f"train it: `atoll base {run}`"))
+            if recipe is not None and recipe_of(recipe) and recipe != manifest.recipe:
+                raise ConfigError(
+                    f"The experts start from the base, whose recipe is {manifest.recipe}",
+                    cure="leave out --recipe, or start a new run with `atoll base --recipe`",
+                )
+            wanted = {name: manifest.shard(name) for name in shard or manifest.shards}
             if minutes is not None:
                 settings = experts_within(storage, manifest, settings, minutes)
             if dry_run:
                 chosen = recipe_of(str(manifest.recipe))
                 planned = {
                     name: plan_for(settings.training, chosen, entry.records, base=False)
-                    for name, entry in manifest.shards.items()
+                    for name, entry in wanted.items()
                 }
                 plans = {name: plan.model_dump() for name, plan in planned.items()}
                 return {"run": run, "plan": plans}
@@ -127,16 +119,10 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Experts and gate heads become an ensemble folder that diffusers loads."""
-        from atoll.cli.unlearn import check_no_removal
-        from atoll.core.lock import exclusive
-        from atoll.core.manifest import Manifest
-        from atoll.core.storage import Storage
+        from atoll.cli.working import working_on
         from atoll.router.assemble import assemble as do_assemble
 
-        storage = Storage(run)
-        manifest = Manifest.load(storage)
-        with exclusive(storage):
-            check_no_removal(storage)
+        with working_on(run) as (storage, manifest):
             made = do_assemble(storage, manifest, out)
         missing = [name for name in manifest.shards if name not in manifest.experts]
         return {"run": run, "ensemble": made.path, "sha256": made.sha256, "missing": missing}

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from atoll.core.errors import Refused, UsageError
+from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
-from atoll.core.manifest import MANIFEST_NAME, Artefact, Manifest
+from atoll.core.manifest import MANIFEST_NAME, Artefact, Manifest, check_artefact
 from atoll.core.storage import Storage
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 INTENT_NAME = "unlearn.json"
 CERTIFICATE_NAME = "certificate.json"
 SCHEMA_VERSION = 1
+# What a certificate says that only the removal knew: the note of its ledger entry.
+CERTIFIED = ("records", "before", "after", "rewritten_exports", "beyond_reach")
 
 
 class Certificate(BaseModel):
@@ -66,18 +68,30 @@ def unlearn(run: Storage, shard: str) -> Certificate:
     manifest = Manifest.load(run)
     intent = _intent(run, manifest, shard)
     _leave_soups(run, manifest, shard)
-    rewritten, unreached = _leave_exports(run, manifest, shard)
+    exports: dict[str, str] = intent["exports"]
+    _leave_exported_soups(run, manifest, shard, exports)
     if shard in manifest.shards:
         forget(run, manifest, shard)
     manifest.experts.pop(shard, None)
-    _leave_ensemble(run, manifest)
+    _leave_ensemble(run, manifest, exports)
     run.remove("evaluation")
     run.remove(f"islands/{shard}")
+    _sweep(run)
     manifest.save(run)
-    certificate = _certify(run, manifest, intent, rewritten, unreached)
+    certificate = _certify(run, manifest, intent)
     run.write_json(CERTIFICATE_NAME, certificate.model_dump(mode="json"))
     run.remove(INTENT_NAME)
     return certificate
+
+
+def _sweep(run: Storage) -> None:
+    """Drop what killed writers left under hidden names anywhere in the run; it may be the shard."""
+    if run.is_local:
+        for left in run.local("").rglob(f".*.{'[0-9a-f]' * 32}"):
+            if left.is_dir():
+                shutil.rmtree(left)
+            else:
+                left.unlink(missing_ok=True)
 
 
 def artefacts(manifest: Manifest) -> dict[str, str]:
@@ -107,18 +121,73 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     newest = {(e.kind, e.name): e for e in Ledger(run).entries()}
     reached = {e.sha256 for e in newest.values() if shard in e.shards}
     before = {path: sha for path, sha in artefacts(manifest).items() if sha in reached}
+    kinds, unreached = _exports(manifest, newest, shard)
+    soups = [export for export, kind in kinds.items() if kind == "soup"]
+    _check_sound(run, manifest, shard, soups)
+    beyond = ["copies of the ensemble, the experts or soups that others were given before"]
+    beyond += ["the ledger's own lines, which go on naming the shard"]
+    beyond += [f"the export {place}, which is not within reach from here" for place in unreached]
+    fitted = {"encoder": manifest.encoder.fitted_on, "centroids": manifest.partition.fitted_on}
+    for what, shards in fitted.items():
+        if shard in shards:
+            beyond.append(f"the {what}, fitted on this shard's records too (--fit-on all)")
     intent = {
         "schema_version": SCHEMA_VERSION,
         "shard": shard,
         "records": entry.records + entry.held_out,
         "before": before,
-        "fitted": {
-            "encoder": shard in manifest.encoder.fitted_on,
-            "centroids": shard in manifest.partition.fitted_on,
-        },
+        "rewritten_exports": sorted(kinds),
+        "exports": kinds,
+        "beyond_reach": beyond,
     }
     run.write_json(INTENT_NAME, intent)
     return intent
+
+
+def _exports(
+    manifest: Manifest, newest: dict[tuple[str, str], LedgerEntry], shard: str
+) -> tuple[dict[str, str], list[str]]:
+    """The exports that hold the shard: what those within reach are, and the others."""
+    kinds: dict[str, str] = {}
+    unreached = []
+    for export in manifest.exports:
+        soup = newest.get(("soup", export))
+        if soup is not None and shard not in soup.shards:
+            continue
+        if _holds(export, "soup.json"):
+            kinds[export] = "soup"
+        elif _holds(export, "model_index.json"):
+            kinds[export] = "ensemble"
+        else:
+            unreached.append(export)
+    return kinds, unreached
+
+
+def _holds(export: str, name: str) -> bool:
+    try:
+        return Storage(export).exists(name)
+    except (AtollError, OSError):
+        return False
+
+
+def _check_sound(run: Storage, manifest: Manifest, shard: str, soups: list[str]) -> None:
+    """Refuse, while nothing is touched yet, what would stop the removal half-way."""
+    from atoll.merge.ingredients import find_ingredients
+    from atoll.merge.recipe import Recipe
+
+    stay = [manifest.encoder, manifest.commons, manifest.partition]
+    stay += [entry for name, entry in manifest.shards.items() if name != shard]
+    for name, expert in manifest.experts.items():
+        stay += [] if name == shard else [expert, expert.gate_head]
+    for artefact in [*stay, *manifest.soups.values()]:
+        check_artefact(run, artefact)
+    folders = [run.local(artefact.path) for artefact in manifest.soups.values()]
+    folders += [Path(export) for export in soups]
+    for folder in folders:
+        recipe = Recipe.load(folder)
+        others = tuple(part for part in recipe.ingredients if part.shard != shard)
+        if len(others) < len(recipe.ingredients):
+            find_ingredients(recipe.model_copy(update={"ingredients": others}), folder)
 
 
 def _leave_soups(run: Storage, manifest: Manifest, shard: str) -> None:
@@ -138,7 +207,11 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str) -> None:
 def _without(folder: Path, shard: str) -> Soup | None:
     """Take a shard out of a soup where it is in it; None where nothing would be left."""
     from atoll.merge import soup as soups
+    from atoll.merge.place import recover
 
+    recover(folder)
+    if not folder.exists():  # removed by an attempt that was interrupted
+        return None
     made = soups.show(folder)
     for part in made.recipe.ingredients:
         if part.shard != shard:
@@ -149,28 +222,28 @@ def _without(folder: Path, shard: str) -> Soup | None:
     return made
 
 
-def _leave_exports(run: Storage, manifest: Manifest, shard: str) -> tuple[list[str], list[str]]:
-    """Rewrite the copies outside the run that can be reached; name the others."""
+def _leave_exported_soups(
+    run: Storage, manifest: Manifest, shard: str, exports: dict[str, str]
+) -> None:
+    """Rewrite the soups outside the run; one that held nothing else is no export any more."""
     from atoll.cli.soups import remember
 
-    rewritten, unreached = [], []
-    for export in manifest.exports:
-        place = Path(export)
-        if (place / "soup.json").is_file():
-            left = _without(place, shard)
-            if left is None:
-                shutil.rmtree(place)
-            else:
-                remember(left, run, manifest)
-            rewritten.append(export)
-        elif (place / "model_index.json").is_file():
-            rewritten.append(export)  # assembled anew together with the run's own ensemble
+    for export in [place for place, kind in exports.items() if kind == "soup"]:
+        left = _without(Path(export), shard)
+        if left is None:
+            _drop_export(run, manifest, export)
         else:
-            unreached.append(export)
-    return rewritten, unreached
+            remember(left, run, manifest)
 
 
-def _leave_ensemble(run: Storage, manifest: Manifest) -> None:
+def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:
+    Storage(export).remove("")
+    manifest.exports = [place for place in manifest.exports if place != export]
+    manifest.save(run)
+
+
+def _leave_ensemble(run: Storage, manifest: Manifest, exports: dict[str, str]) -> None:
+    """The ensemble and its copies anew; where no expert is left, none."""
     from atoll.router.assemble import assemble, export
 
     if manifest.ensemble is not None:
@@ -179,44 +252,32 @@ def _leave_ensemble(run: Storage, manifest: Manifest) -> None:
         else:
             run.remove(manifest.ensemble.path)
             manifest.ensemble = None
-    for place in manifest.exports:
-        if not (Path(place) / "model_index.json").is_file():
-            continue
+    for place in [place for place, kind in exports.items() if kind == "ensemble"]:
         if manifest.ensemble is None:
-            shutil.rmtree(place)
+            _drop_export(run, manifest, place)
         else:
             export(run.local(manifest.ensemble.path), place)
 
 
-def _certify(
-    run: Storage,
-    manifest: Manifest,
-    intent: dict[str, Any],
-    rewritten: list[str],
-    unreached: list[str],
-) -> Certificate:
+def _certify(run: Storage, manifest: Manifest, intent: dict[str, Any]) -> Certificate:
     """Close the removal in the ledger, and extract what a stranger rechecks."""
-    shard = intent["shard"]
-    manifest_sha256 = run.sha256(MANIFEST_NAME)
-    ledger = Ledger(run)
-    removal: LedgerEntry = ledger.append(
-        "removal", shard, manifest_sha256, note={"before": intent["before"]}
+    note = {key: intent[key] for key in CERTIFIED if key in intent}
+    removal: LedgerEntry = Ledger(run).append(
+        "removal",
+        intent["shard"],
+        run.sha256(MANIFEST_NAME),
+        note={**note, "after": artefacts(manifest)},
     )
-    beyond = ["copies of the ensemble, the experts or soups that others were given before"]
-    beyond += ["the ledger's own lines, which go on naming the shard"]
-    beyond += [f"the export {place}, which is not within reach from here" for place in unreached]
-    for what, was in intent["fitted"].items():
-        if was:
-            beyond.append(f"the {what}, fitted on this shard's records too (--fit-on all)")
+    return extract(run, removal)
+
+
+def extract(run: Storage, removal: LedgerEntry) -> Certificate:
+    """The certificate of a removal, a function of its ledger entry alone."""
     return Certificate(
-        shard=shard,
-        records=intent["records"],
-        before=intent["before"],
-        after=artefacts(manifest),
-        manifest_sha256=manifest_sha256,
+        shard=removal.name,
+        **{key: removal.note[key] for key in CERTIFIED},
+        manifest_sha256=removal.sha256,
         removal_entry=removal.id,
         ledger_sha256=run.sha256(f"ledger/{removal.id:06d}.json"),
-        rewritten_exports=rewritten,
-        beyond_reach=beyond,
         recheck=["atoll verify RUN/certificate.json", "sha256sum RUN/manifest.json"],
     )

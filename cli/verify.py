@@ -13,12 +13,22 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pydantic import ValidationError
+from safetensors import SafetensorError
 
-from atoll.cli.unlearn import CERTIFICATE_NAME, SCHEMA_VERSION, Certificate, artefacts
+from atoll.cli.unlearn import (
+    CERTIFICATE_NAME,
+    SCHEMA_VERSION,
+    Certificate,
+    artefacts,
+    check_no_removal,
+    extract,
+)
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import MANIFEST_NAME, Manifest, check_schema
+from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Shard, check_schema
 from atoll.core.storage import Storage, sha256_folder
+
+_CENTROIDS = "partition/centroids.safetensors"
 
 
 @dataclass(frozen=True)
@@ -41,10 +51,14 @@ def verify(target: str) -> list[Finding]:
 def verify_run(run: Storage) -> list[Finding]:
     """Recheck everything that the manifest names."""
     manifest = Manifest.load(run)
-    findings = [_check("the ledger is an unbroken chain", lambda: Ledger(run).entries())]
+    findings = [
+        _check("no removal is unfinished", lambda: check_no_removal(run)),
+        _check("the ledger is an unbroken chain", lambda: Ledger(run).entries()),
+    ]
     for path, expected in artefacts(manifest).items():
         findings.append(_check(f"{path} has its digest", _digest_check(run, path, expected)))
     findings.append(_check("every artefact is in the ledger", lambda: _in_ledger(run, manifest)))
+    findings.append(_check("the manifest says what they say", lambda: _facts_check(run, manifest)))
     for artefact in manifest.soups.values():
         findings.append(
             _check(
@@ -97,8 +111,10 @@ def load_certificate(run: Storage, name: str = CERTIFICATE_NAME) -> Certificate:
 def _check(what: str, recheck: Callable[[], object]) -> Finding:
     try:
         recheck()
-    except (AtollError, OSError, ValueError) as error:
-        return Finding(what, False, str(error))
+    except (AtollError, OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        # What a library or a look-up makes of a damaged file is a finding like any other.
+        detail = str(error) if isinstance(error, AtollError) else f"{type(error).__name__}: {error}"
+        return Finding(what, False, detail)
     return Finding(what, True)
 
 
@@ -118,6 +134,36 @@ def _in_ledger(run: Storage, manifest: Manifest) -> None:
     unknown = [path for path, sha in artefacts(manifest).items() if sha not in recorded]
     if unknown:
         raise Refused(f"not in the ledger: {', '.join(unknown)}")
+
+
+def _facts_check(run: Storage, manifest: Manifest) -> None:
+    """What the manifest says besides digests, against the artefacts that those digests cover."""
+    from atoll.core.denoiser import read_card
+    from atoll.core.pack import read_shard_card
+    from atoll.partitioner.previous import saved_config
+
+    config = saved_config(run)
+    ledger = Ledger(run)
+    encoder, centroids = ledger.latest("encoder", "encoder"), ledger.latest("centroids", _CENTROIDS)
+    told: dict[str, tuple[object, object]] = {
+        "seed": (manifest.seed, config.seed),
+        "partition.by": (manifest.partition.by, config.by),
+        "commons.declared": (manifest.commons.declared, config.commons),
+        "encoder.spec": (manifest.encoder.spec, run.read_json("encoder/config.json")["spec"]),
+    }
+    for entry, fit in ((manifest.encoder, encoder), (manifest.partition, centroids)):
+        told[f"{entry.path}: fitted_on"] = (entry.fitted_on, [] if fit is None else fit.shards)
+    parts: dict[str, Commons | Shard] = {"commons": manifest.commons, **manifest.shards}
+    for name, part in parts.items():
+        card = read_shard_card(run.local(part.path))
+        stated = (part.records, part.held_out, manifest.picture)
+        told[f"{name}: records"] = (stated, (card.records, card.held_out, card.picture))
+    for name, expert in manifest.experts.items():
+        images_seen = read_card(run.local(expert.path)).images_seen
+        told[f"{name}: images_seen"] = (expert.images_seen, images_seen)
+    differing = [what for what, (stated, found) in told.items() if stated != found]
+    if differing:
+        raise Refused(f"the manifest and the files differ about: {', '.join(differing)}")
 
 
 def _soup_check(soup: Path) -> Callable[[], None]:
@@ -181,8 +227,10 @@ def _certified(run: Storage, certificate: Certificate) -> None:
         raise Refused(f"ledger entry {number} is not a removal of {certificate.shard}")
     if run.sha256(f"ledger/{number:06d}.json") != certificate.ledger_sha256:
         raise Refused(f"ledger entry {number} is not the one that the certificate closed with")
-    if entry.sha256 != certificate.manifest_sha256 or entry.note["before"] != certificate.before:
-        raise Refused("the certificate and the ledger differ about what was removed")
+    told = extract(run, entry)
+    differing = [key for key in vars(told) if getattr(told, key) != getattr(certificate, key)]
+    if differing:
+        raise Refused(f"the certificate and the ledger differ about: {', '.join(differing)}")
     recorded = {each.sha256 for each in entries}
     unknown = [path for path, sha in certificate.after.items() if sha not in recorded]
     if unknown:

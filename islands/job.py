@@ -32,7 +32,7 @@ from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
-from atoll.islands.settings import HeadTraining, TrainConfig
+from atoll.islands.settings import HeadTraining, TrainConfig, plan_head
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1
@@ -130,14 +130,15 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     anchor = anchor_of(commons, settings.broad, held_out=False)
     place = f"{island_folder(order.name)}/gate_head_training"
     loss = head_loss(head, pack, anchor, settings, seed=order.seed)
-    Loop(run, place, head, _head_course(settings), name=f"gate head of {order.name}").run(loss)
+    Loop(
+        run, place, head, _head_course(settings, order.plan), name=f"gate head of {order.name}"
+    ).run(loss)
     calibrate(head, pack, commons, settings, seed=order.seed).save(folder)
 
 
-def _head_course(settings: HeadTraining) -> Course:
-    steps = max(1, settings.images // settings.batch)
+def _head_course(settings: HeadTraining, expert: Plan) -> Course:
     return Course(
-        plan=Plan(batch=settings.batch, images_seen=steps * settings.batch),
+        plan=plan_head(settings, expert),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.99),

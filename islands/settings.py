@@ -13,6 +13,10 @@ from atoll.core.manifest import Plan
 from atoll.core.recipes import Recipe
 
 
+# Fewer than this and a head of any size knows little.
+_LEAST_HEAD_IMAGES = 4_000
+
+
 class OptimizerConfig(Config):
     """AdamW (Loshchilov & Hutter 2019, arXiv 1711.05101) with a warm-up and a linear decay to 0."""
 
@@ -48,7 +52,10 @@ class DenoiserTraining(Config):
 class HeadTraining(Config):
     """How a gate head is trained against the anchor, and calibrated."""
 
-    images: int = Field(default=24_000, ge=1)  # shard records seen; as many of the anchor besides
+    # Shard records seen (as many of the anchor besides); None takes a share of the expert's
+    # images_seen, so that a head stays light beside its expert.
+    images: int | None = Field(default=None, ge=1)
+    share: float = Field(default=1.0, gt=0)
     batch: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -91,3 +98,10 @@ def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: 
     passes = training.passes or (recipe.base_passes if base else recipe.passes)
     steps = max(1, math.ceil(records * passes / batch))
     return Plan(batch=batch, images_seen=steps * batch)
+
+
+def plan_head(head: HeadTraining, expert: Plan) -> Plan:
+    """Batch and images of a gate head beside an expert with this plan."""
+    images = head.images or max(_LEAST_HEAD_IMAGES, round(head.share * expert.images_seen))
+    steps = max(1, images // head.batch)
+    return Plan(batch=head.batch, images_seen=steps * head.batch)

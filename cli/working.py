@@ -1,0 +1,47 @@
+"""At work on a run: one command at a time, on what the manifest recorded, after any removal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from atoll.cli.unlearn import artefacts, check_no_removal
+from atoll.core.lock import exclusive
+from atoll.core.manifest import MANIFEST_NAME, Artefact, Manifest, check_artefact
+from atoll.core.storage import Storage
+
+
+@contextmanager
+def working_on(run: str | Path) -> Iterator[tuple[Storage, Manifest]]:
+    """Hold a run for one command; its manifest is as it stands while nobody else may change it.
+
+    Raises `UsageError` where there is no run, and `Refused` while another command is at work on it
+    or when a removal is not finished.
+    """
+    storage = Storage(run)
+    Manifest.load(storage)  # no lock in a folder that is no run
+    with exclusive(storage):
+        check_no_removal(storage)
+        yield storage, Manifest.load(storage)
+
+
+def owning_run(folder: Path) -> Path | None:
+    """The nearest folder above that holds a manifest, or None."""
+    for parent in folder.resolve().parents:
+        if (parent / MANIFEST_NAME).is_file():
+            return parent
+    return None
+
+
+def check_recorded(folder: Path) -> None:
+    """Refuse a folder that its run records with another digest; strangers' folders may pass."""
+    home = owning_run(folder)
+    if home is None:
+        return
+    run = Storage(home)
+    check_no_removal(run)
+    name = folder.resolve().relative_to(home).as_posix()
+    recorded = artefacts(Manifest.load(run)).get(name)
+    if recorded is not None:
+        check_artefact(run, Artefact(path=name, sha256=recorded))
