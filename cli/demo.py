@@ -126,13 +126,13 @@ class _Demo:
     def _base(self, manifest: Manifest) -> None:
         config, minutes = self.settings.base, self.settings.minutes
         if minutes is not None and manifest.base is None:
-            config = base_within(self.run_storage, manifest, config, minutes * 0.25)
+            config = base_within(self.run_storage, manifest, config, minutes * 0.2)
         train_base(self.run_storage, manifest, config)
 
     def _islands(self, manifest: Manifest) -> TrainConfig:
         config, minutes = self.settings.train, self.settings.minutes
         if minutes is not None:
-            config = experts_within(self.run_storage, manifest, config, minutes * 0.4)
+            config = experts_within(self.run_storage, manifest, config, minutes * 0.3)
         train(self.run_storage, manifest, config)
         return config
 
@@ -209,7 +209,7 @@ class _Demo:
                 control=CONTROL,
             )
         )
-        outcome.evaluation.save(run)
+        evaluating.save_evaluation(outcome.evaluation, run, manifest)
         outcome.prompts = evaluating.prompts_of(run, manifest, settings.prompts)
         outcome.comparison = evaluating.comparison(
             list(systems.values()), outcome.prompts, manifest, seed=manifest.seed
@@ -219,6 +219,7 @@ class _Demo:
             outcome.prompts,
             steps=settings.steps,
             seed=manifest.seed,
+            trace=True,
         )
         outcome.curves = (
             *evaluating.training_curves(run, manifest),

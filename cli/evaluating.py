@@ -18,7 +18,14 @@ from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.storage import Storage
-from atoll.evaluate.evaluation import Evaluation, Request, Sampled, System, evaluate_systems
+from atoll.evaluate.evaluation import (
+    METRICS_NAME,
+    Evaluation,
+    Request,
+    Sampled,
+    System,
+    evaluate_systems,
+)
 from atoll.evaluate.features import embed
 from atoll.evaluate.reference import TRAIN, Records, load_records
 from atoll.evaluate.report import write_report
@@ -123,6 +130,13 @@ def _measure(
         ledger=Ledger(run).entries(),
     )
     return evaluation, data
+
+
+def save_evaluation(evaluation: Evaluation, run: Storage, manifest: Manifest) -> None:
+    """Write a run's metrics and note in its ledger that every shard reached them."""
+    evaluation.save(run)
+    shards = list(manifest.shards)
+    Ledger(run).append("evaluation", METRICS_NAME, run.sha256(METRICS_NAME), shards=shards)
 
 
 def systems_of(

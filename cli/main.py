@@ -60,7 +60,7 @@ def run(arguments: list[str] | None = None) -> None:
     try:
         if sys.platform == "win32":
             raise Refused("Atoll does not run on Windows", allowed="Linux", cure="use WSL 2")
-        ended = app(given, standalone_mode=False)
+        ended = app(given, prog_name="atoll", standalone_mode=False)
     except AtollError as error:
         fail(error, as_json=as_json)
     except typer.TyperException as error:

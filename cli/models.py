@@ -55,7 +55,7 @@ def register(app: typer.Typer) -> None:
         with progress("sampling", steps) as advance:
             made = do_sample(
                 loaded, prompts, routing=routing, steps=steps, guidance=guidance, seed=seed,
-                watch=lambda _step: advance(1),
+                trace=trace, watch=lambda _step: advance(1),
             )  # fmt: skip
         place = Storage(out)
         files = []

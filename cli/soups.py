@@ -53,7 +53,7 @@ def register(app: typer.Typer) -> None:
             )
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(Path(out), weighted, dtype=dtype)  # type: ignore[arg-type]
+            made = soup.create(_local(out), weighted, dtype=dtype)  # type: ignore[arg-type]
             remember_in_all(made)
         return _result(made)
 
@@ -64,7 +64,7 @@ def register(app: typer.Typer) -> None:
 
         weighted = _weighted(expert)
         with _at_work(Path(soup), weighted) as remember_in_all:
-            made = soups.add(Path(soup), weighted, search=_paths(search))
+            made = soups.add(_local(soup), weighted, search=_paths(search))
             remember_in_all(made)
         return _result(made)
 
@@ -78,7 +78,7 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
 
         with _at_work(Path(soup)) as remember_in_all:
-            made = soups.remove(Path(soup), name, search=_paths(search))
+            made = soups.remove(_local(soup), name, search=_paths(search))
             remember_in_all(made)
         return _result(made)
 
@@ -88,7 +88,7 @@ def register(app: typer.Typer) -> None:
         from atoll.core.errors import Refused
         from atoll.merge.verify import verify as do_verify
 
-        verdict = do_verify(Path(soup), search=_paths(search))
+        verdict = do_verify(_local(soup), search=_paths(search))
         if not verdict.holds:
             raise Refused(
                 f"{soup} is not the soup of its recipe: {'; '.join(verdict.problems)}",
@@ -107,7 +107,18 @@ def register(app: typer.Typer) -> None:
         """What is in a soup."""
         from atoll.merge import soup as soups
 
-        return _result(soups.show(Path(soup)))
+        return _result(soups.show(_local(soup)))
+
+
+def _local(folder: str) -> Path:
+    """A soup's folder as a path; soups are made where they can be renamed into place."""
+    from atoll.core.errors import UsageError
+
+    if "://" in folder:
+        raise UsageError(
+            f"{folder} is not a local folder", allowed="a local path", cure="make it and copy it"
+        )
+    return Path(folder)
 
 
 def _paths(search: list[str] | None) -> list[Path]:

@@ -51,7 +51,7 @@ class Pictures:
     """x_data `(n, channel, height, width)`, how they came about, and what it took."""
 
     x_data: Tensor
-    trace: list[TraceStep]
+    trace: list[TraceStep]  # empty unless it was asked for
     experts_per_step: float  # forward passes a picture and a step, both branches counted
 
 
@@ -66,6 +66,7 @@ def sample(
     seed: int = 0,
     first: int = 0,
     x_noise: Tensor | None = None,
+    trace: bool = False,
     watch: Callable[[int], None] | None = None,
 ) -> Pictures:
     """One picture per prompt; picture number i starts from the noise of (seed, first + i)."""
@@ -82,15 +83,14 @@ def sample(
         guidance=guidance,
         seed=seed,
         first=first,
-        trace=True,
+        trace=trace,
     )
     if x_noise is None:
         x_noise = noise(seed, first, len(prompts), model.picture.shape)
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
     x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
-    trace = trajectory.trace or []
-    runs = sum(step.experts_run for step in trace) / max(1, len(trace) * len(prompts))
-    return Pictures(x_data, trace, runs)
+    runs = trajectory.experts_run / (steps * len(prompts))
+    return Pictures(x_data, trajectory.trace or [], runs)
 
 
 def load_model(path: str, *, encoder: str | None = None) -> Model:

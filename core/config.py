@@ -28,9 +28,10 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def _check_key(kind: type[BaseModel], dotted: str) -> None:
-    """Refuse a dotted key that no field answers to, naming the nearest."""
+def _check_key(kind: type[BaseModel], dotted: str) -> Any:
+    """The type of a dotted key's field; a key that no field answers to is refused."""
     here: type[BaseModel] | None = kind
+    annotation: Any = None
     for depth, part in enumerate(dotted.split(".")):
         fields = here.model_fields if here is not None else {}
         if part not in fields:
@@ -41,16 +42,20 @@ def _check_key(kind: type[BaseModel], dotted: str) -> None:
                 allowed=", ".join(known) if known else f"'{prefix}' has no keys below it",
                 cure="correct the key of --set or of the --config file",
             )
-        annotation: Any = fields[part].annotation
+        annotation = fields[part].annotation
         is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
         here = annotation if is_model else None
+    return annotation
 
 
-def _value(text: str) -> Any:
+def _value(text: str, annotation: Any) -> Any:
+    """JSON where it parses, except where it would be a number and the field is text."""
     try:
-        return json.loads(text)
+        value = json.loads(text)
     except ValueError:
         return text
+    as_is = isinstance(value, str) or (value is None and annotation == str | None)
+    return text if annotation in (str, str | None) and not as_is else value
 
 
 def apply_overrides(config: C, overrides: Iterable[str]) -> C:
@@ -62,12 +67,14 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
             raise ConfigError(
                 f"'{override}' is not an override", allowed="KEY=VALUE, such as seed=7"
             )
-        _check_key(type(config), dotted)
+        annotation = _check_key(type(config), dotted)
         *parents, last = dotted.split(".")
         place = values
         for parent in parents:
             place = place[parent]
-        place[last] = _value(text)
+            if not isinstance(place, dict):
+                raise ConfigError(f"{parent}={place!r} is not valid: '{override}' is below it")
+        place[last] = _value(text, annotation)
     return parse_config(type(config), values)
 
 

@@ -110,8 +110,8 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             for start in range(0, len(captions), _BATCH)
         ]
         tokens, mask, pooled = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        is_null = torch.tensor([caption == "" for caption in captions])
-        return Conditioning(tokens, mask, pooled, is_null)
+        # Start and end of text alone: "" and whatever the tokenizer takes for it, such as blanks.
+        return Conditioning(tokens, mask, pooled, mask.sum(dim=1) <= 2)
 
     def _condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         ids = self._tokenize(list(captions)).to(self.device)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import os
+import shutil
 import socket
 from collections.abc import Iterator
 
@@ -40,6 +41,7 @@ def exclusive(run: Storage) -> Iterator[None]:
 @contextlib.contextmanager
 def _local(run: Storage) -> Iterator[None]:
     folder = run.local("")
+    found = folder.exists()
     with no_space_is_failure("the lock"):
         folder.mkdir(parents=True, exist_ok=True)
         descriptor = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o644)
@@ -53,4 +55,7 @@ def _local(run: Storage) -> Iterator[None]:
             ) from None
         yield
     finally:
+        # A command that was refused leaves no folder behind that was not there before.
+        if not found and os.listdir(folder) == [".lock"]:
+            shutil.rmtree(folder)
         os.close(descriptor)

@@ -1,12 +1,13 @@
 """Sample an ensemble with nothing but diffusers: one import makes its pipeline known.
 
-    python examples/sample_with_diffusers.py out/demo/run/ensemble "a handwritten seven"
+python examples/sample_with_diffusers.py out/demo/run/ensemble "a handwritten seven"
 """
 
 import sys
 
-import atoll.router  # noqa: F401  makes diffusers.AtollPipeline known
 from diffusers import DiffusionPipeline
+
+import atoll.router  # noqa: F401  makes diffusers.AtollPipeline known
 
 
 def main(folder: str, prompt: str, out: str = "sample.png") -> None:

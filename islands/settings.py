@@ -12,7 +12,6 @@ from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.recipes import Recipe
 
-
 # Fewer than this and a head of any size knows little.
 _LEAST_HEAD_IMAGES = 4_000
 

@@ -46,6 +46,17 @@ def replacing(folder: Path) -> Iterator[Path]:
             raise
 
 
+def recover(folder: Path) -> None:
+    """Put back, or drop, what a writer that died left beside `folder`; nothing where none did."""
+    folder = Path(os.path.realpath(folder))
+    partial = folder.parent / f".{folder.name}.partial"
+    old = folder.parent / f".{folder.name}.old"
+    if partial.exists() or old.exists():
+        with _locked(partial, folder):
+            _recover(folder, old)
+            shutil.rmtree(partial)
+
+
 @contextlib.contextmanager
 def _locked(partial: Path, folder: Path) -> Iterator[Callable[[], bool]]:
     """Hold the lock; yields whether `partial` is still the folder that was locked."""

@@ -23,7 +23,7 @@ from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json
 from atoll.merge import exact
 from atoll.merge.ingredients import CONFIG_NAME, Opened, check_alike, find_ingredients, open_experts
-from atoll.merge.place import replacing
+from atoll.merge.place import recover, replacing
 from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
 from atoll.merge.tensors import DTYPES, WEIGHTS_NAME, Layout, write
 
@@ -126,6 +126,7 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
 @contextmanager
 def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
     """The folder to fill, and the recipe as it stands while nobody else may change it."""
+    recover(soup)
     Recipe.load(soup)  # before anything is written beside it
     with replacing(soup) as partial:
         yield partial, Recipe.load(soup)

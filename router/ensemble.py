@@ -93,6 +93,8 @@ class Trajectory:
         self._kept: Tensor | None = None
         self._step = 0
         self.trace: list[TraceStep] | None = [] if trace else None
+        # Forward passes of experts so far, over the batch and both branches of guidance.
+        self.experts_run = 0
 
     @torch.no_grad()
     def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
@@ -119,7 +121,11 @@ class Trajectory:
         self, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning | None
     ) -> tuple[Tensor, Tensor | None]:
         kind = self._routing.kind
-        p = self._posterior(x_t, t, cond)
+        decided = kind == "oracle" or (kind == "once" and self._kept is not None)
+        if decided and self.trace is None:
+            p = x_t.new_zeros(len(x_t), len(self._shards))  # nobody asks the gate any more
+        else:
+            p = self._posterior(x_t, t, cond)
         if kind in ("once", "oracle"):
             chosen = self._sole(p, x_t)
             null_chosen = None if null is None else chosen
@@ -167,9 +173,9 @@ class Trajectory:
         )
 
     def _note(self, t: Tensor, p: Tensor, chosen: Tensor, null_chosen: Tensor | None) -> None:
-        if self.trace is None:
-            return
         run = int((chosen > 0).sum())
         if null_chosen is not None:
             run += int((null_chosen > 0).sum())
-        self.trace.append(TraceStep(float(t[0]), p.cpu(), chosen.cpu(), run))
+        self.experts_run += run
+        if self.trace is not None:
+            self.trace.append(TraceStep(float(t[0]), p.cpu(), chosen.cpu(), run))

@@ -93,6 +93,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                 )
             experts[shard] = Denoiser.load(place)
             heads[shard] = GateHead.load(folder / "gate" / shard)
+            _check_part(shard, experts[shard], heads[shard], config.picture)
         spaces = {expert.card.latent_space for expert in experts.values()}
         if len(spaces) > 1:
             raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
@@ -118,6 +119,26 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             assert isinstance(head, GateHead)
             head.save(folder / "gate" / shard)
         write_ensemble_config(folder, self.ensemble_config)
+
+
+def _check_part(shard: str, expert: Denoiser, head: GateHead, picture: Picture) -> None:
+    """Refuse parts of another shard, which the priors would misjudge, or for other pictures."""
+    if (expert.card.shard, head.config.shard) != (shard, shard):
+        raise Refused(
+            f"In the place of {shard} are the expert of {expert.card.shard} and the gate head of "
+            f"{head.config.shard}",
+            cure="assemble the ensemble again",
+        )
+    config: Any = expert.network.config
+    size = config.sample_size
+    height, width = (size, size) if isinstance(size, int) else tuple(size)
+    made_for = (config.in_channels, height, width)
+    if made_for != picture.shape or head.config.channels != picture.channels:
+        raise Refused(
+            f"The ensemble is of pictures {picture.shape}; the expert of {shard} is for "
+            f"{made_for}, its gate head for {head.config.channels} channels",
+            cure="assemble the ensemble again",
+        )
 
 
 def read_ensemble_config(folder: Path) -> EnsembleConfig:

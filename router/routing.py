@@ -16,6 +16,9 @@ from torch import Tensor
 
 from atoll.core.errors import UsageError, did_you_mean
 
+# Each draw is a row in memory; beyond this the mean is `full` to three digits.
+MOST_DRAWS = 10_000
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -34,6 +37,13 @@ def _count(text: str) -> int:
     return value
 
 
+def _draws(text: str) -> int:
+    value = _count(text)
+    if value > MOST_DRAWS:
+        raise ValueError
+    return value
+
+
 def _probability(text: str) -> float:
     value = float(text)
     if not 0 < value <= 1:
@@ -46,7 +56,12 @@ KINDS: dict[str, Kind] = {
     "top-k": Kind("K", _count, "a whole number from 1", "the K likeliest experts; biased"),
     "mass": Kind("P", _probability, "0 < P <= 1", "the fewest experts that hold P of the weight"),
     "threshold": Kind("Q", _probability, "0 < Q <= 1", "experts of weight Q and up, or the best"),
-    "sample": Kind("M", _count, "a whole number from 1", "mean of M draws at every step; unbiased"),
+    "sample": Kind(
+        "M",
+        _draws,
+        f"a whole number from 1 to {MOST_DRAWS}",
+        "mean of M draws at every step; unbiased",
+    ),
     "once": Kind("", None, "", "one expert drawn at the start and kept; exact in law"),
     "oracle": Kind("SHARD", str, "a shard of the ensemble", "always this shard's expert"),
 }

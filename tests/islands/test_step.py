@@ -31,9 +31,7 @@ def test_loss_is_the_mean_square_of_what_the_network_missed(
 
     total = 0.0
     for i in range(40, 48):  # one record at a time, from the definitions
-        row = torch.from_numpy(
-            seeds.order(3, "s", "order", first=i, count=1, n=pack.card.records)
-        )
+        row = torch.from_numpy(seeds.order(3, "s", "order", first=i, count=1, n=pack.card.records))
         x_data, cond = pack.x_data(row), pack.cond(row)
         if float(seeds.uniform(3, "s", "dropout", first=i, count=1)) < 0.5:
             cond = pack.null

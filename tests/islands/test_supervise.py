@@ -146,7 +146,8 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
             assert status == expected
         assert "127.0.0.1" in cluster.address
         folder = next(
-            line.split("--temp-dir ")[1].split()[0] for line in ray_processes("--temp-dir /tmp/atoll")
+            line.split("--temp-dir ")[1].split()[0]
+            for line in ray_processes("--temp-dir /tmp/atoll")
         )
         token_file = Path(folder).parent / "token"
         assert token_file.stat().st_mode & 0o077 == 0

@@ -16,7 +16,7 @@ from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
 from atoll.islands.loop import Course, Loop
-from atoll.islands.settings import HeadTraining
+from atoll.islands.settings import HeadTraining, plan_head
 from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
 
 SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1, 1]
@@ -60,7 +60,7 @@ def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  #
     shard, commons = packs
     trained = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
     course = Course(
-        plan=Plan(batch=64, images_seen=SETTINGS.images), learning_rate=4e-3, weight_decay=0.01,
+        plan=plan_head(SETTINGS, Plan(batch=1, images_seen=1)), learning_rate=4e-3, weight_decay=0.01,
         betas=(0.9, 0.99), warmup=0.05, clip=1.0, ema_decay=0.99, checkpoints=1,
     )  # fmt: skip
     loss = head_loss(trained, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0)
@@ -132,6 +132,14 @@ def test_a_band_undoes_a_known_distortion(slope: float, intercept: float) -> Non
 def test_a_head_with_the_wrong_sign_is_flattened_not_turned() -> None:
     band = _band(0.5, torch.full((500,), -3.0), torch.full((500,), 3.0))
     assert band.slope == 0
+
+
+def test_a_head_stays_light_beside_its_expert() -> None:
+    expert = Plan(batch=32, images_seen=100_000)
+    assert plan_head(HeadTraining(share=0.5, batch=64), expert).images_seen == 49_984
+    assert plan_head(HeadTraining(images=100, batch=64), expert).images_seen == 64
+    small = Plan(batch=8, images_seen=80)
+    assert plan_head(HeadTraining(batch=50), small).images_seen == 4_000
 
 
 def test_the_anchor_is_one_for_all_shards_and_broad_where_asked(packs) -> None:

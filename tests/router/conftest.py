@@ -1,4 +1,4 @@
-"""Two worlds to route in: one whose experts and gate are closed forms, one of real tiny networks."""
+"""Two worlds to route in: closed-form experts and gate, and a run of real tiny networks."""
 
 from __future__ import annotations
 
@@ -85,9 +85,7 @@ class World:
         energy = gap.square().flatten(2).sum(dim=2) / (2 * t[:, None].square())
         return self.likelihood.to(x_t)[cond.pooled[:, 0].long()].log() - energy
 
-    def velocity_over(
-        self, chosen: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning
-    ) -> Tensor:
+    def velocity_over(self, chosen: Tensor, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """(x_t - E[x_data | x_t, c]) / t over some of the points."""
         weights = self.log_joint(x_t, t, cond)[:, chosen].softmax(dim=1)
         mean = torch.einsum("bn,n...->b...", weights, self.points.to(x_t)[chosen])

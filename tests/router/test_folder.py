@@ -40,6 +40,13 @@ def folder(run: Storage) -> Path:
     return Path(run.uri) / "ensemble"
 
 
+@pytest.fixture
+def handed_on(folder: Path, tmp_path: Path) -> Path:
+    """A copy outside of any run, where no manifest vouches for it."""
+    shutil.copytree(folder, tmp_path / "handed on")
+    return tmp_path / "handed on"
+
+
 def digests(folder: Path) -> dict[str, str]:
     return {
         file.relative_to(folder).as_posix(): sha256_file(file)
@@ -169,9 +176,7 @@ def test_a_missing_island_is_named_and_left_out(
     assert model.shards == ["shard-00", "shard-02"]
 
 
-def test_a_missing_island_gives_the_law_of_those_that_are_there(
-    run: Storage, folder: Path
-) -> None:
+def test_a_missing_island_gives_the_law_of_those_that_are_there(run: Storage, folder: Path) -> None:
     """Promise 6: the posterior renormalised over the others, and nothing else."""
     whole = EnsembleModel.from_pretrained(folder / "transformer")
     encoder = load_model(str(folder)).encoder
@@ -249,19 +254,19 @@ def test_different_latent_spaces_are_refused(
     assert not run.exists("ensemble")
 
 
-def test_different_latent_spaces_are_refused_on_loading(folder: Path) -> None:
-    place = folder / "transformer/experts/shard-01"
+def test_different_latent_spaces_are_refused_on_loading(handed_on: Path) -> None:
+    place = handed_on / "transformer/experts/shard-01"
     write_card(place, read_card(place).model_copy(update={"latent_space": "sd-vae"}))
     with pytest.raises(Refused, match="different latent spaces"):
-        DiffusionPipeline.from_pretrained(folder)
+        DiffusionPipeline.from_pretrained(handed_on)
 
 
 @pytest.mark.parametrize("part", ["experts", "gate"])
-def test_a_part_that_is_gone_is_missing(folder: Path, part: str) -> None:
-    shutil.rmtree(folder / "transformer" / part / "shard-01")
+def test_a_part_that_is_gone_is_missing(handed_on: Path, part: str) -> None:
+    shutil.rmtree(handed_on / "transformer" / part / "shard-01")
     for load in (DiffusionPipeline.from_pretrained, load_model):
         with pytest.raises(MissingError if part == "experts" else Refused, match="shard-01"):
-            load(str(folder))
+            load(str(handed_on))
 
 
 def test_no_ensemble_at_all(tmp_path: Path) -> None:
@@ -298,36 +303,36 @@ DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
 
 
 @pytest.mark.parametrize("how", DAMAGED)
-def test_a_damaged_configuration_is_refused(folder: Path, how: str) -> None:
-    path = folder / "transformer/config.json"
+def test_a_damaged_configuration_is_refused(handed_on: Path, how: str) -> None:
+    path = handed_on / "transformer/config.json"
     path.write_text(json.dumps(DAMAGED[how](json.loads(path.read_text()))))
     with pytest.raises(Refused):
-        load_model(str(folder))
+        load_model(str(handed_on))
     with pytest.raises(Refused):
-        DiffusionPipeline.from_pretrained(folder)
+        DiffusionPipeline.from_pretrained(handed_on)
 
 
 @pytest.mark.parametrize("text", ["", "{", "\x00", "[1,"])
-def test_a_torn_configuration_is_refused(folder: Path, text: str) -> None:
-    (folder / "transformer/config.json").write_text(text)
+def test_a_torn_configuration_is_refused(handed_on: Path, text: str) -> None:
+    (handed_on / "transformer/config.json").write_text(text)
     with pytest.raises(Refused, match=r"config\.json"):
-        load_model(str(folder))
+        load_model(str(handed_on))
 
 
 @pytest.mark.parametrize("part", ["experts", "gate"])
-def test_torn_weights_are_a_clear_error(folder: Path, part: str) -> None:
-    [file] = (folder / "transformer" / part / "shard-01").glob("*.safetensors")
+def test_torn_weights_are_a_clear_error(handed_on: Path, part: str) -> None:
+    [file] = (handed_on / "transformer" / part / "shard-01").glob("*.safetensors")
     file.write_bytes(file.read_bytes()[:100])
     with pytest.raises((MissingError, Refused), match="shard-01"):
-        load_model(str(folder))
+        load_model(str(handed_on))
 
 
-def test_a_head_of_another_shard_is_refused(folder: Path) -> None:
-    gate = folder / "transformer/gate"
+def test_a_head_of_another_shard_is_refused(handed_on: Path) -> None:
+    gate = handed_on / "transformer/gate"
     shutil.rmtree(gate / "shard-00")
     shutil.copytree(gate / "shard-01", gate / "shard-00")
     with pytest.raises(Refused, match="shard-01"):
-        load_model(str(folder))
+        load_model(str(handed_on))
 
 
 def test_the_priors_of_the_folder_are_the_manifests_counts(run: Storage, folder: Path) -> None:
@@ -341,3 +346,12 @@ def test_a_run_is_sampled_by_its_path(run: Storage, folder: Path) -> None:
     a = sample(load_model(run.uri), ["a bright dot"], steps=2).x_data
     b = sample(load_model(str(folder)), ["a bright dot"], steps=2).x_data
     assert torch.equal(a, b)
+
+
+def test_in_its_run_a_changed_ensemble_is_refused(run: Storage, folder: Path) -> None:
+    """The manifest has its digest, and is asked before a weight is read."""
+    config = folder / "transformer/config.json"
+    config.write_text(config.read_text().replace('"shard-00": 40', '"shard-00": 41'))
+    for path in (run.uri, str(folder)):
+        with pytest.raises(Refused, match="sha256"):
+            load_model(path)

@@ -64,9 +64,7 @@ def test_at_noise_without_a_caption_the_gate_is_the_prior(heads: dict[str, GateH
 
 
 @pytest.mark.parametrize("gone", RECORDS)
-def test_taking_out_a_shard_renormalises_the_others(
-    heads: dict[str, GateHead], gone: str
-) -> None:
+def test_taking_out_a_shard_renormalises_the_others(heads: dict[str, GateHead], gone: str) -> None:
     asked = question(20, 0.4)
     rest = {shard: made for shard, made in heads.items() if shard != gone}
     kept = [k for k, shard in enumerate(heads) if shard != gone]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -256,7 +257,7 @@ def test_a_batch_can_be_cut_anywhere(
 
     whole, weights = part(0, 12)
     edges = [0, *cuts, 12]
-    pieces = [part(a, b) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [part(a, b) for a, b in itertools.pairwise(edges)]
     torch.testing.assert_close(
         torch.cat([w for _, w in pieces], dim=1), weights, rtol=1e-9, atol=1e-12
     )

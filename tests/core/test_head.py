@@ -1,0 +1,225 @@
+"""The gate head: 0 at the start, calibration by hand, text alone at t = 1, refusals on loading."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atoll.core import seeds
+from atoll.core.conditioning import Conditioning
+from atoll.core.errors import ExitCode, Refused
+from atoll.core.head import Band, GateHead, HeadConfig, new_head
+
+MakeCond = Callable[..., Conditioning]
+N = 5
+
+
+def config(**changes: Any) -> HeadConfig:
+    return HeadConfig(**{"shard": "s0", "channels": 1, "pooled": 8, "width": 8} | changes)
+
+
+def band(t: float, slope: float, intercept: float) -> Band:
+    return Band(t=t, slope=slope, intercept=intercept, loss=0.5, overlap=0.5, mean_ratio=1)
+
+
+def head(**changes: Any) -> GateHead:
+    """With weights that say something."""
+    made = new_head(config(**changes), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return made.eval()
+
+
+def x_t(n: int = N) -> Tensor:
+    return seeds.normal(0, "x", first=0, count=n, shape=(1, 8, 8))
+
+
+def at(t: float, n: int = N) -> Tensor:
+    return torch.full((n,), t)
+
+
+@torch.no_grad()
+def test_new_head_says_0_everywhere(cond: MakeCond) -> None:
+    made = new_head(config(), seed=3)
+    for t in (0.0, 0.3, 0.999, 1.0):
+        assert torch.equal(made(x_t(), at(t), cond(N)), torch.zeros(N))
+
+
+def test_new_head_is_a_function_of_seed_and_shard(cond: MakeCond) -> None:
+    torch.manual_seed(5)
+    before = torch.get_rng_state()
+    same = [new_head(config(), seed=1).state_dict() for _ in range(2)]
+    others = [new_head(config(), seed=2), new_head(config(shard="s1"), seed=1)]
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
+    for other in others:
+        assert not torch.equal(other.state_dict()["time.weight"], same[0]["time.weight"])
+
+
+def test_new_head_can_learn_in_all_its_parts(cond: MakeCond) -> None:
+    made = new_head(config(), seed=0)
+    t = torch.tensor([0.1, 0.5, 0.9, 1.0, 1.0])
+    made(x_t(), t, cond(N)).square().sum().backward()
+    made.zero_grad()
+    (made(x_t(), t, cond(N)) - 1).square().sum().backward()
+    for layer in (made.out, made.text_only[-1]):
+        assert layer.weight.grad.abs().sum() > 0
+
+
+@torch.no_grad()
+def test_at_t_1_text_alone_speaks_and_cond_null_says_0(cond: MakeCond) -> None:
+    made = head(text=band(1.0, 2.0, 0.5))
+    c = cond(N)
+    f = made(x_t(), at(1.0), c)
+    assert c.is_null.tolist() == [True, False, False, False, False]
+    assert f[0] == 0
+    assert torch.equal(f[1:], (2.0 * made.raw_text(c) + 0.5)[1:])
+    assert torch.equal(made(-7 * x_t(), at(1.0), c), f)
+    assert (f[1:].unsqueeze(0) != f[1:].unsqueeze(1)).sum() == 12
+
+
+@torch.no_grad()
+def test_below_t_1_picture_time_and_text_speak(cond: MakeCond) -> None:
+    made, c = head(), cond(N)
+    f = made(x_t(), at(0.5), c)
+    assert torch.equal(f, made.raw(x_t(), at(0.5), c))
+    assert not torch.equal(made(x_t().flip(0), at(0.5), c), f)
+    assert not torch.equal(made(x_t(), at(0.4), c), f)
+    other = made(x_t(), at(0.5), c[torch.tensor([0, 2, 1, 4, 3])])
+    assert torch.equal(other[0], f[0])
+    assert (other[1:] != f[1:]).all()
+
+
+@torch.no_grad()
+def test_null_captions_pooled_vector_says_nothing(cond: MakeCond) -> None:
+    made, c = head(), cond(1)
+    other = Conditioning(c.tokens, c.mask, c.pooled * -3, c.is_null)
+    for t in (0.2, 1.0):
+        assert torch.equal(made(x_t(1), at(t, 1), c), made(x_t(1), at(t, 1), other))
+
+
+BANDS = [band(0.1, 1.0, 0.0), band(0.3, 2.0, -1.0), band(0.9, 0.5, 4.0)]
+
+
+@pytest.mark.parametrize(
+    ("t", "slope", "intercept"),
+    [
+        (0.1, 1.0, 0.0),
+        (0.3, 2.0, -1.0),
+        (0.9, 0.5, 4.0),
+        (0.0, 1.0, 0.0),
+        (0.05, 1.0, 0.0),
+        (0.95, 0.5, 4.0),
+        (0.2, 1.5, -0.5),
+        (0.6, 1.25, 1.5),
+        (0.15, 1.25, -0.25),
+    ],
+)
+@torch.no_grad()
+def test_calibration_is_linear_between_centres_and_constant_outside(
+    t: float, slope: float, intercept: float, cond: MakeCond
+) -> None:
+    made, c = head(bands=BANDS), cond(N)
+    wanted = slope * made.raw(x_t(), at(t), c) + intercept
+    got = made(x_t(), at(t), c)
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
+    if t in (0.1, 0.3, 0.9):
+        assert torch.equal(got, wanted)
+
+
+@torch.no_grad()
+def test_each_row_is_calibrated_at_its_own_time(cond: MakeCond) -> None:
+    made, c = head(bands=BANDS, text=band(1.0, 3.0, 1.0)), cond(N)
+    t = torch.tensor([0.1, 1.0, 0.3, 0.2, 1.0])
+    together = made(x_t(), t, c)
+    for row in range(N):
+        one = slice(row, row + 1)
+        torch.testing.assert_close(made(x_t()[one], t[one], c[one])[0], together[row])
+
+
+@torch.no_grad()
+def test_one_band_holds_everywhere_below_1(cond: MakeCond) -> None:
+    made, c = head(bands=[band(0.5, 2.0, 1.0)]), cond(N)
+    for t in (0.0, 0.5, 0.99):
+        assert torch.equal(made(x_t(), at(t), c), 2 * made.raw(x_t(), at(t), c) + 1)
+
+
+@torch.no_grad()
+def test_saved_and_loaded_is_bitwise_the_same(tmp_path: Path, cond: MakeCond) -> None:
+    made = head(bands=BANDS, text=band(1.0, 3.0, 1.0))
+    made.save(tmp_path / "one")
+    loaded = GateHead.load(tmp_path / "one")
+    assert loaded.config == made.config
+    assert not loaded.training
+    assert loaded.state_dict().keys() == made.state_dict().keys()
+    for t in (0.0, 0.123, 0.7, 1.0):
+        assert torch.equal(loaded(x_t(), at(t), cond(N)), made(x_t(), at(t), cond(N)))
+    loaded.save(tmp_path / "two")
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    assert sorted(p.name for p in (tmp_path / "one").iterdir()) == [
+        "config.json",
+        "model.safetensors",
+    ]
+
+
+def _weights(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "model.safetensors")
+
+    return apply
+
+
+def _config(**changes: Any) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        values = json.loads((folder / "config.json").read_text()) | changes
+        (folder / "config.json").write_text(json.dumps(values))
+
+    return apply
+
+
+STRANGE: dict[str, Callable[[Path], Any]] = {
+    "key missing": _weights(lambda w: w.pop("out.bias")),
+    "key too many": _weights(lambda w: w.update(surprise=torch.zeros(1))),
+    "other shape": _weights(lambda w: w.update({"out.bias": torch.zeros(3)})),
+    "no weights": lambda f: (f / "model.safetensors").unlink(),
+    "torn weights": lambda f: (f / "model.safetensors").write_bytes(b"abc"),
+    "half the weights": lambda f: (f / "model.safetensors").write_bytes(
+        (f / "model.safetensors").read_bytes()[:2000]
+    ),
+    "no config": lambda f: (f / "config.json").unlink(),
+    "torn config": lambda f: (f / "config.json").write_text("{"),
+    "list": lambda f: (f / "config.json").write_text("[]"),
+    "other schema": _config(schema_version=2),
+    "surprise": _config(surprise=1),
+    "other channels": _config(channels=3),
+    "no channels": _config(channels=0),
+    "negative": _config(channels=-1),
+    "width that does not divide": _config(width=7),
+    "band without slope": _config(bands=[{"t": 0.5}]),
+}
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_stranger_is_refused_with_a_sentence(tmp_path: Path, how: str) -> None:
+    head().save(tmp_path / "x")
+    STRANGE[how](tmp_path / "x")
+    with pytest.raises(Refused) as caught:
+        GateHead.load(tmp_path / "x")
+    assert caught.value.exit_code == ExitCode.REFUSED
+
+
+def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(Refused, match="is not a gate head"):
+        GateHead.load(tmp_path / "nothing")

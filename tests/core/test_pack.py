@@ -1,0 +1,177 @@
+"""Packs: rows, captions and cond_null come back; what does not fit its card is refused."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atoll.core.conditioning import Conditioning
+from atoll.core.errors import Refused
+from atoll.core.manifest import Picture
+from atoll.core.pack import (
+    CARD_NAME,
+    Pack,
+    ShardCard,
+    join,
+    read_shard_card,
+    write_pack,
+    write_shard_card,
+)
+
+MakeCond = Callable[..., Conditioning]
+# Rows and unique captions of each file.
+FILES = ((5, 3), (4, 4))
+
+
+def pixels(rows: int, seed: int) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (rows, 3, 4, 4), dtype=torch.uint8, generator=generator)
+
+
+def write(folder: Path, cond: MakeCond, *, name: str = "s0", **card: Any) -> Path:
+    folder.mkdir()
+    packs = {}
+    for number, (rows, captions) in enumerate(FILES):
+        file = f"pack-{number:05d}.safetensors"
+        table = cond(captions)
+        table = Conditioning(table.tokens.half().float(), table.mask, table.pooled, table.is_null)
+        write_pack(folder / file, pixels(rows, number), torch.arange(rows) % captions, table)
+        packs[file] = rows
+    fields = {
+        "name": name, "records": 7, "held_out": 2, "packs": packs, "files": {}, "encoder": "e",
+        "picture": Picture(channels=3, height=4, width=4),
+    }  # fmt: skip
+    write_shard_card(folder, ShardCard(**fields | card))
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path, cond: MakeCond) -> Path:
+    return write(tmp_path / "s0", cond)
+
+
+def test_rows_are_those_written_across_files(folder: Path, cond: MakeCond) -> None:
+    pack = Pack(folder)
+    assert len(pack) == 9
+    assert (pack.train, pack.held_out) == (range(7), range(7, 9))
+    written = torch.cat([pixels(rows, number) for number, (rows, _) in enumerate(FILES)])
+    rows = torch.tensor([8, 0, 5, 5])
+    x = pack.x_data(rows)
+    assert x.dtype == torch.float32
+    assert torch.equal(((x + 1) * 127.5).round().to(torch.uint8), written[rows])
+    assert float(x.abs().max()) <= 1
+    # Row 5 is row 0 of the second file, whose captions stand behind those of the first.
+    captions = [cond(3)[torch.tensor([r % 3])] for r in range(5)]
+    captions += [cond(4)[torch.tensor([r % 4])] for r in range(4)]
+    got = pack.cond(rows)
+    for place, row in enumerate(rows.tolist()):
+        assert torch.equal(got.tokens[place], captions[row].tokens[0].half().float())
+        assert torch.equal(got.mask[place], captions[row].mask[0])
+        assert torch.equal(got.pooled[place], captions[row].pooled[0].half().float())
+        assert torch.equal(got.is_null[place], captions[row].is_null[0])
+
+
+def test_ends_of_the_scale_are_minus_1_and_1(tmp_path: Path, cond: MakeCond) -> None:
+    folder = write(tmp_path / "x", cond)
+    ends = torch.tensor([0, 255], dtype=torch.uint8).reshape(2, 1, 1, 1).expand(2, 3, 4, 4)
+    write_pack(folder / "pack-00000.safetensors", ends, torch.zeros(2), cond(1))
+    card = {"records": 2, "held_out": 0, "packs": {"pack-00000.safetensors": 2}}
+    values = json.loads((folder / CARD_NAME).read_text()) | card
+    (folder / CARD_NAME).write_text(json.dumps(values))
+    assert Pack(folder).x_data(torch.arange(2))[:, 0, 0, 0].tolist() == [-1.0, 1.0]
+
+
+def test_null_is_the_empty_caption(folder: Path, cond: MakeCond) -> None:
+    null = Pack(folder).null
+    assert len(null) == 1
+    assert null.is_null.tolist() == [True]
+    assert torch.equal(null.tokens, cond(3).tokens[:1].half().float())
+    assert Pack(folder).text_width == 8
+
+
+def test_table_must_begin_with_the_empty_caption(tmp_path: Path, cond: MakeCond) -> None:
+    with pytest.raises(AssertionError, match="cond_null"):
+        write_pack(tmp_path / "x", pixels(1, 0), torch.zeros(1), cond(3)[1:])
+
+
+def test_joined_packs_have_all_training_rows_and_no_held_out(
+    tmp_path: Path, cond: MakeCond
+) -> None:
+    one = Pack(write(tmp_path / "one", cond))
+    two = Pack(write(tmp_path / "two", cond, records=4, held_out=5))
+    joined = join([one, two])
+    assert len(joined) == 11
+    assert (joined.train, joined.held_out) == (range(11), range(11, 11))
+    assert joined.card.name == "all"
+    for row in range(11):
+        pack, its = (one, row) if row < 7 else (two, row - 7)
+        mine, theirs = torch.tensor([row]), torch.tensor([its])
+        assert torch.equal(joined.x_data(mine), pack.x_data(theirs))
+        assert torch.equal(joined.cond(mine).tokens, pack.cond(theirs).tokens)
+        assert torch.equal(joined.cond(mine).is_null, pack.cond(theirs).is_null)
+    assert torch.equal(joined.null.tokens, one.null.tokens)
+
+
+def test_card_round_trip(folder: Path) -> None:
+    card = read_shard_card(folder)
+    write_shard_card(folder, card)
+    assert read_shard_card(folder) == card
+    assert card.packs == {"pack-00000.safetensors": 5, "pack-00001.safetensors": 4}
+
+
+def _card(**changes: Any) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        values = json.loads((folder / CARD_NAME).read_text()) | changes
+        (folder / CARD_NAME).write_text(json.dumps(values))
+
+    return apply
+
+
+def _tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path], Any]:
+    def apply(folder: Path) -> None:
+        tensors = load_file(folder / "pack-00000.safetensors")
+        change(tensors)
+        save_file(tensors, folder / "pack-00000.safetensors")
+
+    return apply
+
+
+STRANGE: dict[str, Callable[[Path], Any]] = {
+    "more records than rows": _card(records=8),
+    "fewer records than rows": _card(records=6),
+    "other rows in a file": _card(packs={"pack-00000.safetensors": 4, "pack-00001.safetensors": 5}),
+    "file missing": lambda f: (f / "pack-00001.safetensors").unlink(),
+    "file too many": _card(
+        packs={
+            "pack-00000.safetensors": 5,
+            "pack-00001.safetensors": 4,
+            "pack-00002.safetensors": 0,
+        }
+    ),
+    "no files": _card(packs={}),
+    "no files, no rows": _card(packs={}, records=0, held_out=0),
+    "torn file": lambda f: (f / "pack-00001.safetensors").write_bytes(b"abc"),
+    "no captions": _tensors(lambda t: t.pop("caption")),
+    "captions missing": _tensors(lambda t: t.update(caption=t["caption"][:3])),
+    "pixels missing": _tensors(lambda t: t.update(pixels=t["pixels"][:3].clone())),
+    "surprise": _tensors(lambda t: t.update(surprise=torch.zeros(1))),
+    "no card": lambda f: (f / CARD_NAME).unlink(),
+    "torn card": lambda f: (f / CARD_NAME).write_text("{"),
+    "list for a card": lambda f: (f / CARD_NAME).write_text("[]"),
+    "other schema": _card(schema_version=2),
+    "surprise in the card": _card(surprise=1),
+}
+
+
+@pytest.mark.parametrize("how", STRANGE)
+def test_what_does_not_fit_is_refused(folder: Path, how: str) -> None:
+    STRANGE[how](folder)
+    with pytest.raises(Refused):
+        Pack(folder)
