@@ -165,6 +165,7 @@ class _Demo:
                 seed=manifest.seed,
                 stream=CONTROL,
                 threads=self.settings.threads,
+                device=config.device,
             )
             with control.writing_folder("expert") as folder:
                 trained.save(folder)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import version
 
 import diffusers
-import ray
 import torch
 
 import atoll
@@ -90,7 +90,7 @@ def write_demo_report(outcome: Outcome, place: Storage, run: Storage, manifest: 
             "atoll": atoll.__version__,
             "torch": torch.__version__,
             "diffusers": diffusers.__version__,
-            "ray": ray.__version__,
+            "ray": version("ray"),
             "python": platform.python_version(),
         },
     )

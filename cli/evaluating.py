@@ -55,6 +55,7 @@ def evaluate_models(
     steps: int,
     guidance: float,
     seed: int,
+    device: str,
     out: str | None,
 ) -> tuple[Evaluation, str]:
     """Measure models against a run's held-out records; write metrics.json and report.html.
@@ -66,10 +67,10 @@ def evaluate_models(
             check_artefact(run, artefact)
         evaluation, data = _measure(
             models, run, manifest, routings=routings, count=count, steps=steps, guidance=guidance,
-            seed=seed,
+            seed=seed, device=device,
         )  # fmt: skip
         if out is None:
-            evaluation.save(run)
+            save_evaluation(evaluation, run, manifest)
             write_report(data, run)
         else:
             place = Storage(out)
@@ -96,9 +97,10 @@ def _measure(
     steps: int,
     guidance: float,
     seed: int,
+    device: str,
 ) -> tuple[Evaluation, ReportData]:
     reference = run.uri
-    loaded = [load_model(path, encoder=f"{reference}/encoder") for path in models]
+    loaded = [load_model(path, encoder=f"{reference}/encoder", device=device) for path in models]
     systems = []
     for name, model in zip(model_names(list(models)), loaded, strict=True):
         if model.picture != manifest.picture:

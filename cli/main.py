@@ -65,7 +65,7 @@ def run(arguments: list[str] | None = None) -> None:
         fail(error, as_json=as_json)
     except typer.TyperException as error:
         code = getattr(error, "exit_code", 2)
-        message = str(getattr(error, "message", "") or error)
+        message = error.format_message()
         if not message:  # a bare `atoll` has printed its help
             raise SystemExit(code) from None
         context = getattr(error, "ctx", None)

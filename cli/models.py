@@ -16,6 +16,7 @@ RoutingOption = Annotated[
     ),
 ]
 StepsOption = Annotated[int, typer.Option(min=1, help="Solver steps.")]
+DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 GuidanceOption = Annotated[float, typer.Option(min=0, help="1 is unguided.")]
 
 
@@ -37,6 +38,7 @@ def register(app: typer.Typer) -> None:
         encoder: Annotated[
             str | None, typer.Option(help="Encoder folder, for a denoiser outside a run.")
         ] = None,
+        device: DeviceOption = "auto",
         trace: Annotated[
             bool, typer.Option("--trace", help="Also write trace.json and a heat strip.")
         ] = False,
@@ -49,7 +51,7 @@ def register(app: typer.Typer) -> None:
         from atoll.router.pipeline import to_pil
         from atoll.router.trace import strip_png, trace_json
 
-        loaded = load_model(model, encoder=encoder)
+        loaded = load_model(model, encoder=encoder, device=device)
         loaded.routing(routing)  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]
         with progress("sampling", steps) as advance:
@@ -90,6 +92,7 @@ def register(app: typer.Typer) -> None:
         steps: StepsOption = 30,
         guidance: GuidanceOption = 1.0,
         seed: Annotated[int, typer.Option(help="Seed of noise, prompts and draws.")] = 0,
+        device: DeviceOption = "auto",
         out: Annotated[
             str | None, typer.Option(help="Folder for metrics.json and report.html [RUN's own]")
         ] = None,
@@ -99,7 +102,7 @@ def register(app: typer.Typer) -> None:
 
         evaluation, place = evaluate_models(
             model, reference, routings=routing or ["full", "once", "top-k:1"],
-            count=count, steps=steps, guidance=guidance, seed=seed, out=out,
+            count=count, steps=steps, guidance=guidance, seed=seed, device=device, out=out,
         )  # fmt: skip
         plain = json.loads(evaluation.model_dump_json())
         return {

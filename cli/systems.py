@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
 
+CPU = torch.device("cpu")
+
+
 @dataclass(frozen=True)
 class Model:
     """Experts, the gate over them (never asked where there is one), and what they work with."""
@@ -40,6 +43,7 @@ class Model:
     shards: Sequence[str]
     encoder: Encoder
     picture: Picture
+    device: torch.device = CPU
 
     def routing(self, text: str) -> Routing:
         """A routing over this model's shards; `UsageError` lists the choices."""
@@ -88,13 +92,25 @@ def sample(
     if x_noise is None:
         x_noise = noise(seed, first, len(prompts), model.picture.shape)
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
-    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
+    x_noise = x_noise.to(model.device)
+    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told).cpu()
     runs = trajectory.experts_run / (steps * len(prompts))
     return Pictures(x_data, trajectory.trace or [], runs)
 
 
-def load_model(path: str, *, encoder: str | None = None) -> Model:
+def device_of(name: str) -> torch.device:
+    """`cpu`, `cuda`, or with `auto` a GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise UsageError(f"Unknown device '{name}'", allowed="auto, cpu, cuda")
+    there = torch.cuda.is_available()
+    if name == "cuda" and not there:
+        raise UsageError("This machine has no CUDA device", allowed="auto, cpu")
+    return torch.device("cuda" if there and name != "cpu" else "cpu")
+
+
+def load_model(path: str, *, encoder: str | None = None, device: str = "cpu") -> Model:
     """Find out what lies at a path and load it, with the encoder that its captions need."""
+    place = device_of(device)
     folder = Path(path)
     if (folder / MANIFEST_NAME).is_file():
         if not (folder / "ensemble" / "model_index.json").is_file():
@@ -102,19 +118,19 @@ def load_model(path: str, *, encoder: str | None = None) -> Model:
         folder = folder / "ensemble"
     check_recorded(folder)
     if (folder / "model_index.json").is_file():
-        return _ensemble(folder)
+        return _ensemble(folder, place)
     if (folder / CARD_NAME).is_file():
-        return _denoiser(folder, encoder)
+        return _denoiser(folder, encoder, place)
     raise UsageError(
         f"There is no model at {path}",
         allowed="a run, an ensemble, or the folder of a base, an expert or a soup",
     )
 
 
-def _ensemble(folder: Path) -> Model:
+def _ensemble(folder: Path, device: torch.device) -> Model:
     from atoll.router.model import EnsembleModel
 
-    model = EnsembleModel.from_pretrained(folder / "transformer")
+    model = EnsembleModel.from_pretrained(folder / "transformer").to(device)
     return Model(
         name=folder.name,
         kind="ensemble",
@@ -123,10 +139,11 @@ def _ensemble(folder: Path) -> Model:
         shards=model.shards,
         encoder=load_encoder(folder / "text_encoder"),
         picture=model.ensemble_config.picture,
+        device=device,
     )
 
 
-def _denoiser(folder: Path, encoder: str | None) -> Model:
+def _denoiser(folder: Path, encoder: str | None, device: torch.device) -> Model:
     denoiser = Denoiser.load(folder)
     place = Path(encoder) if encoder else _encoder_near(folder)
     if place is None:
@@ -135,11 +152,12 @@ def _denoiser(folder: Path, encoder: str | None) -> Model:
             cure="give --encoder RUN/encoder",
         )
     check_recorded(place)
-    return one_expert(denoiser, load_encoder(place))
+    return one_expert(denoiser, load_encoder(place), device)
 
 
-def one_expert(denoiser: Denoiser, encoder: Encoder) -> Model:
+def one_expert(denoiser: Denoiser, encoder: Encoder, device: torch.device = CPU) -> Model:
     """A denoiser as an ensemble of one."""
+    denoiser.network.to(device)
     config: Any = denoiser.network.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
@@ -151,6 +169,7 @@ def one_expert(denoiser: Denoiser, encoder: Encoder) -> Model:
         shards=[denoiser.card.shard or denoiser.card.name],
         encoder=encoder,
         picture=Picture(channels=config.in_channels, height=height, width=width),
+        device=device,
     )
 
 

@@ -145,7 +145,7 @@ def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: f
     )  # fmt: skip
     speed = images_per_second(
         Denoiser(network, card), commons, config.training,
-        batch=config.training.batch or recipe.batch, threads=config.threads,
+        batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,
     )  # fmt: skip
     passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
     return config.model_copy(
@@ -176,8 +176,9 @@ def experts_within(
         speed = images_per_second(
             Denoiser.load(run.local(base.path)), Pack(run.local(largest.path)), config.training,
             batch=config.training.batch or recipe.batch, threads=config.threads,
+            device=config.device,
         )  # fmt: skip
-        at_once = min(config.slots or slots_here(config.threads), len(manifest.shards))
+        at_once = min(config.slots or slots_here(config), len(manifest.shards))
         records = sum(shard.records for shard in manifest.shards.values())
         passes = passes_in(minutes, speed=speed, islands_at_once=at_once, records=records)
     return config.model_copy(

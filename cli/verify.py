@@ -25,7 +25,7 @@ from atoll.cli.unlearn import (
 )
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Shard, check_schema
+from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Plan, Shard, check_schema
 from atoll.core.storage import Storage, sha256_folder
 
 _CENTROIDS = "partition/centroids.safetensors"
@@ -161,6 +161,9 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
     for name, expert in manifest.experts.items():
         images_seen = read_card(run.local(expert.path)).images_seen
         told[f"{name}: images_seen"] = (expert.images_seen, images_seen)
+        order = run.read_json(f"islands/{name}/island.json")
+        told[f"{name}: recipe"] = (manifest.recipe, order["recipe"])
+        told[f"{name}: plan"] = (manifest.shard(name).plan, Plan.model_validate(order["plan"]))
     differing = [what for what, (stated, found) in told.items() if stated != found]
     if differing:
         raise Refused(f"the manifest and the files differ about: {', '.join(differing)}")

@@ -9,8 +9,6 @@ from __future__ import annotations
 import tempfile
 from pathlib import Path
 
-import torch
-
 from atoll.core import recipes, seeds
 from atoll.core.config import save_config
 from atoll.core.denoiser import Card, Denoiser
@@ -19,6 +17,7 @@ from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage, sha256_folder
+from atoll.islands.compute import Device, computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching
@@ -82,6 +81,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         seed=manifest.seed,
         stream="base",
         threads=config.threads,
+        device=config.device,
     )
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         folder = Path(scratch) / "base"
@@ -110,16 +110,15 @@ def train_here(
     seed: int,
     stream: str,
     threads: int,
+    device: Device,
 ) -> Denoiser:
     """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
+    with computing(device, threads) as chosen:
+        denoiser.network.to(chosen)
         loss = flow_matching(denoiser, pack, training, seed=seed, stream=stream)
         course = course_of(training, plan, learning_rate)
         Loop(storage, folder, denoiser.network, course, name=stream).run(loss)
-    finally:
-        torch.set_num_threads(before)
+        denoiser.network.to("cpu")
     card = denoiser.card.model_copy(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )

@@ -30,6 +30,7 @@ from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import train_here
+from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
 from atoll.islands.settings import HeadTraining, TrainConfig, plan_head
@@ -111,10 +112,18 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
     )
     training = order.config.training.model_copy(update={"prediction": base.card.prediction})
     expert = train_here(
-        run, island_folder(order.name), Denoiser(base.network, card), pack, training,
-        learning_rate=recipes.recipe_of(order.recipe).learning_rate, plan=order.plan,
-        seed=order.seed, stream=f"expert-{order.name}", threads=order.config.threads,
-    )  # fmt: skip
+        run,
+        island_folder(order.name),
+        Denoiser(base.network, card),
+        pack,
+        training,
+        learning_rate=recipes.recipe_of(order.recipe).learning_rate,
+        plan=order.plan,
+        seed=order.seed,
+        stream=f"expert-{order.name}",
+        threads=order.config.threads,
+        device=order.config.device,
+    )
     expert.save(folder)
 
 
@@ -129,11 +138,11 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     head = new_head(config, seed=order.seed)
     anchor = anchor_of(commons, settings.broad, held_out=False)
     place = f"{island_folder(order.name)}/gate_head_training"
-    loss = head_loss(head, pack, anchor, settings, seed=order.seed)
-    Loop(
-        run, place, head, _head_course(settings, order.plan), name=f"gate head of {order.name}"
-    ).run(loss)
-    calibrate(head, pack, commons, settings, seed=order.seed).save(folder)
+    course = _head_course(settings, order.plan)
+    with computing(order.config.device, order.config.threads) as device:
+        loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
+        Loop(run, place, head, course, name=f"gate head of {order.name}").run(loss)
+    calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed).save(folder)
 
 
 def _head_course(settings: HeadTraining, expert: Plan) -> Course:

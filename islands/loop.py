@@ -24,6 +24,7 @@ from atoll.core.errors import Failed, Interrupted, Refused
 from atoll.core.journal import progress
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
+from atoll.islands.compute import device_name
 from atoll.islands.step import Loss, learning_rate_at, take_step
 
 HEARTBEAT_SECONDS = 2.0
@@ -178,7 +179,7 @@ class Loop:
             "plan": self._course.plan.model_dump(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
-            "device": str(self._parameters[0].device),
+            "device": device_name(self._parameters[0].device),
         }
 
     def _resume(self) -> int:
@@ -207,7 +208,7 @@ class Loop:
                 parameter.copy_(tensors[f"weights/{name}"])
                 average.copy_(tensors[f"average/{name}"])
                 self._optimizer.state[parameter] = {
-                    key: tensors[f"optimizer/{key}/{name}"].clone()
+                    key: tensors[f"optimizer/{key}/{name}"].to(parameter.device, copy=True)
                     for key in ("step", "exp_avg", "exp_avg_sq")
                 }
 

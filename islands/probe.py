@@ -11,6 +11,7 @@ import torch
 from atoll.core.denoiser import Denoiser
 from atoll.core.journal import log
 from atoll.core.pack import Pack
+from atoll.islands.compute import Device, computing
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import flow_matching, take_step
 
@@ -20,13 +21,17 @@ _SHARE = 0.75
 
 
 def images_per_second(
-    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, *, batch: int, threads: int
+    denoiser: Denoiser,
+    pack: Pack,
+    training: DenoiserTraining,
+    *,
+    batch: int,
+    threads: int,
+    device: Device,
 ) -> float:
     """Training speed of a copy of the denoiser in this process, after one step to warm up."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
+    with computing(device, threads) as chosen:
+        trial = Denoiser(copy.deepcopy(denoiser.network).to(chosen).train(), denoiser.card)
         parameters = list(trial.network.parameters())
         averaged = [p.detach().clone() for p in parameters]
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
@@ -41,8 +46,6 @@ def images_per_second(
             if steps == 0:
                 started = time.monotonic()
         speed = steps * batch / (time.monotonic() - started)
-    finally:
-        torch.set_num_threads(before)
     log.info("probe: %.0f images per second on %d thread(s)", speed, threads)
     return speed
 

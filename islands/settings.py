@@ -11,6 +11,7 @@ from atoll.core.config import Config
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.recipes import Recipe
+from atoll.islands.compute import Device
 
 # Fewer than this and a head of any size knows little.
 _LEAST_HEAD_IMAGES = 4_000
@@ -72,6 +73,7 @@ class BaseConfig(Config):
 
     recipe: str | None = None  # None takes the one for the picture's size
     threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
+    device: Device = "auto"
     training: DenoiserTraining = DenoiserTraining()
 
 
@@ -79,6 +81,7 @@ class TrainConfig(Config):
     """`atoll train`."""
 
     threads: int = Field(default=1, ge=1)
+    device: Device = "auto"
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     retries: int = Field(default=3, ge=0)  # new generations after a death, per island
     training: DenoiserTraining = DenoiserTraining()

@@ -40,19 +40,24 @@ def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -
 def flow_matching(
     denoiser: Denoiser, pack: Pack, config: DenoiserTraining, *, seed: int, stream: str
 ) -> Loss:
-    """The loss of a base or an expert on the training rows of a pack."""
+    """The loss of a base or an expert on the training rows of a pack.
+
+    Randomness is drawn on the CPU, so that it is the same on every device.
+    """
+    device = next(denoiser.network.parameters()).device
 
     def loss(first: int, count: int) -> Tensor:
         where = {"first": first, "count": count}
         rows = torch.from_numpy(seeds.order(seed, stream, "order", n=len(pack.train), **where))
-        x_data = pack.x_data(rows)
+        x_data = pack.x_data(rows).to(device)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, config.condition_dropout)
-        t = times(config.time, seed, stream, **where)
+        t = times(config.time, seed, stream, **where).to(device)
         x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
+        x_noise = x_noise.to(device)
         x_t = flow.interpolate(x_data, x_noise, t)
         wanted = flow.target(x_data, x_noise, config.prediction)
-        return functional.mse_loss(denoiser.output(x_t, t, cond), wanted)
+        return functional.mse_loss(denoiser.output(x_t, t, cond.to(x_t)), wanted)
 
     return loss
 

@@ -66,7 +66,7 @@ def remote_cluster(address: str) -> Cluster:
 
 
 @contextlib.contextmanager
-def local_head(cpus: int) -> Iterator[Cluster]:
+def local_head(cpus: int, gpus: int = 0) -> Iterator[Cluster]:
     """Start a Ray head on this machine, and end it with everything it started."""
     # Short: the path of a socket below it must stay under 108 bytes.
     folder = Path(tempfile.mkdtemp(prefix="atoll-ray-", dir="/tmp"))
@@ -78,7 +78,7 @@ def local_head(cpus: int) -> Iterator[Cluster]:
     ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
     command = [
         sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        "--num-cpus", str(cpus), "--num-gpus", str(_gpus()), "--disable-usage-stats",
+        "--num-cpus", str(cpus), "--num-gpus", str(gpus), "--disable-usage-stats",
         "--temp-dir", str(folder / "ray"), "--object-store-memory", str(96 << 20),
         "--include-dashboard", "true", "--dashboard-host", "127.0.0.1",
         *(text for flag, port in ports.items() for text in (flag, str(port))),
@@ -125,7 +125,9 @@ class Jobs:
                 cure="check the address, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
             ) from error
 
-    def submit(self, run_uri: str, shard: str, *, submission_id: str, threads: int) -> str:
+    def submit(
+        self, run_uri: str, shard: str, *, submission_id: str, threads: int, gpus: int
+    ) -> str:
         """Start an island's job in a process of its own; `submission_id` makes it idempotent."""
         # `exec` lets the process die with its raylet; -P keeps the working directory off the path.
         program = "-P -m atoll.islands.job"
@@ -135,6 +137,7 @@ class Jobs:
             self._client.submit_job(
                 entrypoint=f"{command} {shlex.quote(run_uri)} {shlex.quote(shard)}",
                 submission_id=submission_id,
+                entrypoint_num_gpus=gpus,
                 runtime_env={
                     "env_vars": {
                         "OMP_NUM_THREADS": threads_text,
@@ -157,12 +160,6 @@ class Jobs:
         """SIGTERM, on which a job commits and leaves."""
         with contextlib.suppress(RuntimeError):
             self._client.stop_job(submission_id)
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _free_ports(count: int) -> list[int]:

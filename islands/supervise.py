@@ -17,6 +17,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
+
 from atoll.core import recipes
 from atoll.core.config import save_config
 from atoll.core.denoiser import read_card
@@ -85,26 +87,35 @@ def train(
         todo.remove(name)
     if not todo:
         return []
-    slots = min(len(todo), config.slots or slots_here(config.threads))
-    with _cluster(address, slots * config.threads) as cluster:
+    gpus = _gpus(config, address)
+    slots = min(len(todo), config.slots or slots_here(config))
+    with _cluster(address, slots * config.threads, gpus) as cluster:
         log.info("%d islands, %d at a time, %d thread(s) each", len(todo), slots, config.threads)
-        _Supervisor(run, manifest, config, Jobs(cluster), slots, address is not None).work(todo)
+        _Supervisor(run, manifest, config, Jobs(cluster), slots, address).work(todo)
     return todo
 
 
 @contextlib.contextmanager
-def _cluster(address: str | None, cpus: int) -> Iterator[Cluster]:
+def _cluster(address: str | None, cpus: int, gpus: int) -> Iterator[Cluster]:
     if address is not None:
         yield remote_cluster(address)
         return
-    with local_head(cpus) as cluster:
+    with local_head(cpus, gpus) as cluster:
         yield cluster
 
 
-def slots_here(threads: int) -> int:
-    """Islands at once on this machine: as many as its processors and its free memory hold."""
-    processors = len(os.sched_getaffinity(0)) // threads
-    return max(1, min(processors, _available_bytes() // _ISLAND_BYTES))
+def slots_here(config: TrainConfig) -> int:
+    """Islands at once here: a GPU each where there is any, else what processors and memory hold."""
+    gpus = _gpus(config, None)
+    processors = len(os.sched_getaffinity(0)) // config.threads
+    return gpus or max(1, min(processors, _available_bytes() // _ISLAND_BYTES))
+
+
+def _gpus(config: TrainConfig, address: str | None) -> int:
+    """GPUs that jobs may ask for: this machine's, or one each on a cluster that is told cuda."""
+    if config.device == "cpu":
+        return 0
+    return torch.cuda.device_count() if address is None else int(config.device == "cuda")
 
 
 def _available_bytes() -> int:
@@ -177,14 +188,15 @@ class _Supervisor:
         config: TrainConfig,
         jobs: Jobs,
         slots: int,
-        remote: bool,
+        address: str | None,
     ) -> None:
         self._run = run
         self._manifest = manifest
         self._config = config
         self._jobs = jobs
         self._slots = slots
-        self._remote = remote
+        self._remote = address is not None
+        self._gpus = min(1, _gpus(config, address))
         self._given_up: list[_Island] = []
 
     def work(self, shards: Sequence[str]) -> None:
@@ -237,6 +249,7 @@ class _Supervisor:
             island.shard,
             submission_id=f"{run_name}-{island.shard}-{generation}-{island.attempts}",
             threads=self._config.threads,
+            gpus=self._gpus,
         )
         return island
 

@@ -75,6 +75,7 @@ def head_loss(
 ) -> Loss:
     """Binary cross-entropy of shard against anchor, balanced at every t; and of text alone."""
     stream = f"head-{head.config.shard}"
+    device = next(head.parameters()).device
 
     def loss(first: int, count: int) -> Tensor:
         order = seeds.order(seed, stream, "order", first=first, count=count, n=len(pack.train))
@@ -88,8 +89,9 @@ def head_loss(
         uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
         both = concatenate([cond, other_cond])
         dropped = drop(both, pack.null, uniform, config.condition_dropout)
-        x_t = flow.interpolate(torch.cat([x_data, other]), x_noise, t)
-        is_shard = (torch.arange(2 * count) < count).float()
+        x_t = flow.interpolate(torch.cat([x_data, other]), x_noise, t).to(device)
+        t, both, dropped = t.to(device), both.to(x_t), dropped.to(x_t)
+        is_shard = (torch.arange(2 * count) < count).float().to(device)
         picture = functional.binary_cross_entropy_with_logits(head.raw(x_t, t, dropped), is_shard)
         text = functional.binary_cross_entropy_with_logits(head.raw_text(both), is_shard)
         return picture + text
@@ -183,7 +185,8 @@ def _band(centre: float, own: Tensor, others: Tensor) -> Band:
     with torch.enable_grad():
         solver.step(objective)  # type: ignore[no-untyped-call]
     # A head whose sign came out wrong knows nothing: it may be flattened, never turned round.
-    slope, intercept = max(float(scale[0]), 0.0), float(scale[1])
+    slope, intercept = scale.detach().tolist()
+    slope = max(slope, 0.0)
     fitted = slope * f + intercept
     per_record = functional.binary_cross_entropy_with_logits(fitted, wanted, reduction="none")
     q = torch.sigmoid(fitted[len(own) :])

@@ -64,7 +64,7 @@ def write_assignments(run: Storage, rows: Iterable[Assigned]) -> None:
 def read_assignments(run: Storage) -> list[Assigned]:
     """All rows, sorted by record."""
     try:
-        # Without threads: one that still lives when Python ends aborts it (apache/arrow issue 34314).
+        # Without threads: one that outlives Python aborts it at exit (apache/arrow issue 34314).
         data = pa.BufferReader(run.read_bytes(ASSIGNMENTS_NAME))
         table = pq.ParquetFile(data).read(use_threads=False)
         return [Assigned(**row) for row in table.cast(_SCHEMA).to_pylist()]

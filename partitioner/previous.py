@@ -70,7 +70,8 @@ def saved_config(run: Storage) -> PartitionConfig:
 
 def start_anew(run: Storage, config: PartitionConfig) -> None:
     """Clear the remains of a partition that was interrupted; `Refused` where they are not ours."""
-    standing = [name for name in _MADE_HERE if run.exists(name)]
+    # Not `exists`: a disk that was full from the start leaves an empty folder.
+    standing = [name for name in _MADE_HERE if run.list(name)]
     if standing and not run.exists(_CONFIG):
         raise Refused(
             f"{run.uri} holds {', '.join(standing)}, which no partition wrote",

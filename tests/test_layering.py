@@ -31,7 +31,7 @@ ALLOWED: dict[str, set[str]] = {
 
 # The only files that may import these.
 ONLY_IN: dict[str, set[str]] = {
-    "ray": {"islands/submit.py", "cli/demo_report.py"},  # the latter for its version alone
+    "ray": {"islands/submit.py"},
     "faiss": {"partitioner/cluster.py"},
     "open_clip": {"core/embedding.py"},
     "timm": {"core/embedding.py"},

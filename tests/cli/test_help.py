@@ -86,7 +86,7 @@ def test_help_imports_nothing_heavy() -> None:
         (["soup", "crate", "x"], "create"),
         (["train"], "RUN"),
         (["train", "x", "--minute", "1"], "--minutes"),
-        (["train", "x", "--minutes", "soon"], "soon"),
+        (["train", "x", "--minutes", "soon"], "--minutes"),
         (["train", "x", "--minutes", "0"], "minutes"),
         (["sample", "x", "--steps", "0"], "steps"),
         (["sample", "x", "--count", "0"], "count"),

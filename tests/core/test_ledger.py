@@ -164,6 +164,20 @@ def test_tampering_is_seen(ledger: Ledger, storage: Storage, tamper: Tamper, num
     assert caught.value.exit_code == ExitCode.REFUSED
 
 
+@pytest.mark.parametrize("change", ["renamed", "other id"])
+def test_last_entry_out_of_its_place_is_refused(
+    ledger: Ledger, storage: Storage, change: str
+) -> None:
+    values = storage.read_json(name_of(5))
+    storage.remove(name_of(5))
+    if change == "renamed":
+        storage.write_json(name_of(7), values)
+    else:
+        storage.write_json(name_of(5), values | {"id": 7})
+    with pytest.raises(Refused, match="entry 5 was expected here"):
+        ledger.entries()
+
+
 @pytest.mark.parametrize("key", sorted(LedgerEntry.model_fields))
 def test_every_field_is_under_the_chain(ledger: Ledger, storage: Storage, key: str) -> None:
     values = storage.read_json(name_of(1))

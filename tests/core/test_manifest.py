@@ -137,7 +137,7 @@ def test_wrong_assignment_is_caught_at_once() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "meant"), [("shard-0", "shard-00"), ("Museum", "museum"), ("shrad-01", "shard-01")]
+    ("name", "meant"), [("shard_00", "shard-00"), ("Museum", "museum"), ("shrad-01", "shard-01")]
 )
 def test_unknown_shard_names_the_nearest(name: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:

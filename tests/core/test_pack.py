@@ -105,7 +105,12 @@ def test_joined_packs_have_all_training_rows_and_no_held_out(
     tmp_path: Path, cond: MakeCond
 ) -> None:
     one = Pack(write(tmp_path / "one", cond))
-    two = Pack(write(tmp_path / "two", cond, records=4, held_out=5))
+
+    def negative(n: int) -> Conditioning:
+        c = cond(n)
+        return Conditioning(-c.tokens, c.mask, -c.pooled, c.is_null)
+
+    two = Pack(write(tmp_path / "two", negative, records=4, held_out=5))
     joined = join([one, two])
     assert len(joined) == 11
     assert (joined.train, joined.held_out) == (range(11), range(11, 11))

@@ -1,0 +1,120 @@
+"""`atoll sample` and `atoll evaluate`, on whatever can be sampled."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
+
+ROUTINGS = ("full", "top-k:2", "mass:0.9", "threshold:0.2", "sample:2", "once", f"oracle:{SHARD}")
+
+
+def pictures(said: dict[str, object]) -> list[bytes]:
+    files = said["pictures"]
+    assert isinstance(files, list)
+    return [Path(picture["file"]).read_bytes() for picture in files]
+
+
+def test_every_kind_of_model(made: Path, tmp_path: Path) -> None:
+    for name in ("", "ensemble", "base", f"islands/{SHARD}/expert", "soups/all"):
+        said = done(
+            "sample", made / name, "a handwritten 3", "a handwritten 5", "--steps=3", "--count=2",
+            "--out", tmp_path / "out",
+        )  # fmt: skip
+        assert [picture["prompt"][-1] for picture in said["pictures"]] == list("3355")
+        for picture in said["pictures"]:
+            with Image.open(picture["file"]) as image:
+                assert image.size == (8, 8)
+        settings = json.loads((tmp_path / "out/sample.json").read_text())
+        assert settings["steps"] == 3
+        assert len(settings["prompts"]) == 4
+
+
+def test_without_a_prompt(made: Path, tmp_path: Path) -> None:
+    said = done("sample", made, "--steps=1", "--out", tmp_path)
+    assert [picture["prompt"] for picture in said["pictures"]] == [""]
+
+
+@pytest.mark.parametrize("routing", ROUTINGS)
+def test_every_routing_and_its_seed(made: Path, tmp_path: Path, routing: str) -> None:
+    def draw(seed: int, name: str, *more: object) -> dict[str, object]:
+        return done(
+            "sample", made, "a handwritten 3", "--routing", routing, "--steps=4", "--count=3",
+            "--seed", seed, "--out", tmp_path / name, *more,
+        )  # fmt: skip
+
+    first, again, other = draw(7, "a", "--trace"), draw(7, "b"), draw(8, "c")
+    assert pictures(first) == pictures(again)
+    assert pictures(first) != pictures(other)
+    assert pictures(draw(7, "d", "--guidance=3")) != pictures(first)
+    runs = first["experts_per_step"]
+    assert isinstance(runs, float)
+    assert 1 <= runs <= len(SHARDS)
+    if routing in ("once", f"oracle:{SHARD}"):
+        assert runs == 1
+    trace = json.loads((tmp_path / "a/trace.json").read_text())
+    assert trace["shards"] == list(SHARDS)
+    assert len(trace["steps"]) == 4
+    for step in trace["steps"]:
+        for weights in (step["gate_weights"], step["weights"]):
+            assert all(abs(sum(row) - 1) < 1e-4 for row in weights)
+    with Image.open(tmp_path / "a/trace.png") as strip:
+        assert strip.width > 400
+    assert not (tmp_path / "b/trace.json").exists()
+
+
+def test_an_expert_is_its_oracle(made: Path, tmp_path: Path) -> None:
+    """The ensemble under `oracle` and the expert on its own draw the same pictures."""
+    common = ("a handwritten 3", "--steps=4", "--count=2", "--seed=3")
+    one = done("sample", made / f"islands/{SHARD}/expert", *common, "--out", tmp_path / "one")
+    other = done(
+        "sample", made / "ensemble", *common, "--routing", f"oracle:{SHARD}",
+        "--out", tmp_path / "other",
+    )  # fmt: skip
+    assert pictures(one) == pictures(other)
+
+
+def test_models_outside_of_a_run(made: Path, tmp_path: Path) -> None:
+    shutil.copytree(made, tmp_path / "run")
+    expert = tmp_path / "run/islands/shard-00/expert"
+    done("soup", "create", tmp_path / "soup", expert)
+    done("assemble", tmp_path / "run", tmp_path / "copy")
+    common = ("a handwritten 3", "--steps=2", "--out", tmp_path / "out")
+    by_ingredients = pictures(done("sample", tmp_path / "soup", *common))
+    pictures(done("sample", tmp_path / "copy", *common))
+    (tmp_path / "run").rename(tmp_path / "moved")
+    assert atoll("sample", tmp_path / "soup", *common, "--json").code == 5
+    encoder = ("--encoder", tmp_path / "moved/encoder")
+    assert pictures(done("sample", tmp_path / "soup", *common, *encoder)) == by_ingredients
+
+
+def test_evaluate(made: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
+    models = [run / "ensemble", run / "soups/all", run / "base", run / "islands/shard-00/expert"]
+    common = ("--reference", run, "--count=20", "--steps=2")
+    elsewhere = done("evaluate", *models, *common, "--out", tmp_path / "out")
+    assert not (run / "evaluation").exists()
+    said = done("evaluate", *models, *common)
+    assert said["metrics"] == elsewhere["metrics"]
+    assert said["report"] == f"{run}/evaluation/report.html"
+    names = [row["name"] for row in said["metrics"]["rows"]]
+    for name in ("full", "once", "top-k:1", "all", "base", "expert"):
+        assert name in names
+    for folder in (run / "evaluation", tmp_path / "out"):
+        assert sorted(tree(folder)) == ["metrics.json", "report.html"]
+        assert json.loads((folder / "metrics.json").read_text()) == said["metrics"]
+    page = (run / "evaluation/report.html").read_text()
+    assert 'src="http' not in page
+    assert "held-out records" in page
+    only = done("evaluate", run, *common, "--routing", "mass:0.5", "--out", tmp_path / "one")
+    assert "mass:0.5" in {row["name"] for row in only["metrics"]["rows"]}
+    assert atoll("evaluate", run, *common, "--routing", "ful", "--json").code == 2
+    # It saw the shard, so it does not outlive it.
+    done("unlearn", run, SHARD)
+    assert not (run / "evaluation").exists()

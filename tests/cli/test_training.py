@@ -1,0 +1,140 @@
+"""`atoll base`, `train` and `assemble`: plans, parts, resumed runs and missing islands."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.cli.conftest import BASE, SHARD, SHARDS, TRAIN, Said, atoll, content, done, tree
+
+SCRIPT = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
+
+
+def plans(run: Path) -> dict[str, dict[str, int] | None]:
+    manifest = json.loads((run / "manifest.json").read_text())
+    return {name: shard["plan"] for name, shard in manifest["shards"].items()}
+
+
+def test_a_dry_run_writes_nothing(based, untouched) -> None:
+    with untouched(based):
+        whole = done("train", based, "--dry-run", *TRAIN)
+        assert list(whole["plan"]) == list(SHARDS)
+        one = done("train", based, "--dry-run", "--shard", SHARD, "--passes=2")
+        assert list(one["plan"]) == [SHARD]
+        assert one["plan"][SHARD]["images_seen"] > whole["plan"][SHARD]["images_seen"]
+        done("train", based, "--dry-run", "--minutes=0.01")
+    assert set(plans(based).values()) == {None}
+
+
+def test_one_island_after_the_other_is_all_at_once(based, trained, made, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    assert done("train", run, "--shard", SHARD, *TRAIN)["trained"] == [SHARD]
+    assert all(plans(run).values())  # of all shards, before any other island starts
+    assert done("train", run, "--shard", SHARD, *TRAIN)["trained"] == []
+
+    # What is there works already, and says what is missing.
+    said = atoll("assemble", run, tmp_path / "part", "--json")
+    missing = [shard for shard in SHARDS if shard != SHARD]
+    assert said.json["missing"] == missing
+    assert "Missing shards" in said.err
+    assert json.loads((run / "manifest.json").read_text())["exports"] == [str(tmp_path / "part")]
+    sampled = atoll("sample", tmp_path / "part", "x", "--steps=1", "--out", tmp_path / "p")
+    assert sampled.code == 0
+    assert "1 of 3 shards" in sampled.err
+    assert atoll("soup", "create", run / "s", run / "islands/shard-00/expert").code == 2
+
+    # The saved configuration is one to run again.
+    saved = shutil.copy(run / "islands/atoll.config.json", tmp_path / "saved.json")
+    rest = done("train", run, "--shard=shard-00", "--shard=shard-02", "--config", saved)
+    assert rest["trained"] == missing
+    done("assemble", run)
+    assert tree(run / "ensemble") == tree(made / "ensemble")
+    ours, theirs = content(run), content(trained)
+    assert {name: sha for name, sha in ours.items() if name.startswith("islands/")} == {
+        name: sha for name, sha in theirs.items() if name.startswith("islands/")
+    }
+
+
+def test_minutes_become_passes_once(partitioned, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(partitioned, run)
+    done("base", run, "--recipe=unet-tiny", "--minutes=0.01")
+    passes = json.loads((run / "base-training/atoll.config.json").read_text())["training"]["passes"]
+    assert passes > 0
+    quick = ("--set", "head.images=16", "--set", "head.batch=16", "--set", "preview=0")
+    done("train", run, "--shard=shard-02", "--minutes=0.01", *quick)
+    planned = plans(run)
+    assert all(planned.values())
+    # No second probe: the plan that stands is what the same words mean.
+    again = done("train", run, "--shard=shard-02", "--minutes=5", *quick)
+    assert again["trained"] == []
+    assert plans(run) == planned
+    done("base", run, "--minutes=1")
+
+
+def interrupted(run: Path, arguments: list[str], begun: Callable[[], bool]) -> Said:
+    """Start a command as a process, wait until its work has begun, and press Ctrl-C."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", SCRIPT, *arguments, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 120
+    while not begun():
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    out, err = process.communicate(timeout=60)
+    return Said(process.returncode, out, err)
+
+
+def test_6_base_interrupted_and_resumed(partitioned, tmp_path) -> None:
+    long = ["--recipe=unet-tiny", "--passes=60", "--set", "training.checkpoints=60"]
+    straight, run = tmp_path / "straight", tmp_path / "run"
+    for place in (straight, run):
+        shutil.copytree(partitioned, place)
+    done("base", straight, *long)
+    commits = run / "base-training/commits"
+    said = interrupted(
+        run,
+        ["base", str(run), *long],
+        lambda: commits.is_dir() and len(list(commits.iterdir())) > 1,
+    )
+    assert said.code == 6, said
+    assert "same command again" in said.error["cure"]
+    assert not (run / "base").exists()
+    done("base", run, *long)
+    journal = [
+        json.loads(x) for x in (run / "base-training/journal.jsonl").read_text().splitlines()
+    ]
+    assert journal[-1]["from_images_seen"] > 0
+    assert tree(run / "base") == tree(straight / "base")
+    assert done("base", run, *BASE[:1])["sha256"] == done("base", straight)["sha256"]
+
+
+def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    long = ["--shard=shard-02", *TRAIN, "--passes=600", "--set", "training.checkpoints=100"]
+    here = run / "islands/shard-02"
+    said = interrupted(
+        run, ["train", str(run), *long],
+        lambda: (here / "commits").is_dir() and len(list((here / "commits").iterdir())) > 1,
+    )  # fmt: skip
+    assert said.code == 6, said
+    assert "committed" in said.error["what"]
+    assert json.loads((here / "exit.json").read_text())["code"] == 6
+    assert not (here / "expert").exists()
+    assert done("train", run, *long)["trained"] == ["shard-02"]
+    journal = [json.loads(line) for line in (here / "journal.jsonl").read_text().splitlines()]
+    resumed = next(entry for entry in journal if entry["event"] == "trained")
+    assert resumed["from_images_seen"] > 0
+    done("verify", run)

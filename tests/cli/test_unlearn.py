@@ -1,0 +1,319 @@
+"""Promise 5: after `atoll unlearn` the run is bitwise one that never had the shard."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+
+from tests.cli.conftest import (
+    BASE,
+    CLOCKS,
+    PARTITION,
+    SHARD,
+    SHARDS,
+    TRAIN,
+    atoll,
+    complete,
+    content,
+    done,
+    tree,
+    write_corpus,
+)
+
+OTHERS = [shard for shard in SHARDS if shard != SHARD]
+
+
+def export(run: Path, place: Path) -> None:
+    """A soup and a copy of the ensemble outside the run."""
+    experts = sorted((run / "islands").glob("*/expert"))
+    done("soup", "create", place / "soup", *experts)
+    done("assemble", run, place / "copy")
+
+
+def exported(place: Path) -> dict[str, str]:
+    return {name: sha for name, sha in tree(place).items() if not name.startswith("run/")}
+
+
+def test_the_run_is_bitwise_one_that_never_had_the_shard(made, corpus, tmp_path) -> None:
+    # Both lie at one place, one after the other: exports are listed by their absolute paths.
+    place = tmp_path / "place"
+    run = place / "run"
+    shutil.copytree(made, run)
+    export(run, place)
+    done("unlearn", run, SHARD)
+    removed, outside = content(run), exported(place)
+    assert SHARD not in (run / "manifest.json").read_text()
+    certificate = json.loads((run / "certificate.json").read_text())
+    assert certificate["rewritten_exports"] == [str(place / "copy"), str(place / "soup")]
+    place.rename(tmp_path / "removed")
+
+    table = pq.read_table(made / f"shards/{SHARD}/data-00000.parquet").to_pylist()
+    without = {(row["image"], row["caption"]) for row in table}
+    never = write_corpus(tmp_path / "never.parquet", 300, without=without)
+    assert sorted(done("partition", never, run, *PARTITION)["shards"]) == OTHERS
+    done("base", run, *BASE)
+    assert done("train", run, *TRAIN)["trained"] == OTHERS
+    complete(run)
+    export(run, place)
+    # Names first: a difference there reads better than hundreds of digests.
+    assert sorted(removed) == sorted(content(run))
+    assert removed == content(run)
+    assert outside == exported(place)
+
+
+def test_what_is_set_aside_holds_only_clocks(made: Path) -> None:
+    keys = {
+        "generation", "images_seen", "of", "images_per_second", "unix_seconds", "schema_version",
+        "event", "process", "submission_id", "name", "from_images_seen", "seconds",
+    }  # fmt: skip
+    for path in [path for path in made.rglob("*") if path.name in CLOCKS]:
+        for text in (
+            path.read_text().splitlines() if path.suffix == ".jsonl" else [path.read_text()]
+        ):
+            assert set(json.loads(text)) <= keys
+
+
+def test_nothing_else_is_touched(fresh: Path) -> None:
+    (fresh / "evaluation").mkdir()
+    (fresh / "evaluation/metrics.json").write_text("{}")
+    pair = [fresh / f"islands/{shard}/expert" for shard in OTHERS]
+    done("soup", "create", fresh / "soups/pair", *pair)
+    done("soup", "create", fresh / "soups/lone", fresh / f"islands/{SHARD}/expert")
+    before = {name: (fresh / name).stat() for name in tree(fresh)}
+    said = done("unlearn", fresh, SHARD)
+    after = {name: (fresh / name).stat() for name in tree(fresh)}
+    gone = set(before) - set(after)
+    assert gone == {
+        name
+        for name in before
+        if SHARD in name.split("/") or name.startswith(("evaluation/", "soups/lone/"))
+    }
+    assert f"islands/{SHARD}/expert" in said["changed"]
+    assert "soups/lone" in said["changed"]
+    # Made anew, since the shard was in them: nothing else may change, clocks and inodes included.
+    anew = (
+        "partition/assignments.parquet", "partition/unreadable.json", "partition/report.html",
+        "ensemble/", "soups/all/", "manifest.json",
+    )  # fmt: skip
+    for name in before.keys() & after.keys():
+        if not name.startswith(anew):
+            was, now = before[name], after[name]
+            assert (was.st_mtime_ns, was.st_ino) == (now.st_mtime_ns, now.st_ino), name
+    assert sorted(name for name in set(after) - set(before) if not name.startswith("ledger/")) == [
+        "certificate.json"
+    ]
+    manifest = json.loads((fresh / "manifest.json").read_text())
+    assert sorted(manifest["soups"]) == ["soups/all", "soups/pair"]
+    done("verify", fresh / "certificate.json")
+    done("soup", "verify", fresh / "soups/pair")
+
+
+def test_exports_within_reach_and_beyond(fresh: Path, tmp_path: Path) -> None:
+    one, rest = fresh / f"islands/{SHARD}/expert", fresh / "islands/shard-00/expert"
+    for name, experts in {"all": [one, rest], "lone": [one], "rest": [rest], "far": [one, rest],
+                          "far-rest": [rest]}.items():  # fmt: skip
+        done("soup", "create", tmp_path / name, *experts)
+    done("assemble", fresh, tmp_path / "copy")
+    for name in ("far", "far-rest"):  # handed out, and now somewhere else
+        (tmp_path / name).rename(tmp_path / f"{name}-moved")
+    rest_before = tree(tmp_path / "rest")
+    said = atoll("unlearn", fresh, SHARD, "--json")
+    assert said.code == 7
+    assert str(tmp_path / "far,") in said.error["what"]
+    assert "far-rest" not in said.error["what"]  # the shard was never in it
+    certificate = json.loads((fresh / "certificate.json").read_text())
+    reached = [str(tmp_path / name) for name in ("all", "copy", "lone")]
+    assert certificate["rewritten_exports"] == reached
+    assert any(str(tmp_path / "far,") in text for text in certificate["beyond_reach"])
+    assert not (tmp_path / "lone").exists()
+    assert tree(tmp_path / "rest") == rest_before
+    assert [part["name"] for part in done("soup", "show", tmp_path / "all")["ingredients"]] == [
+        "shard-00"
+    ]
+    assert tree(tmp_path / "copy") == tree(fresh / "ensemble")
+    listed = json.loads((fresh / "manifest.json").read_text())["exports"]
+    assert listed == [str(tmp_path / name) for name in ("all", "copy", "far", "far-rest", "rest")]
+    # It is done all the same: the run works on, and the certificate holds.
+    assert not (fresh / "unlearn.json").exists()
+    done("verify", fresh / "certificate.json")
+    done("assemble", fresh)
+
+
+def test_shards_one_after_the_other(fresh: Path) -> None:
+    done("unlearn", fresh, SHARD)
+    first = (fresh / "certificate.json").read_bytes()
+    again = atoll("unlearn", fresh, SHARD, "--json")
+    assert again.code == 2
+    assert again.error["allowed"] == "shard-00, shard-02"
+    done("unlearn", fresh, "shard-02")
+    (fresh / "first.json").write_bytes(first)
+    for name in ("first.json", "certificate.json"):
+        checks = done("verify", fresh / name)["checks"]
+        named = {check["what"] for check in checks}
+        assert {f"nothing of {shard} is left" for shard in (SHARD, "shard-02")} <= named
+    assert atoll("unlearn", fresh, "shard-00", "--json").code == 2
+    assert atoll("sample", fresh, "x", "--steps=1", "--out", fresh.parent / "p").code == 0
+
+
+@pytest.mark.parametrize("stage", ["partitioned", "based", "trained"])
+def test_before_the_run_is_complete(stage, request, based, made, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(request.getfixturevalue(stage), run)
+    done("unlearn", run, SHARD)
+    done("verify", run / "certificate.json")
+    manifest = json.loads((run / "manifest.json").read_text())
+    assert sorted(manifest["shards"]) == OTHERS
+    assert sorted(manifest["experts"]) == (OTHERS if stage == "trained" else [])
+    if stage == "trained":
+        done("assemble", run)
+        whole = tmp_path / "whole"
+        shutil.copytree(made, whole)
+        done("unlearn", whole, SHARD)
+        assert tree(run / "ensemble") == tree(whole / "ensemble")
+
+
+def test_with_only_the_removed_expert_trained(made, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
+    manifest = json.loads((run / "manifest.json").read_text())
+    for shard in OTHERS:
+        del manifest["experts"][shard]
+        shutil.rmtree(run / f"islands/{shard}")
+    manifest["soups"] = {}
+    shutil.rmtree(run / "soups")
+    (run / "manifest.json").write_text(json.dumps(manifest, indent=2, sort_keys=True) + "\n")
+    assembled = done("assemble", run, tmp_path / "copy")
+    assert assembled["missing"] == OTHERS
+    done("unlearn", run, SHARD)
+    after = json.loads((run / "manifest.json").read_text())
+    assert after["ensemble"] is None
+    assert after["exports"] == []
+    assert not (run / "ensemble").exists()
+    assert not (tmp_path / "copy").exists()
+    done("verify", run / "certificate.json")
+
+
+# -- interrupted ---------------------------------------------------------------------------------
+
+# Counts what changes the disk, and ends before the change of a given number.
+CRASH = """
+import os, signal, sys
+here = {"count": 0, "at": None, "end": None}
+def hook(event, _arguments):
+    if here["at"] is not None and event in ("os.rename", "os.remove", "os.rmdir", "os.link"):
+        here["count"] += 1
+        if here["count"] == here["at"]:
+            here["end"]()
+sys.addaudithook(hook)
+"""
+KILLED = (
+    CRASH
+    + """
+from atoll.cli.main import run
+here["end"] = lambda: os.kill(os.getpid(), signal.SIGKILL)
+here["at"] = int(sys.argv[1])
+run(["unlearn", *sys.argv[2:]])
+"""
+)
+
+
+class Crash(BaseException):
+    """Not an Exception: nothing may handle it."""
+
+
+@pytest.fixture(scope="module")
+def crash() -> Iterator[dict[str, object]]:
+    names: dict[str, object] = {}
+    exec(CRASH, names)  # noqa: S102
+    here = names["here"]
+    assert isinstance(here, dict)
+
+    def end() -> None:
+        raise Crash
+
+    here["end"] = end
+    yield here
+    here["at"] = None
+
+
+def place_of(made: Path, tmp_path: Path) -> Path:
+    """The same place for every attempt, since exports are absolute; with all kinds of soups."""
+    place = tmp_path / "place"
+    shutil.rmtree(place, ignore_errors=True)
+    run = place / "run"
+    shutil.copytree(made, run)
+    export(run, place)
+    lone = run / f"islands/{SHARD}/expert"
+    done("soup", "create", place / "lone", lone)
+    done("soup", "create", run / "soups/lone", lone)
+    return place
+
+
+def finished(place: Path) -> dict[str, str]:
+    run = place / "run"
+    assert not (run / "unlearn.json").exists()
+    done("verify", run / "certificate.json")
+    assert not [path for path in place.rglob(".*") if path.name != ".lock"]
+    return content(run) | {f"outside/{name}": sha for name, sha in exported(place).items()}
+
+
+def test_interrupted_anywhere_the_same_command_finishes_it(made, tmp_path, crash) -> None:
+    place = place_of(made, tmp_path)
+    shutil.copytree(place, tmp_path / "start")
+    crash["count"], crash["at"] = 0, 1 << 30
+    done("unlearn", place / "run", SHARD)
+    changes, crash["at"] = int(str(crash["count"])), None
+    expected = finished(place)
+    assert changes > 60
+    moments = random.Random(7).sample(range(3, changes + 1), 10)
+    for at in [1, 2, *moments, changes]:
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "start", place)
+        crash["count"], crash["at"] = 0, at
+        with pytest.raises(Crash):
+            atoll("unlearn", place / "run", SHARD)
+        crash["at"] = None
+        if (place / "run/unlearn.json").exists() and at in moments[:2]:
+            refuses_everything_else(place / "run")
+        done("unlearn", place / "run", SHARD)
+        assert finished(place) == expected, at
+
+
+def refuses_everything_else(run: Path) -> None:
+    before = tree(run)
+    for command in (
+        ["train", run, *TRAIN], ["base", run], ["assemble", run], ["unlearn", run, "shard-02"],
+        ["soup", "create", run / "soups/new", run / "islands/shard-00/expert"],
+        ["sample", run, "x"], ["evaluate", run / "base", "--reference", run, "--count=20"],
+        ["verify", run],
+    ):  # fmt: skip
+        said = atoll(*command, "--json")
+        assert said.code == 7, (command, said)
+        assert f"atoll unlearn {run} {SHARD}" in str(said.error), (command, said)
+    assert tree(run) == before
+
+
+def test_killed_the_same_command_finishes_it(made, tmp_path) -> None:
+    place = place_of(made, tmp_path)
+    shutil.copytree(place, tmp_path / "start")
+    done("unlearn", place / "run", SHARD)
+    expected = finished(place)
+    moments = random.Random(11).sample(range(3, 100), 3)
+    for at in moments:
+        shutil.rmtree(place)
+        shutil.copytree(tmp_path / "start", place)
+        killed = subprocess.run(
+            [sys.executable, "-c", KILLED, str(at), str(place / "run"), SHARD],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert killed.returncode == -9, killed.stderr
+        done("unlearn", place / "run", SHARD)
+        assert finished(place) == expected, at

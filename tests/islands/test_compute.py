@@ -1,0 +1,45 @@
+"""Where training happens: chosen by name, put back afterwards, the same bits on a GPU again."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from atoll.core.errors import ConfigError
+from atoll.core.storage import Storage
+from atoll.islands.compute import chosen_device, computing, device_name
+from atoll.islands.job import run_island
+from tests.islands.conftest import TRAIN
+from tests.islands.test_job import RESULTS, order
+
+gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+no_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
+
+
+@no_gpu
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
+    assert chosen_device("auto") == chosen_device("cpu") == torch.device("cpu")
+    with pytest.raises(ConfigError, match="no CUDA device"):
+        chosen_device("cuda")
+    assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_threads_and_kernels_are_put_back() -> None:
+    before = torch.get_num_threads()
+    with computing("cpu", before + 1):
+        assert torch.get_num_threads() == before + 1
+    assert torch.get_num_threads() == before
+    assert not torch.are_deterministic_algorithms_enabled()
+
+
+@gpu
+@pytest.mark.gpu
+def test_an_island_on_a_gpu_is_bitwise_repeatable(fresh) -> None:
+    found = []
+    for name in ("first", "second"):
+        run, manifest = fresh(name)
+        shard = next(iter(manifest.shards))
+        order(run, manifest, shard, TRAIN.model_copy(update={"device": "cuda"}))
+        run_island(run.uri, shard)
+        found.append({part: Storage(run.uri).sha256(f"islands/{shard}/{part}") for part in RESULTS})
+    assert found[0] == found[1]
