@@ -67,9 +67,10 @@ def unlearn(run: Storage, shard: str) -> Certificate:
 
     manifest = Manifest.load(run)
     intent = _intent(run, manifest, shard)
-    _leave_soups(run, manifest, shard)
+    emptied: list[str] = intent["emptied"]
     exports: dict[str, str] = intent["exports"]
-    _leave_exported_soups(run, manifest, shard, exports)
+    _leave_soups(run, manifest, shard, emptied)
+    _leave_exported_soups(run, manifest, shard, exports, emptied)
     if shard in manifest.shards:
         forget(run, manifest, shard)
     manifest.experts.pop(shard, None)
@@ -122,8 +123,10 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     reached = {e.sha256 for e in newest.values() if shard in e.shards}
     before = {path: sha for path, sha in artefacts(manifest).items() if sha in reached}
     kinds, unreached = _exports(manifest, newest, shard)
-    soups = [export for export, kind in kinds.items() if kind == "soup"]
-    _check_sound(run, manifest, shard, soups)
+    _check_sound(run, manifest, shard)
+    soups = {artefact.path: run.local(artefact.path) for artefact in manifest.soups.values()}
+    soups |= {export: Path(export) for export, kind in kinds.items() if kind == "soup"}
+    emptied = [name for name, folder in soups.items() if not _others(folder, shard)]
     beyond = ["copies of the ensemble, the experts or soups that others were given before"]
     beyond += ["the ledger's own lines, which go on naming the shard"]
     beyond += [f"the export {place}, which is not within reach from here" for place in unreached]
@@ -138,6 +141,7 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
         "before": before,
         "rewritten_exports": sorted(kinds),
         "exports": kinds,
+        "emptied": emptied,
         "beyond_reach": beyond,
     }
     run.write_json(INTENT_NAME, intent)
@@ -170,33 +174,34 @@ def _holds(export: str, name: str) -> bool:
         return False
 
 
-def _check_sound(run: Storage, manifest: Manifest, shard: str, soups: list[str]) -> None:
-    """Refuse, while nothing is touched yet, what would stop the removal half-way."""
-    from atoll.merge.ingredients import find_ingredients
-    from atoll.merge.recipe import Recipe
-
+def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:
+    """Refuse, while nothing is touched yet, damage that would stop the removal half-way."""
     stay = [manifest.encoder, manifest.commons, manifest.partition]
     stay += [entry for name, entry in manifest.shards.items() if name != shard]
     for name, expert in manifest.experts.items():
         stay += [] if name == shard else [expert, expert.gate_head]
     for artefact in [*stay, *manifest.soups.values()]:
         check_artefact(run, artefact)
-    folders = [run.local(artefact.path) for artefact in manifest.soups.values()]
-    folders += [Path(export) for export in soups]
-    for folder in folders:
-        recipe = Recipe.load(folder)
-        others = tuple(part for part in recipe.ingredients if part.shard != shard)
-        if len(others) < len(recipe.ingredients):
-            find_ingredients(recipe.model_copy(update={"ingredients": others}), folder)
 
 
-def _leave_soups(run: Storage, manifest: Manifest, shard: str) -> None:
+def _others(folder: Path, shard: str) -> bool:
+    """Whether a soup holds anything but the shard; refused where that is not to be found again."""
+    from atoll.merge.ingredients import find_ingredients
+    from atoll.merge.recipe import Recipe
+
+    recipe = Recipe.load(folder)
+    others = tuple(part for part in recipe.ingredients if part.shard != shard)
+    if len(others) < len(recipe.ingredients):
+        find_ingredients(recipe.model_copy(update={"ingredients": others}), folder)
+    return bool(others)
+
+
+def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str]) -> None:
     from atoll.cli.soups import remember
 
     for name, artefact in list(manifest.soups.items()):
-        left = _without(run.local(artefact.path), shard)
-        if left is not None:
-            remember(left, run, manifest)
+        if artefact.path not in emptied:
+            remember(_without(run.local(artefact.path), shard), run, manifest)
             continue
         log.warning("%s held nothing but %s and is gone", artefact.path, shard)
         run.remove(artefact.path)
@@ -204,36 +209,30 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str) -> None:
         manifest.save(run)
 
 
-def _without(folder: Path, shard: str) -> Soup | None:
-    """Take a shard out of a soup where it is in it; None where nothing would be left."""
+def _without(folder: Path, shard: str) -> Soup:
+    """Take a shard out of a soup where it is in it."""
     from atoll.merge import soup as soups
     from atoll.merge.place import recover
 
     recover(folder)
-    if not folder.exists():  # removed by an attempt that was interrupted
-        return None
     made = soups.show(folder)
     for part in made.recipe.ingredients:
-        if part.shard != shard:
-            continue
-        if len(made.recipe.ingredients) == 1:
-            return None
-        made = soups.remove(folder, part.name)
+        if part.shard == shard:
+            made = soups.remove(folder, part.name)
     return made
 
 
 def _leave_exported_soups(
-    run: Storage, manifest: Manifest, shard: str, exports: dict[str, str]
+    run: Storage, manifest: Manifest, shard: str, exports: dict[str, str], emptied: list[str]
 ) -> None:
     """Rewrite the soups outside the run; one that held nothing else is no export any more."""
     from atoll.cli.soups import remember
 
     for export in [place for place, kind in exports.items() if kind == "soup"]:
-        left = _without(Path(export), shard)
-        if left is None:
+        if export in emptied:
             _drop_export(run, manifest, export)
         else:
-            remember(left, run, manifest)
+            remember(_without(Path(export), shard), run, manifest)
 
 
 def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:

@@ -71,13 +71,13 @@ _TO_VELOCITY: dict[Prediction, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
     Prediction.X_DATA: x_data_to_velocity,
 }
 
-# A network is never asked nearer to the end where its kind of prediction says nothing about the
-# velocity; half a thousandth is below the last step of any usual solver.
-_CLOSEST = 5e-4
+# A conversion stays away from the end where its kind of prediction says nothing about the velocity.
+# Epsilon is asked for at t = 1 by every trajectory: an error of it is divided by 1 - t and taken over
+# a whole solver step, so t is held a step of 50 away. Nobody asks for a velocity at t = 0.
 _SPAN: dict[Prediction, tuple[float, float]] = {
     Prediction.VELOCITY: (0.0, 1.0),
-    Prediction.EPSILON: (0.0, 1.0 - _CLOSEST),
-    Prediction.X_DATA: (_CLOSEST, 1.0),
+    Prediction.EPSILON: (0.0, 0.98),
+    Prediction.X_DATA: (5e-4, 1.0),
 }
 
 

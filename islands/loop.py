@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
+import diffusers
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -179,6 +181,9 @@ class Loop:
             "plan": self._course.plan.model_dump(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
+            "cuda": torch.version.cuda if self._parameters[0].is_cuda else None,
+            "numpy": np.__version__,  # the order of records is its permutation
+            "diffusers": diffusers.__version__,
             "device": device_name(self._parameters[0].device),
         }
 

@@ -46,6 +46,7 @@ class Cluster:
 
     address: str
     token: str
+    python: str = "python"  # the interpreter there that has atoll
 
 
 def remote_cluster(address: str) -> Cluster:
@@ -98,7 +99,9 @@ def local_head(cpus: int, gpus: int = 0) -> Iterator[Cluster]:
             stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
         )  # fmt: skip
     try:
-        cluster = Cluster(f"http://127.0.0.1:{ports['--dashboard-port']}", token)
+        cluster = Cluster(
+            f"http://127.0.0.1:{ports['--dashboard-port']}", token, python=sys.executable
+        )
         _wait_for(cluster, head, folder / "head.log")
         log.debug("a local Ray head answers at %s", cluster.address)
         yield cluster
@@ -111,6 +114,7 @@ class Jobs:
     """The Jobs API of one cluster."""
 
     def __init__(self, cluster: Cluster) -> None:
+        self._python = cluster.python
         from ray.exceptions import RayError
         from ray.job_submission import JobSubmissionClient
 
@@ -128,15 +132,16 @@ class Jobs:
     def submit(
         self, run_uri: str, shard: str, *, submission_id: str, threads: int, gpus: int
     ) -> str:
-        """Start an island's job in a process of its own; `submission_id` makes it idempotent."""
+        """Start an island's job in a process of its own, with processors of its own."""
         # `exec` lets the process die with its raylet; -P keeps the working directory off the path.
         program = "-P -m atoll.islands.job"
-        command = f"exec {shlex.quote(sys.executable)} {program}"
+        command = f"exec {shlex.quote(self._python)} {program}"
         threads_text = str(threads)
         return str(
             self._client.submit_job(
                 entrypoint=f"{command} {shlex.quote(run_uri)} {shlex.quote(shard)}",
                 submission_id=submission_id,
+                entrypoint_num_cpus=threads,
                 entrypoint_num_gpus=gpus,
                 runtime_env={
                     "env_vars": {

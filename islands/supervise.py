@@ -11,6 +11,7 @@ import contextlib
 import hashlib
 import json
 import os
+import secrets
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,18 @@ import torch
 from atoll.core import recipes
 from atoll.core.config import save_config
 from atoll.core.denoiser import read_card
-from atoll.core.errors import DataError, ExitCode, Failed, Interrupted, Refused, UsageError
+from atoll.core.errors import (
+    AtollError,
+    ConfigError,
+    DataError,
+    ExitCode,
+    Failed,
+    Fenced,
+    Interrupted,
+    MissingError,
+    Refused,
+    UsageError,
+)
 from atoll.core.journal import Advance, log, progress
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Expert, Manifest, check_artefact, require
@@ -34,6 +46,10 @@ from atoll.islands.submit import Cluster, Jobs, local_head, remote_cluster
 _POLL_SECONDS = 0.5
 # What a small island takes beside its share of Ray: 0.75 GiB were measured on the digits.
 _ISLAND_BYTES = 1 << 30
+# An island's own exit code is the command's, where all that failed agree on it.
+_AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, MissingError, Refused, Fenced)
+}
 _RETRIED = (ExitCode.FAILED, ExitCode.INTERRUPTED, ExitCode.FENCED)
 
 
@@ -42,12 +58,15 @@ def plan_islands(run: Storage, manifest: Manifest, config: TrainConfig) -> None:
     require(manifest.base, "base", "train it with `atoll base RUN`")
     recipe = recipes.recipe_of(str(manifest.recipe))
     for name, shard in manifest.shards.items():
+        asked = config.training.passes is not None or config.training.batch is not None
+        if shard.plan is not None and not asked:
+            continue  # nothing else was asked for than what stands
         plan = plan_for(config.training, recipe, shard.records, base=False)
         if shard.plan is not None and shard.plan != plan:
             raise Refused(
                 f"{name} is planned for {shard.plan.images_seen} images in batches of "
                 f"{shard.plan.batch}; this command asks for {plan.images_seen} in {plan.batch}",
-                cure="leave out the options that changed, or start a new run",
+                cure="leave out --passes and --minutes to go on as planned, or start a new run",
             )
         shard.plan = plan
     manifest.save(run)
@@ -88,7 +107,9 @@ def train(
     if not todo:
         return []
     gpus = _gpus(config, address)
-    slots = min(len(todo), config.slots or slots_here(config))
+    # How much a cluster of somebody's holds is not for us to guess: one at a time, or as told.
+    slots = config.slots or (slots_here(config) if address is None else 1)
+    slots = min(len(todo), slots, gpus if gpus and address is None else slots)
     with _cluster(address, slots * config.threads, gpus) as cluster:
         log.info("%d islands, %d at a time, %d thread(s) each", len(todo), slots, config.threads)
         _Supervisor(run, manifest, config, Jobs(cluster), slots, address).work(todo)
@@ -176,6 +197,7 @@ class _Island:
     attempts: int = 0
     said: int = 0  # images that the progress bar has been told of
     reasons: list[str] = field(default_factory=list)
+    code: ExitCode | None = None  # how the last attempt ended
 
 
 class _Supervisor:
@@ -195,7 +217,6 @@ class _Supervisor:
         self._config = config
         self._jobs = jobs
         self._slots = slots
-        self._remote = address is not None
         self._gpus = min(1, _gpus(config, address))
         self._given_up: list[_Island] = []
 
@@ -212,20 +233,27 @@ class _Supervisor:
                     time.sleep(_POLL_SECONDS)
                     for island in list(running):
                         self._report(island, advance)
-                        if self._jobs.ended(island.submission_id):
+                        done = _exit_code(self._run, island.shard) is not None
+                        if done or self._jobs.ended(island.submission_id):
                             running.remove(island)
                             if self._finish(island):
                                 waiting.insert(0, island)
         except KeyboardInterrupt:
             for island in running:
                 self._jobs.stop(island.submission_id)
-            self._wait_for(running)
+            left = self._wait_for(running)
+            said = (
+                f"; {', '.join(left)} did not answer and lost at most one interval" if left else ""
+            )
             raise Interrupted(
-                "Stopped; every island has committed", cure="run the same command again, it resumes"
+                f"Stopped; the islands have committed{said}",
+                cure="run the same command again, it resumes",
             ) from None
         if self._given_up:
             failed = self._given_up[0]
-            raise Failed(
+            kinds = {island.code for island in self._given_up}
+            kind = _AS_RAISED.get(kinds.pop(), Failed) if len(kinds) == 1 else Failed
+            raise kind(
                 f"{len(self._given_up)} of {len(shards)} islands did not finish: "
                 f"{', '.join(island.shard for island in self._given_up)}. "
                 f"{failed.shard}: {failed.reasons[-1]}",
@@ -245,9 +273,9 @@ class _Supervisor:
         self._run.remove(f"{here}/exit.json")
         island.attempts += 1
         island.submission_id = self._jobs.submit(
-            self._run.uri if self._remote else str(self._run.local("").resolve()),
+            str(self._run.local("").resolve()) if self._run.is_local else self._run.uri,
             island.shard,
-            submission_id=f"{run_name}-{island.shard}-{generation}-{island.attempts}",
+            submission_id=f"{run_name}-{island.shard}-{generation}-{secrets.token_hex(4)}",
             threads=self._config.threads,
             gpus=self._gpus,
         )
@@ -278,18 +306,21 @@ class _Supervisor:
             name = f"{island_folder(island.shard)}/exit.json"
             reason = str(self._run.read_json(name)["reason"])
         island.reasons.append(reason)
+        island.code = code
         again = code in (None, *_RETRIED) and island.attempts <= self._config.retries
         log.warning("%s: %s%s", island.shard, reason, "; started again" if again else "")
         if not again:
             self._given_up.append(island)
         return again
 
-    def _wait_for(self, running: Sequence[_Island]) -> None:
+    def _wait_for(self, running: Sequence[_Island]) -> list[str]:
+        """Give the islands time to commit; the names of those that did not end."""
         deadline = time.monotonic() + 30
-        while time.monotonic() < deadline and not all(
-            self._jobs.ended(island.submission_id) for island in running
-        ):
+        left = [island.shard for island in running]
+        while left and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
+            left = [i.shard for i in running if not self._jobs.ended(i.submission_id)]
+        return left
 
 
 def _collect(run: Storage, manifest: Manifest, shard: str) -> None:

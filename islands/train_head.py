@@ -18,6 +18,7 @@ from torch.nn import functional
 from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.head import Band, GateHead
+from atoll.core.journal import log
 from atoll.core.pack import Pack
 from atoll.islands.settings import HeadTraining
 from atoll.islands.step import Loss, drop
@@ -59,7 +60,7 @@ class Anchor:
 
 def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
     """The anchor to train against, or the held-out one to calibrate and measure on."""
-    rows = commons.held_out if held_out and len(commons.held_out) > 0 else commons.train
+    rows = commons.held_out if held_out else commons.train
     pixels = commons.x_data(torch.tensor(commons.train))
     return Anchor(
         commons,
@@ -106,10 +107,14 @@ def calibrate(
     """Fit slope and intercept per band of t on held-out records, and measure what is left.
 
     Only this shard and the anchor are needed, so an island does it alone; the prior is never
-    touched. Records are noised several times over until a band has enough of them.
+    touched. Records are noised several times over until a band has enough of them. Without
+    held-out records a head stays as it was trained.
     """
+    if not (len(pack.held_out) and len(commons.held_out)):
+        log.warning("%s has no held-out records: its gate head is not calibrated", pack.card.name)
+        return head.eval()
     anchor = anchor_of(commons, config.broad, held_out=True)
-    rows = pack.held_out if len(pack.held_out) > 0 else pack.train
+    rows = pack.held_out
     bands = []
     for index in range(config.bands):
         centre = (index + 0.5) / config.bands
@@ -186,7 +191,8 @@ def _band(centre: float, own: Tensor, others: Tensor) -> Band:
         solver.step(objective)  # type: ignore[no-untyped-call]
     # A head whose sign came out wrong knows nothing: it may be flattened, never turned round.
     slope, intercept = scale.detach().tolist()
-    slope = max(slope, 0.0)
+    if slope <= 0:  # then the intercept says nothing either: classes are balanced, the odds are 1
+        slope = intercept = 0.0
     fitted = slope * f + intercept
     per_record = functional.binary_cross_entropy_with_logits(fitted, wanted, reduction="none")
     q = torch.sigmoid(fitted[len(own) :])

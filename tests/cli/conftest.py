@@ -7,6 +7,10 @@ import hashlib
 import io
 import json
 import shutil
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,6 +85,31 @@ def done(*arguments: object) -> dict[str, Any]:
     said = atoll(*arguments, "--json")
     assert said.code == 0, (said.out, said.err[-2000:])
     return said.json
+
+
+def interrupted(arguments: list[str], begun: Callable[[], bool]) -> Said:
+    """Start a command as a process, wait until its work has begun, and press Ctrl-C."""
+    script = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *arguments, "--json"],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        deadline = time.monotonic() + 120
+        while not begun():
+            assert process.poll() is None, process.communicate()
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=60)
+    finally:
+        process.kill()
+    return Said(process.returncode, out, err)
+
+
+def count(folder: Path) -> int:
+    """How many entries a folder holds, if it is there."""
+    return len(list(folder.iterdir())) if folder.is_dir() else 0
 
 
 def tree(folder: Path) -> dict[str, str]:

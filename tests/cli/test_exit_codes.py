@@ -374,10 +374,8 @@ def test_0_the_same_command_again_changes_nothing(made, corpus, untouched) -> No
 # -- 8: fenced -----------------------------------------------------------------------------------
 
 
-def test_8_another_writer_took_over(based, tmp_path, monkeypatch, capsys) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(based, run)
-    done("train", run, "--shard", SHARD, *TRAIN)
+def test_8_another_writer_took_over(fresh, monkeypatch, capsys) -> None:
+    run = fresh
     here = f"islands/{SHARD}"
     for name in ("expert", "exit.json", "commits", "checkpoints"):
         Storage(run).remove(f"{here}/{name}")

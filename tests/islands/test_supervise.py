@@ -22,7 +22,7 @@ from atoll.islands.settings import DenoiserTraining
 from atoll.islands.submit import Jobs, local_head, remote_cluster
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import TRAIN
-from tests.islands.test_job import RESULTS
+from tests.islands.test_job import RESULTS, finish, order
 
 CLOCKS = ("heartbeat.json", "journal.jsonl")
 
@@ -100,6 +100,12 @@ def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
     resumed = journal(run, shard, "trained")[0]
     assert resumed["generation"] == 2
     assert resumed["from_images_seen"] > 0
+
+    undisturbed, manifest = fresh("undisturbed")
+    order(undisturbed, manifest, shard, config)
+    assert finish(undisturbed, shard) == {
+        name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS
+    }
 
 
 def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh, tmp_path: Path) -> None:

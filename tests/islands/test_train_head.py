@@ -61,8 +61,14 @@ def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  #
     trained = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
     course = Course(
         plan=plan_head(SETTINGS, Plan(batch=1, images_seen=1)),
-        learning_rate=4e-3, weight_decay=0.01, betas=(0.9, 0.99), warmup=0.05, clip=1.0, ema_decay=0.99, checkpoints=1,
-    )  # fmt: skip
+        learning_rate=4e-3,
+        weight_decay=0.01,
+        betas=(0.9, 0.99),
+        warmup=0.05,
+        clip=1.0,
+        ema_decay=0.99,
+        checkpoints=1,
+    )
     loss = head_loss(trained, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0)
     place = Storage(tmp_path_factory.mktemp("head"))
     Loop(place, "head", trained, course, name="head").run(loss)
