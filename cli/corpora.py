@@ -43,7 +43,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result:
         """Embed a corpus, cluster it, and write one folder per shard."""
         from atoll.cli.resolve import resolve
-        from atoll.cli.unlearn import check_no_removal
+        from atoll.cli.working import check_no_removal
         from atoll.core.lock import exclusive
         from atoll.core.storage import Storage
         from atoll.partitioner.pipeline import partition as do_partition

@@ -110,9 +110,10 @@ class _Demo:
                 self._evaluate(manifest, systems)
         with self._timed("unlearn and verify"):
             self._forget(manifest)
-        with self._timed("report"):
-            write_demo_report(self.outcome, self.place, self.run_storage, manifest)
         broken = [finding for finding in self.outcome.findings if not finding.holds]
+        name = "failed.html" if broken else "report.html"
+        with self._timed("report"):
+            write_demo_report(self.outcome, self.place, self.run_storage, manifest, name=name)
         if broken:
             raise Refused(f"The removal does not verify: {broken[0].what}: {broken[0].detail}")
 
@@ -253,7 +254,7 @@ class _Demo:
 
 def _make_soup(run: Storage, manifest: Manifest) -> None:
     """All experts with weight 1, recorded as `atoll soup create` records it."""
-    from atoll.cli.soups import remember
+    from atoll.cli.recording import remember
 
     folder = run.local(SOUP)
     experts = {run.local(expert.path): 1 for expert in manifest.experts.values()}

@@ -59,8 +59,10 @@ class Outcome:
     ledger: Sequence[LedgerEntry] = ()
 
 
-def write_demo_report(outcome: Outcome, place: Storage, run: Storage, manifest: Manifest) -> None:
-    """Write `report.html` at the demo's place."""
+def write_demo_report(
+    outcome: Outcome, place: Storage, run: Storage, manifest: Manifest, *, name: str
+) -> None:
+    """Write the report at the demo's place."""
     digits = outcome.settings.corpus is None
     what = "1,797 handwritten digits" if digits else f"The corpus {outcome.settings.corpus}"
     trace = outcome.traced.trace if outcome.traced else []
@@ -94,7 +96,7 @@ def write_demo_report(outcome: Outcome, place: Storage, run: Storage, manifest: 
             "python": platform.python_version(),
         },
     )
-    write_report(data, place, name="report.html")
+    write_report(data, place, name=name)
 
 
 def _figures(outcome: Outcome, manifest: Manifest) -> tuple[Figure, ...]:

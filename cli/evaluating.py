@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
 
 from atoll.cli.systems import Model, Pictures, load_model, model_names, sample
-from atoll.cli.unlearn import check_no_removal
 from atoll.cli.working import working_on
 from atoll.core.errors import UsageError
 from atoll.core.head import GateHead, HeadConfig
@@ -42,6 +41,7 @@ from atoll.evaluate.views import (
 from atoll.partitioner.assignments import cluster_name
 from atoll.partitioner.settings import CLUSTERS
 from atoll.partitioner.words import count_words, telling_words
+from atoll.router.assemble import add_export
 
 _MONTAGE = 24
 
@@ -60,9 +60,15 @@ def evaluate_models(
 ) -> tuple[Evaluation, str]:
     """Measure models against a run's held-out records; write metrics.json and report.html.
 
-    Without `out` they are the run's own, which is held meanwhile: a removal deletes them.
+    Without `out` they are the run's own, else one of its exports: they show every shard's records,
+    and a removal deletes them.
     """
-    with working_on(reference) if out is None else _looking_at(reference) as (run, manifest):
+    with working_on(reference) as (run, manifest):
+        if out is not None and _is_inside(out, run):
+            raise UsageError(
+                f"{out} is inside the run, where only what the manifest names may lie",
+                cure="leave out --out, or name a folder elsewhere",
+            )
         for artefact in (manifest.partition, manifest.commons, *manifest.shards.values()):
             check_artefact(run, artefact)
         evaluation, data = _measure(
@@ -76,15 +82,13 @@ def evaluate_models(
             place = Storage(out)
             place.write_json("metrics.json", evaluation.model_dump(mode="json"))
             write_report(data, place, name="report.html")
+            add_export(manifest, out)
+            manifest.save(run)
     return evaluation, f"{reference}/evaluation" if out is None else out
 
 
-@contextmanager
-def _looking_at(reference: str) -> Iterator[tuple[Storage, Manifest]]:
-    run = Storage(reference)
-    manifest = Manifest.load(run)
-    check_no_removal(run)
-    yield run, manifest
+def _is_inside(out: str, run: Storage) -> bool:
+    return run.is_local and Path(out).resolve().is_relative_to(run.local("").resolve())
 
 
 def _measure(
@@ -190,7 +194,7 @@ def instrument_of(run: Storage, manifest: Manifest) -> Instrument:
             "centroids"
         ]
         rows = [i for i in range(len(centroids)) if cluster_name(i) in manifest.shards]
-        return from_centroids(tuple(shards), centroids[rows])
+        return from_centroids(tuple(cluster_name(i) for i in rows), centroids[rows])
     from atoll.core.embedding import load_encoder
 
     encoder = load_encoder(run.local(manifest.encoder.path))

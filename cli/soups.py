@@ -12,8 +12,6 @@ import typer
 from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
-    from atoll.core.manifest import Manifest
-    from atoll.core.storage import Storage
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
@@ -169,6 +167,7 @@ def _at_work(soup: Path, experts: Iterable[Path] = ()) -> Iterator[Callable[[Sou
 
     Yields what tells them all of the soup; one that left them is among their exports.
     """
+    from atoll.cli.recording import remember
     from atoll.cli.working import check_recorded, owning_run, working_on
     from atoll.merge.recipe import RECIPE_NAME, Recipe
 
@@ -187,29 +186,3 @@ def _at_work(soup: Path, experts: Iterable[Path] = ()) -> Iterator[Callable[[Sou
                 remember(made, run, manifest)
 
         yield remember_in_all
-
-
-def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
-    """Record a soup in a run: its digest if it lies there, else its place as an export."""
-    from atoll.core.ledger import Ledger
-    from atoll.core.manifest import Artefact
-    from atoll.merge.ledger_entry import ledger_entry
-    from atoll.router.assemble import add_export
-
-    folder, home = made.path.resolve(), run.local("").resolve()
-    if folder.is_relative_to(home):
-        name = folder.relative_to(home).as_posix()
-        entry = ledger_entry(folder, name)
-        manifest.soups[name] = Artefact(path=name, sha256=entry.sha256)
-        manifest.soups = dict(sorted(manifest.soups.items()))
-    else:
-        name = str(folder)
-        entry = ledger_entry(folder, name)
-        add_export(manifest, name)
-    ledger = Ledger(run)
-    known = [ledger.latest("expert", expert) for expert in entry.parents]
-    ledger.append(
-        "soup", name, entry.sha256, parents=[parent for parent in known if parent is not None],
-        shards=entry.shards, note=entry.note,
-    )  # fmt: skip
-    manifest.save(run)

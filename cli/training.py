@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, TypeVar
 
 import typer
 
@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from atoll.core.manifest import Manifest
     from atoll.core.storage import Storage
     from atoll.islands.settings import BaseConfig, TrainConfig
+
+    C = TypeVar("C", BaseConfig, TrainConfig)
 
 MinutesOption = Annotated[
     float | None,
@@ -129,12 +131,18 @@ def register(app: typer.Typer) -> None:
 
 
 def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
-    """The configuration whose passes fill the minutes on this machine."""
+    """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
     from atoll.core import recipes
+    from atoll.core.config import CONFIG_NAME, load_config, save_config
     from atoll.core.denoiser import Card, Denoiser
     from atoll.core.pack import Pack
+    from atoll.islands.base import WORK
     from atoll.islands.probe import images_per_second, passes_in
+    from atoll.islands.settings import BaseConfig
 
+    saved = f"{WORK}/{CONFIG_NAME}"
+    if run.exists(saved):
+        return _with_passes(config, load_config(BaseConfig, run.local(saved)).training.passes)
     name = config.recipe or recipes.default_recipe(manifest.picture)
     recipe = recipes.recipe_of(name)
     commons = Pack(run.local(manifest.commons.path))
@@ -148,15 +156,20 @@ def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: f
         batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,
     )  # fmt: skip
     passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
-    return config.model_copy(
-        update={"training": config.training.model_copy(update={"passes": passes})}
-    )
+    config = _with_passes(config, passes)
+    save_config(config, run, WORK)
+    return config
 
 
 def experts_within(
     run: Storage, manifest: Manifest, config: TrainConfig, minutes: float
 ) -> TrainConfig:
-    """Likewise for all islands together; a plan that stands in the manifest is kept."""
+    """Likewise for all islands together.
+
+    The probe sees the commons alone. Where the commons is a fraction F of the corpus, so is the
+    number of private records that the minutes are divided by: n (1 - F) / F, and no shard has had a
+    say. Else they are counted, and the configuration says so.
+    """
     from atoll.core import recipes
     from atoll.core.config import CONFIG_NAME, load_config
     from atoll.core.denoiser import Denoiser
@@ -168,19 +181,28 @@ def experts_within(
 
     saved = f"islands/{CONFIG_NAME}"
     if run.exists(saved):
-        passes = load_config(TrainConfig, run.local(saved)).training.passes
-    else:
-        base = require(manifest.base, "base", "train it with `atoll base RUN`")
-        recipe = recipes.recipe_of(str(manifest.recipe))
-        largest = max(manifest.shards.values(), key=lambda shard: shard.records)
-        speed = images_per_second(
-            Denoiser.load(run.local(base.path)), Pack(run.local(largest.path)), config.training,
-            batch=config.training.batch or recipe.batch, threads=config.threads,
-            device=config.device,
-        )  # fmt: skip
-        at_once = min(config.slots or slots_here(config), len(manifest.shards))
+        earlier = load_config(TrainConfig, run.local(saved))
+        config = config.model_copy(update={"planned_by_all": earlier.planned_by_all})
+        return _with_passes(config, earlier.training.passes)
+    base = require(manifest.base, "base", "train it with `atoll base RUN`")
+    recipe = recipes.recipe_of(str(manifest.recipe))
+    commons = Pack(run.local(manifest.commons.path))
+    speed = images_per_second(
+        Denoiser.load(run.local(base.path)), commons, config.training,
+        batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,
+    )  # fmt: skip
+    try:
+        fraction = float(manifest.commons.declared)
+        records = round(manifest.commons.records * (1 - fraction) / fraction)
+    except ValueError:
+        config = config.model_copy(update={"planned_by_all": True})
         records = sum(shard.records for shard in manifest.shards.values())
-        passes = passes_in(minutes, speed=speed, islands_at_once=at_once, records=records)
-    return config.model_copy(
-        update={"training": config.training.model_copy(update={"passes": passes})}
+    at_once = config.slots or slots_here(config)
+    return _with_passes(
+        config, passes_in(minutes, speed=speed, islands_at_once=at_once, records=max(1, records))
     )
+
+
+def _with_passes(config: C, passes: float | None) -> C:
+    training = config.training.model_copy(update={"passes": passes})
+    return config.model_copy(update={"training": training})

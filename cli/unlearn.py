@@ -14,16 +14,18 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from atoll.cli.recording import remember
+from atoll.cli.working import INTENT_NAME, check_no_removal
+from atoll.core.config import CONFIG_NAME
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
-from atoll.core.manifest import MANIFEST_NAME, Artefact, Manifest, check_artefact
+from atoll.core.manifest import MANIFEST_NAME, Manifest, check_artefact
 from atoll.core.storage import Storage
 
 if TYPE_CHECKING:
     from atoll.merge.soup import Soup
 
-INTENT_NAME = "unlearn.json"
 CERTIFICATE_NAME = "certificate.json"
 SCHEMA_VERSION = 1
 # What a certificate says that only the removal knew: the note of its ledger entry.
@@ -46,16 +48,6 @@ class Certificate(BaseModel):
     rewritten_exports: list[str]
     beyond_reach: list[str]
     recheck: list[str] = Field(default_factory=list)
-
-
-def check_no_removal(run: Storage) -> None:
-    """Refuse to work on a run in the middle of a removal."""
-    if run.exists(INTENT_NAME):
-        shard = run.read_json(INTENT_NAME)["shard"]
-        raise Refused(
-            f"A removal of {shard} from {run.uri} was interrupted",
-            cure=f"finish it first: `atoll unlearn {run.uri} {shard}`",
-        )
 
 
 def unlearn(run: Storage, shard: str) -> Certificate:
@@ -89,21 +81,17 @@ def _sweep(run: Storage) -> None:
     """Drop what killed writers left under hidden names anywhere in the run; it may be the shard."""
     if run.is_local:
         for left in run.local("").rglob(f".*.{'[0-9a-f]' * 32}"):
-            if left.is_dir():
-                shutil.rmtree(left)
-            else:
-                left.unlink(missing_ok=True)
+            _delete(left)
+        for pattern in (".*.partial", ".*.old"):  # of soups
+            for left in run.local("").rglob(pattern):
+                _delete(left)
 
 
-def artefacts(manifest: Manifest) -> dict[str, str]:
-    """Every artefact that a manifest names, by path -> sha256."""
-    entries: list[Artefact] = [manifest.encoder, manifest.commons, manifest.partition]
-    entries += manifest.shards.values()
-    entries += [entry for entry in (manifest.base, manifest.ensemble) if entry is not None]
-    for expert in manifest.experts.values():
-        entries += [expert, expert.gate_head]
-    entries += manifest.soups.values()
-    return {entry.path: entry.sha256 for entry in entries}
+def _delete(left: Path) -> None:
+    if left.is_dir():
+        shutil.rmtree(left)
+    else:
+        left.unlink(missing_ok=True)
 
 
 def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
@@ -121,7 +109,7 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
         )
     newest = {(e.kind, e.name): e for e in Ledger(run).entries()}
     reached = {e.sha256 for e in newest.values() if shard in e.shards}
-    before = {path: sha for path, sha in artefacts(manifest).items() if sha in reached}
+    before = {path: sha for path, sha in manifest.artefacts().items() if sha in reached}
     kinds, unreached = _exports(manifest, newest, shard)
     _check_sound(run, manifest, shard)
     soups = {artefact.path: run.local(artefact.path) for artefact in manifest.soups.values()}
@@ -134,6 +122,10 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     for what, shards in fitted.items():
         if shard in shards:
             beyond.append(f"the {what}, fitted on this shard's records too (--fit-on all)")
+    if _planned_by_all(run):
+        beyond.append(
+            "how often every record was seen (--minutes), chosen with the number of all records"
+        )
     intent = {
         "schema_version": SCHEMA_VERSION,
         "shard": shard,
@@ -146,6 +138,12 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     }
     run.write_json(INTENT_NAME, intent)
     return intent
+
+
+def _planned_by_all(run: Storage) -> bool:
+    """Whether --minutes was divided by a number of records that this shard's were among."""
+    name = f"islands/{CONFIG_NAME}"
+    return run.exists(name) and bool(run.read_json(name).get("planned_by_all"))
 
 
 def _exports(
@@ -162,6 +160,8 @@ def _exports(
             kinds[export] = "soup"
         elif _holds(export, "model_index.json"):
             kinds[export] = "ensemble"
+        elif _holds(export, "metrics.json"):
+            kinds[export] = "report"
         else:
             unreached.append(export)
     return kinds, unreached
@@ -176,6 +176,11 @@ def _holds(export: str, name: str) -> bool:
 
 def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:
     """Refuse, while nothing is touched yet, damage that would stop the removal half-way."""
+    if manifest.soups and not run.is_local:
+        raise Refused(
+            f"The soups of {run.uri} cannot be averaged anew where they are",
+            cure="fetch the run, take the shard out there, and put it back",
+        )
     stay = [manifest.encoder, manifest.commons, manifest.partition]
     stay += [entry for name, entry in manifest.shards.items() if name != shard]
     for name, expert in manifest.experts.items():
@@ -197,11 +202,9 @@ def _others(folder: Path, shard: str) -> bool:
 
 
 def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str]) -> None:
-    from atoll.cli.soups import remember
-
     for name, artefact in list(manifest.soups.items()):
         if artefact.path not in emptied:
-            remember(_without(run.local(artefact.path), shard), run, manifest)
+            remember(_without(run, run.local(artefact.path), shard), run, manifest)
             continue
         log.warning("%s held nothing but %s and is gone", artefact.path, shard)
         run.remove(artefact.path)
@@ -209,7 +212,7 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str
         manifest.save(run)
 
 
-def _without(folder: Path, shard: str) -> Soup:
+def _without(run: Storage, folder: Path, shard: str) -> Soup:
     """Take a shard out of a soup where it is in it."""
     from atoll.merge import soup as soups
     from atoll.merge.place import recover
@@ -218,7 +221,7 @@ def _without(folder: Path, shard: str) -> Soup:
     made = soups.show(folder)
     for part in made.recipe.ingredients:
         if part.shard == shard:
-            made = soups.remove(folder, part.name)
+            made = soups.remove(folder, part.name, search=[run.local("islands")])
     return made
 
 
@@ -226,13 +229,11 @@ def _leave_exported_soups(
     run: Storage, manifest: Manifest, shard: str, exports: dict[str, str], emptied: list[str]
 ) -> None:
     """Rewrite the soups outside the run; one that held nothing else is no export any more."""
-    from atoll.cli.soups import remember
-
     for export in [place for place, kind in exports.items() if kind == "soup"]:
         if export in emptied:
             _drop_export(run, manifest, export)
         else:
-            remember(_without(Path(export), shard), run, manifest)
+            remember(_without(run, Path(export), shard), run, manifest)
 
 
 def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:
@@ -265,7 +266,7 @@ def _certify(run: Storage, manifest: Manifest, intent: dict[str, Any]) -> Certif
         "removal",
         intent["shard"],
         run.sha256(MANIFEST_NAME),
-        note={**note, "after": artefacts(manifest)},
+        note={**note, "after": manifest.artefacts()},
     )
     return extract(run, removal)
 

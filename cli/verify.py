@@ -19,10 +19,10 @@ from atoll.cli.unlearn import (
     CERTIFICATE_NAME,
     SCHEMA_VERSION,
     Certificate,
-    artefacts,
-    check_no_removal,
     extract,
 )
+from atoll.cli.working import INTENT_NAME, check_no_removal
+from atoll.core.config import CONFIG_NAME
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Plan, Shard, check_schema
@@ -55,7 +55,7 @@ def verify_run(run: Storage) -> list[Finding]:
         _check("no removal is unfinished", lambda: check_no_removal(run)),
         _check("the ledger is an unbroken chain", lambda: Ledger(run).entries()),
     ]
-    for path, expected in artefacts(manifest).items():
+    for path, expected in manifest.artefacts().items():
         findings.append(_check(f"{path} has its digest", _digest_check(run, path, expected)))
     findings.append(_check("every artefact is in the ledger", lambda: _in_ledger(run, manifest)))
     findings.append(_check("the manifest says what they say", lambda: _facts_check(run, manifest)))
@@ -131,7 +131,7 @@ def _digest_check(run: Storage, path: str, expected: str) -> Callable[[], None]:
 
 def _in_ledger(run: Storage, manifest: Manifest) -> None:
     recorded = {entry.sha256 for entry in Ledger(run).entries()}
-    unknown = [path for path, sha in artefacts(manifest).items() if sha not in recorded]
+    unknown = [path for path, sha in manifest.artefacts().items() if sha not in recorded]
     if unknown:
         raise Refused(f"not in the ledger: {', '.join(unknown)}")
 
@@ -206,7 +206,11 @@ def _removal_check(run: Storage, manifest: Manifest, shard: str) -> Callable[[],
     def recheck() -> None:
         newest = {(entry.kind, entry.name): entry for entry in Ledger(run).entries()}
         descended = {entry.sha256 for entry in newest.values() if shard in entry.shards}
-        left = [path for path, sha in artefacts(manifest).items() if sha in descended]
+        # What --fit-on all let the shard reach is in everything; the certificate names it.
+        if shard in (*manifest.encoder.fitted_on, *manifest.partition.fitted_on):
+            descended = set()
+        left = [path for path, sha in manifest.artefacts().items() if sha in descended]
+        left += _unaccounted(run, manifest)
         left += [name for name in run.list() if shard in name.split("/")]
         left += [part for part in ("shards", "experts") if shard in getattr(manifest, part)]
         from atoll.partitioner.assignments import read_assignments
@@ -217,6 +221,18 @@ def _removal_check(run: Storage, manifest: Manifest, shard: str) -> Callable[[],
             raise Refused(f"still there: {', '.join(sorted(set(left)))}")
 
     return recheck
+
+
+def _unaccounted(run: Storage, manifest: Manifest) -> list[str]:
+    """Files that neither an artefact nor a known name accounts for: they may hold the shard."""
+    kept = set(manifest.artefacts()) | {f"islands/{shard}" for shard in manifest.shards}
+    kept |= {MANIFEST_NAME, CERTIFICATE_NAME, INTENT_NAME, ".lock", "lock.json"}
+    kept |= {"ledger", "base-training", "evaluation", f"islands/{CONFIG_NAME}"}
+    names = run.list()
+    if run.is_local:  # hidden ones too
+        root = run.local("")
+        names = [f.relative_to(root).as_posix() for f in root.rglob("*") if f.is_file()]
+    return [name for name in names if not any(name == k or name.startswith(f"{k}/") for k in kept)]
 
 
 def _certified(run: Storage, certificate: Certificate) -> None:

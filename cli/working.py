@@ -6,10 +6,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from atoll.cli.unlearn import artefacts, check_no_removal
+from atoll.core.errors import Refused
 from atoll.core.lock import exclusive
 from atoll.core.manifest import MANIFEST_NAME, Artefact, Manifest, check_artefact
 from atoll.core.storage import Storage
+
+# Written when a removal begins and removed when it has ended.
+INTENT_NAME = "unlearn.json"
+
+
+def check_no_removal(run: Storage) -> None:
+    """Refuse to work on a run in the middle of a removal."""
+    if run.exists(INTENT_NAME):
+        shard = run.read_json(INTENT_NAME)["shard"]
+        raise Refused(
+            f"A removal of {shard} from {run.uri} was interrupted",
+            cure=f"finish it first: `atoll unlearn {run.uri} {shard}`",
+        )
 
 
 @contextmanager
@@ -42,6 +55,6 @@ def check_recorded(folder: Path) -> None:
     run = Storage(home)
     check_no_removal(run)
     name = folder.resolve().relative_to(home).as_posix()
-    recorded = artefacts(Manifest.load(run)).get(name)
+    recorded = Manifest.load(run).artefacts().get(name)
     if recorded is not None:
         check_artefact(run, Artefact(path=name, sha256=recorded))

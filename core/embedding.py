@@ -62,7 +62,7 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         import open_clip
         from open_clip.transform import PreprocessCfg, image_transform_v2
 
-        _check_text_tower(spec, model)
+        _check_towers(spec, model)
         kind = open_clip.CustomTextCLIP if model.get("custom_text") else open_clip.CLIP
         self.clip = kind(**{k: v for k, v in model.items() if k != "custom_text"})
         self._transform = image_transform_v2(PreprocessCfg(**preprocess), is_train=False)
@@ -134,8 +134,8 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         return digest.hexdigest()
 
 
-def _check_text_tower(spec: str, model: dict[str, Any]) -> None:
-    """Refuse text towers that `condition` would read wrongly.
+def _check_towers(spec: str, model: dict[str, Any]) -> None:
+    """Refuse text towers that `condition` would read wrongly, and what reaches for the network.
 
     Those that are not open_clip's own, have a tokenizer of their own, see what comes after a token,
     or end anywhere but at the end-of-text token.
@@ -146,9 +146,12 @@ def _check_text_tower(spec: str, model: dict[str, Any]) -> None:
         foreign.append("a tower that is not causal")
     if text.get("pool_type", "argmax") != "argmax":
         foreign.append(f"pool_type {text['pool_type']}")
+    vision = model.get("vision_cfg", {})
+    if vision.get("timm_model_pretrained") or ":" in str(vision.get("timm_model_name", "")):
+        foreign.append("a vision tower that would be downloaded")
     if foreign:
         raise ConfigError(
-            f"The text tower of {spec} is not supported: {', '.join(foreign)}",
+            f"The towers of {spec} are not supported: {', '.join(foreign)}",
             cure="choose an encoder with CLIP's own text tower, such as ViT-B-32",
         )
 
@@ -196,7 +199,7 @@ def encoder_from_spec(spec: str) -> Encoder:
                 f"{did_you_mean(pretrained, known)}".strip(),
                 allowed=", ".join(known) or "none",
             )
-        _check_text_tower(spec, open_clip.get_model_config(architecture))
+        _check_towers(spec, open_clip.get_model_config(architecture))
         name, source = architecture, pretrained
     else:
         name, source = spec, None

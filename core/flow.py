@@ -72,8 +72,8 @@ _TO_VELOCITY: dict[Prediction, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
 }
 
 # A conversion stays away from the end where its kind of prediction says nothing about the velocity.
-# Epsilon is asked for at t = 1 by every trajectory: an error of it is divided by 1 - t and taken over
-# a whole solver step, so t is held a step of 50 away. Nobody asks for a velocity at t = 0.
+# Epsilon is asked for at t = 1 by every trajectory: an error of it is divided by 1 - t and taken
+# over a whole solver step, so t is held a step of 50 away. Nobody asks for a velocity at t = 0.
 _SPAN: dict[Prediction, tuple[float, float]] = {
     Prediction.VELOCITY: (0.0, 1.0),
     Prediction.EPSILON: (0.0, 0.98),

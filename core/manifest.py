@@ -129,6 +129,16 @@ class Manifest(Entry):
         """Write it, complete or not at all."""
         storage.write_json(MANIFEST_NAME, self.model_dump(mode="json"))
 
+    def artefacts(self) -> dict[str, str]:
+        """Every artefact that is named here, by path -> sha256."""
+        entries: list[Artefact] = [self.encoder, self.commons, self.partition]
+        entries += self.shards.values()
+        entries += [entry for entry in (self.base, self.ensemble) if entry is not None]
+        for expert in self.experts.values():
+            entries += [expert, expert.gate_head]
+        entries += self.soups.values()
+        return {entry.path: entry.sha256 for entry in entries}
+
     def shard(self, name: str) -> Shard:
         """The shard of that name, or the error that lists which there are."""
         if name not in self.shards:

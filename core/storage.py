@@ -244,50 +244,64 @@ class Storage:
 
     @contextlib.contextmanager
     def writing_folder(self, name: str) -> Iterator[Path]:
-        """A local folder to fill; it is published as `name` when the block ends well."""
-        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-            folder = Path(scratch) / "folder"
-            folder.mkdir()
-            with no_space_is_failure(name):
-                yield folder
-            self.publish(folder, name)
+        """A local folder to fill; it is published as `name` when the block ends well.
+
+        Locally it lies beside its place under a hidden name: what a killed writer leaves stays
+        inside the run, and goes with the next writer or with a removal.
+        """
+        path = Path(self._path(name, write=True))
+        with no_space_is_failure(name):
+            if self.is_local:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                fresh = _hidden(path)
+                fresh.mkdir()
+                try:
+                    yield fresh
+                    _put_in_place(fresh, path)
+                finally:
+                    shutil.rmtree(fresh, ignore_errors=True)
+                return
+            with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+                yield Path(scratch)
+                self.publish(Path(scratch), name)
 
     def publish(self, folder: Path, name: str) -> None:
         """Make a local folder appear at `name`, whole; what stood there before is replaced."""
-        path = self._path(name, write=True)
+        self._path(name, write=True)  # refused before anything is read
         with no_space_is_failure(name):
             if self.is_local:
-                self._publish_locally(folder, Path(path))
+                with self.writing_folder(name) as fresh:
+                    shutil.copytree(folder, fresh, dirs_exist_ok=True)
                 return
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
             self.remove(name)
             for file in sorted(files, key=lambda file: file.name in MARKERS):
                 self.write_bytes(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
-    def _publish_locally(self, folder: Path, target: Path) -> None:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        fresh = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-        try:
-            shutil.copytree(folder, fresh)
-            for place in (fresh, *fresh.rglob("*")):
-                _follow_umask(place)
-                _fsync(place)
-            if target.exists():
-                old = target.parent / f".{target.name}.{uuid.uuid4().hex}"
-                os.rename(target, old)
-                os.rename(fresh, target)
-                shutil.rmtree(old)
-            else:
-                os.rename(fresh, target)
-            _fsync(target.parent)
-        finally:
-            shutil.rmtree(fresh, ignore_errors=True)
-        _drop_leftovers(target)
-
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""
         path = self.local(name)
         return sha256_folder(path) if path.is_dir() else sha256_file(path)
+
+
+def _hidden(path: Path) -> Path:
+    return path.parent / f".{path.name}.{uuid.uuid4().hex}"
+
+
+def _put_in_place(fresh: Path, target: Path) -> None:
+    """Make a filled folder appear at its name, for what stood there before."""
+    for place in (fresh, *fresh.rglob("*")):
+        _follow_umask(place)
+        _fsync(place)
+    if target.exists():
+        old = _hidden(target)
+        os.rename(target, old)
+        os.rename(fresh, target)
+        shutil.rmtree(old)
+    else:
+        os.rename(fresh, target)
+    _fsync(target.parent)
+    _drop_leftovers(target)
 
 
 def canonical_json(value: Any) -> bytes:

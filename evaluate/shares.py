@@ -8,7 +8,6 @@ at finite N; the noise level beside it is what two samples of one and the same l
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -96,10 +95,3 @@ def _redraw(counts: Tensor, n: int, seed: int, *words: str | int) -> Tensor:
     weights = (counts.double() / counts.sum()).expand(_REPEATS, -1)
     drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
     return functional.one_hot(drawn, len(counts)).sum(dim=1)
-
-
-def effective_shards(counts: Mapping[str, int]) -> float:
-    """exp of the entropy of the shares: how many equal shards they amount to."""
-    total = sum(counts.values())
-    shares = [count / total for count in counts.values() if count]
-    return math.exp(-sum(share * math.log(share) for share in shares))

@@ -6,9 +6,6 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
-import tempfile
-from pathlib import Path
-
 from atoll.core import recipes, seeds
 from atoll.core.config import save_config
 from atoll.core.denoiser import Card, Denoiser
@@ -16,7 +13,7 @@ from atoll.core.errors import ConfigError
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
@@ -83,11 +80,9 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         threads=config.threads,
         device=config.device,
     )
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-        folder = Path(scratch) / "base"
+    with run.writing_folder(FOLDER) as folder:
         trained.save(folder)
-        sha256 = sha256_folder(folder)
-        run.publish(folder, FOLDER)
+    sha256 = run.sha256(FOLDER)
     manifest.recipe = name
     manifest.base = Artefact(path=FOLDER, sha256=sha256)
     save_config(config, run, WORK)

@@ -13,7 +13,6 @@ import argparse
 import json
 import os
 import sys
-import tempfile
 import traceback
 from collections.abc import Callable
 from pathlib import Path
@@ -89,13 +88,11 @@ def run_island(run_uri: str, shard: str) -> None:
 
 
 def _once(run: Storage, name: str, make: Callable[[Path], None]) -> None:
-    """Publish a folder made in a scratch place, unless an earlier generation published it."""
+    """Make and publish a folder, unless an earlier generation published it."""
     if run.exists(name):
         return
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-        folder = Path(scratch) / "made"
+    with run.writing_folder(name) as folder:
         make(folder)
-        run.publish(folder, name)
 
 
 def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:

@@ -83,6 +83,7 @@ class TrainConfig(Config):
     threads: int = Field(default=1, ge=1)
     device: Device = "auto"
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
+    planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations after a death, per island
     training: DenoiserTraining = DenoiserTraining()
     head: HeadTraining = HeadTraining()

@@ -178,7 +178,7 @@ def write_order(run: Storage, manifest: Manifest, config: TrainConfig, name: str
         plan=shard.plan,
         seed=manifest.seed,
         # How many islands this machine holds is no business of an island.
-        config=config.model_copy(update={"slots": None}),
+        config=config.model_copy(update={"slots": None, "planned_by_all": False}),
     )
     run.write_json(f"{island_folder(name)}/island.json", order.model_dump(mode="json"))
 

@@ -8,9 +8,7 @@ last: a run without one is not a run yet, and the same command starts it anew.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
-from pathlib import Path
 
 from atoll.core.embedding import Encoder
 from atoll.core.journal import log
@@ -160,9 +158,8 @@ def _write(
 
 
 def _write_encoder(run: Storage, encoder: Encoder, seen: list[str]) -> EncoderArtefact:
-    with tempfile.TemporaryDirectory(prefix="atoll-encoder-") as temporary:
-        encoder.save_pretrained(temporary)
-        run.publish(Path(temporary), "encoder")
+    with run.writing_folder("encoder") as folder:
+        encoder.save_pretrained(folder)
     return EncoderArtefact(
         path="encoder",
         sha256=run.sha256("encoder"),

@@ -6,7 +6,6 @@ it the same rows as `core/pack.py` defines them. Nothing in the folder depends o
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,7 @@ from atoll.core.embedding import Encoder
 from atoll.core.journal import progress
 from atoll.core.manifest import Picture
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
-from atoll.core.storage import Storage, no_space_is_failure, sha256_file
+from atoll.core.storage import Storage, sha256_file
 from atoll.partitioner.pictures import training_pixels
 from atoll.partitioner.records import TRAIN, Record, Spool, canonical, split_of
 from atoll.partitioner.settings import PartitionConfig
@@ -56,28 +55,24 @@ class ShardWriter:
         training = sum(split_of(record, self.config.holdout) == TRAIN for record in ordered)
         step = self.config.records_per_file
         parts = [ordered[start : start + step] for start in range(0, len(ordered), step)]
-        with tempfile.TemporaryDirectory(prefix="atoll-shard-") as temporary:
-            place, packs = Path(temporary), {}
-            with (
-                no_space_is_failure(folder),
-                progress(f"writing {name}", len(ordered)) as advance,
-            ):
+        packs = {}
+        with self.run.writing_folder(folder) as place:
+            with progress(f"writing {name}", len(ordered)) as advance:
                 for number, part in enumerate(parts):
                     self._write_records(place / f"data-{number:05d}.parquet", part)
                     self._write_pack(place / f"pack-{number:05d}.safetensors", part)
                     packs[f"pack-{number:05d}.safetensors"] = len(part)
                     advance(len(part))
-                card = ShardCard(
-                    name=name,
-                    records=training,
-                    held_out=len(ordered) - training,
-                    picture=self.picture,
-                    encoder=self.encoder.fingerprint(),
-                    packs=packs,
-                    files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
-                )
-                write_shard_card(place, card)
-            self.run.publish(place, folder)
+            card = ShardCard(
+                name=name,
+                records=training,
+                held_out=len(ordered) - training,
+                picture=self.picture,
+                encoder=self.encoder.fingerprint(),
+                packs=packs,
+                files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
+            )
+            write_shard_card(place, card)
         return card
 
     def _write_records(self, path: Path, records: Sequence[Record]) -> None:

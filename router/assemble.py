@@ -7,18 +7,17 @@ the shard.
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
-import tempfile
 from pathlib import Path
 
-import diffusers
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from atoll.core.errors import DataError, Refused
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact
-from atoll.core.storage import Storage, canonical_json, sha256_folder
+from atoll.core.storage import Storage, canonical_json
 from atoll.router.model import EnsembleConfig, copy_parts, write_ensemble_config
 from atoll.router.pipeline import CARD_NAME, ensemble_card
 
@@ -44,15 +43,12 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
         _export_place(out)
     if missing:
         _log.warning("Missing shards, left out and renormalised: %s", ", ".join(missing))
-    with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
-        folder = Path(scratch) / "ensemble"
+    with run.writing_folder("ensemble") as folder:
         build(run, manifest, folder)
-        sha256 = sha256_folder(folder)
-        run.publish(folder, "ensemble")
-        if out is not None:
-            export(folder, out)
-            add_export(manifest, out)
-    manifest.ensemble = Artefact(path="ensemble", sha256=sha256)
+    manifest.ensemble = Artefact(path="ensemble", sha256=run.sha256("ensemble"))
+    if out is not None:
+        export(run.local("ensemble"), out)
+        add_export(manifest, out)
     _record(run, manifest, present)
     return manifest.ensemble
 
@@ -97,18 +93,30 @@ def build(run: Storage, manifest: Manifest, folder: Path) -> None:
         records={shard: manifest.shards[shard].records for shard in present},
         missing=missing,
     )
-    write_ensemble_config(folder / "transformer", config)
+    version = _diffusers_version(run.local(manifest.experts[present[0]].path))
+    write_ensemble_config(folder / "transformer", config, version=version)
     shutil.copytree(run.local(manifest.encoder.path), folder / "text_encoder")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    scheduler = folder / "scheduler" / "scheduler_config.json"
+    settings = json.loads(scheduler.read_text())
+    # As diffusers lays its files out, so that a pipeline that is saved again is the same.
+    scheduler.write_text(
+        json.dumps({**settings, "_diffusers_version": version}, indent=2, sort_keys=True) + "\n"
+    )
     index = {
         "_class_name": "AtollPipeline",
-        "_diffusers_version": diffusers.__version__,
+        "_diffusers_version": version,
         "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
         "text_encoder": ["atoll.core.embedding", "Encoder"],
         "transformer": ["atoll.router.model", "EnsembleModel"],
     }
     (folder / "model_index.json").write_bytes(canonical_json(index))
     (folder / CARD_NAME).write_bytes(canonical_json(ensemble_card(present, missing)))
+
+
+def _diffusers_version(expert: Path) -> str:
+    """The version that wrote an expert: who assembles, or rechecks, may have another."""
+    return str(json.loads((expert / "config.json").read_text())["_diffusers_version"])
 
 
 def _record(run: Storage, manifest: Manifest, present: list[str]) -> None:

@@ -158,11 +158,13 @@ def read_ensemble_config(folder: Path) -> EnsembleConfig:
         raise Refused(f"{path} is not the configuration of an ensemble ({error})") from error
 
 
-def write_ensemble_config(folder: Path, config: EnsembleConfig) -> None:
+def write_ensemble_config(
+    folder: Path, config: EnsembleConfig, *, version: str = diffusers.__version__
+) -> None:
     """Write `config.json` into a folder that is still being made."""
     values = {
         "_class_name": "EnsembleModel",
-        "_diffusers_version": diffusers.__version__,
+        "_diffusers_version": version,
         **config.model_dump(mode="json"),
     }
     (folder / "config.json").write_bytes(canonical_json(values))

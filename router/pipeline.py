@@ -50,8 +50,6 @@ class AtollOutput(BaseOutput):  # type: ignore[misc]
 class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Samples an ensemble under any routing, unguided unless told otherwise."""
 
-    model_cpu_offload_seq = "text_encoder->transformer"
-
     def __init__(
         self,
         transformer: EnsembleModel,
