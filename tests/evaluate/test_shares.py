@@ -55,11 +55,6 @@ def test_comparison_is_seeded() -> None:
     assert shares.compare(NAMES, *counts, seed=1) != shares.compare(NAMES, *counts, seed=2)
 
 
-def test_effective_shards() -> None:
-    assert shares.effective_shards({"a": 5, "b": 5, "c": 0}) == pytest.approx(2)
-    assert shares.effective_shards({"a": 7}) == pytest.approx(1)
-
-
 def test_reader_reads_the_nearest_real_picture() -> None:
     real = torch.tensor([0, 10, 200, 210], dtype=torch.uint8).reshape(4, 1, 1, 1).expand(4, 1, 2, 2)
     reader = Reader(real, ["dark", "dark", "bright", "bright"])
