@@ -47,7 +47,7 @@ from atoll.islands.settings import TrainConfig
 from atoll.islands.supervise import train
 from atoll.merge import soup as soups
 from atoll.partitioner.pipeline import partition
-from atoll.router.assemble import assemble
+from atoll.router.assemble import add_export, assemble
 
 CONTROL = "monolith"
 SOUP = "soups/all"
@@ -114,8 +114,17 @@ class _Demo:
         name = "failed.html" if broken else "report.html"
         with self._timed("report"):
             write_demo_report(self.outcome, self.place, self.run_storage, manifest, name=name)
+            self._list_exports(name)
         if broken:
             raise Refused(f"The removal does not verify: {broken[0].what}: {broken[0].detail}")
+
+    def _list_exports(self, report: str) -> None:
+        """The report and the control show and hold every shard: a removal is to name them."""
+        with exclusive(self.run_storage):
+            manifest = Manifest.load(self.run_storage)
+            for left in (report, "control"):
+                add_export(manifest, f"{self.place.uri}/{left}")
+            manifest.save(self.run_storage)
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:

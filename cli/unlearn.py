@@ -117,7 +117,7 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     emptied = [name for name, folder in soups.items() if not _others(folder, shard)]
     beyond = ["copies of the ensemble, the experts or soups that others were given before"]
     beyond += ["the ledger's own lines, which go on naming the shard"]
-    beyond += [f"the export {place}, which is not within reach from here" for place in unreached]
+    beyond += [f"the export {place}, which cannot be rewritten from here" for place in unreached]
     fitted = {"encoder": manifest.encoder.fitted_on, "centroids": manifest.partition.fitted_on}
     for what, shards in fitted.items():
         if shard in shards:

@@ -62,9 +62,17 @@ def test_1_no_space_left_on_a_real_device(corpus, tmp_path) -> None:
 def test_1_an_island_that_fails(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
+    hot = ("--set", "training.optimizer.learning_rate=1e30", "--set", "retries=0")
+    error = refused(1, "train", run, "--shard", SHARD, *TRAIN, *hot)
+    assert "The loss" in str(error["what"])
+
+
+def test_7_an_island_that_refuses_a_changed_shard(based, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
     pack = run / f"shards/{SHARD}/pack-00000.safetensors"
     pack.write_bytes(pack.read_bytes()[:-1])
-    error = refused(1, "train", run, "--shard", SHARD, *TRAIN)
+    error = refused(7, "train", run, "--shard", SHARD, *TRAIN)
     assert SHARD in str(error["what"])
     assert "the manifest says" in str(error["what"])
 

@@ -226,7 +226,7 @@ def test_an_island_that_refuses_is_not_tried_again_and_the_others_are_kept(fresh
     pack = run.local("shards/shard-00/pack-00000.safetensors")
     pack.chmod(0o644)
     pack.write_bytes(pack.read_bytes()[:-1])
-    with pytest.raises(Failed, match=r"1 of 2 islands.*shard-00"):
+    with pytest.raises(Refused, match=r"1 of 2 islands.*shard-00"):
         train(run, manifest, TRAIN, shards=["shard-00", "shard-01"])
     assert list(Manifest.load(run).experts) == ["shard-01"]
     assert len(journal(run, "shard-00", "started")) == 1
