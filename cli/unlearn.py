@@ -63,6 +63,7 @@ def unlearn(run: Storage, shard: str) -> Certificate:
     exports: dict[str, str] = intent["exports"]
     _leave_soups(run, manifest, shard, emptied)
     _leave_exported_soups(run, manifest, shard, exports, emptied)
+    _leave_reports(manifest, exports)
     if shard in manifest.shards:
         forget(run, manifest, shard)
     manifest.experts.pop(shard, None)
@@ -114,7 +115,7 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     _check_sound(run, manifest, shard)
     soups = {artefact.path: run.local(artefact.path) for artefact in manifest.soups.values()}
     soups |= {export: Path(export) for export, kind in kinds.items() if kind == "soup"}
-    emptied = [name for name, folder in soups.items() if not _others(folder, shard)]
+    emptied = [name for name, folder in soups.items() if not _others(run, folder, shard)]
     beyond = ["copies of the ensemble, the experts or soups that others were given before"]
     beyond += ["the ledger's own lines, which go on naming the shard"]
     beyond += [f"the export {place}, which cannot be rewritten from here" for place in unreached]
@@ -189,7 +190,7 @@ def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:
         check_artefact(run, artefact)
 
 
-def _others(folder: Path, shard: str) -> bool:
+def _others(run: Storage, folder: Path, shard: str) -> bool:
     """Whether a soup holds anything but the shard; refused where that is not to be found again."""
     from atoll.merge.ingredients import find_ingredients
     from atoll.merge.recipe import Recipe
@@ -197,7 +198,8 @@ def _others(folder: Path, shard: str) -> bool:
     recipe = Recipe.load(folder)
     others = tuple(part for part in recipe.ingredients if part.shard != shard)
     if len(others) < len(recipe.ingredients):
-        find_ingredients(recipe.model_copy(update={"ingredients": others}), folder)
+        staying = recipe.model_copy(update={"ingredients": others})
+        find_ingredients(staying, folder, search=[run.local("islands")])
     return bool(others)
 
 
@@ -240,6 +242,14 @@ def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:
     Storage(export).remove("")
     manifest.exports = [place for place in manifest.exports if place != export]
     manifest.save(run)
+
+
+def _leave_reports(manifest: Manifest, exports: dict[str, str]) -> None:
+    """Reports outside the run show the shard's records; what else lies beside them is not ours."""
+    for place in [place for place, kind in exports.items() if kind == "report"]:
+        for name in ("metrics.json", "report.html"):
+            Storage(place).remove(name)
+        manifest.exports = [each for each in manifest.exports if each != place]
 
 
 def _leave_ensemble(run: Storage, manifest: Manifest, exports: dict[str, str]) -> None:

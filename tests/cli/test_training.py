@@ -86,7 +86,50 @@ def test_minutes_become_passes_once(partitioned, tmp_path, monkeypatch) -> None:
     again = atoll("train", run, "--minutes=5", "--json")
     assert again.error["what"] == "Ray does not start"
     assert plans(run) == planned
+    # Nor is anything to be repeated to go on as planned.
+    assert atoll("train", run, "--json").error["what"] == "Ray does not start"
+    assert plans(run) == planned
+    assert atoll("train", run, "--passes=77", "--json").code == 7
     done("base", run, "--minutes=1")
+
+
+def test_minutes_of_the_base_are_probed_once_though_it_was_interrupted(
+    partitioned, tmp_path, monkeypatch
+) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(partitioned, run)
+    saved = run / "base-training/atoll.config.json"
+
+    def killed(*_given: object, **_options: object) -> None:
+        raise Failed("killed")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("atoll.islands.base.train_here", killed)
+        assert atoll("base", run, "--recipe=unet-tiny", "--minutes=0.01", "--json").code == 1
+    first = json.loads(saved.read_text())["training"]["passes"]
+    monkeypatch.setattr("atoll.islands.probe.passes_in", killed)
+    done("base", run, "--recipe=unet-tiny", "--minutes=0.01")
+    assert json.loads(saved.read_text())["training"]["passes"] == first
+
+
+def test_minutes_of_the_islands_do_not_ask_the_shards(based, tmp_path, monkeypatch) -> None:
+    from atoll.cli.training import experts_within
+    from atoll.core.manifest import Manifest
+    from atoll.core.storage import Storage
+    from atoll.islands.settings import TrainConfig
+
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    monkeypatch.setattr("atoll.islands.probe.images_per_second", lambda *a, **k: 100.0)
+    manifest = Manifest.load(Storage(run))
+    whole = experts_within(Storage(run), manifest, TrainConfig(slots=2), 1.0)
+    manifest.shards.pop(next(iter(manifest.shards)))
+    fewer = experts_within(Storage(run), manifest, TrainConfig(slots=2), 1.0)
+    assert whole == fewer
+    assert not whole.planned_by_all
+    manifest.commons.declared = "museum"
+    owners = experts_within(Storage(run), manifest, TrainConfig(slots=2), 1.0)
+    assert owners.planned_by_all
 
 
 def resumed_from(folder: Path) -> int:

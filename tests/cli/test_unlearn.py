@@ -316,3 +316,58 @@ def test_killed_the_same_command_finishes_it(made, tmp_path) -> None:
         assert killed.returncode == -9, killed.stderr
         done("unlearn", place / "run", SHARD)
         assert finished(place) == expected, at
+
+
+def test_reports_outside_are_exports_and_go_with_the_shard(fresh: Path, tmp_path: Path) -> None:
+    report = tmp_path / "report"
+    few = ("--count", 20, "--steps", 1, "--routing", "once")
+    inside = atoll("evaluate", fresh, "--reference", fresh, *few, "--out", fresh / "mine", "--json")
+    assert inside.code == 2
+    assert "inside the run" in inside.error["what"]
+    done("evaluate", fresh, "--reference", fresh, *few, "--out", report)
+    assert json.loads((fresh / "manifest.json").read_text())["exports"][-1] == str(report)
+    (report / "note.txt").write_text("mine")
+    done("unlearn", fresh, SHARD)
+    assert [path.name for path in report.iterdir()] == ["note.txt"]
+    assert str(report) not in (fresh / "manifest.json").read_text()
+
+
+def test_strays_in_a_run_fail_the_recheck_of_a_removal(fresh: Path) -> None:
+    (fresh / "soups" / "kept.safetensors").write_bytes(b"who knows")
+    (fresh / ".hidden").write_bytes(b"who knows")
+    done("verify", fresh)
+    done("unlearn", fresh, SHARD)
+    said = atoll("verify", fresh, "--json")
+    assert said.code == 7
+    for name in ("soups/kept.safetensors", ".hidden"):
+        assert name in said.error["what"]
+
+
+def test_leftovers_of_killed_soups_go_with_the_shard(fresh: Path) -> None:
+    for name in (".new.partial", ".all.old"):
+        (fresh / "soups" / name).mkdir()
+        (fresh / "soups" / name / "weights").write_bytes(b"of the shard")
+    done("unlearn", fresh, SHARD)
+    done("verify", fresh)
+
+
+def test_a_soup_outside_is_rewritten_though_the_run_has_moved(made: Path, tmp_path: Path) -> None:
+    first, moved = tmp_path / "a" / "run", tmp_path / "b" / "c" / "run"
+    shutil.copytree(made, first)
+    soup = tmp_path / "soup"
+    done("soup", "create", soup, *sorted((first / "islands").glob("*/expert")))
+    moved.parent.mkdir(parents=True)
+    first.rename(moved)
+    done("unlearn", moved, SHARD)
+    left = done("soup", "show", soup)["ingredients"]
+    assert [part["shard"] for part in left] == OTHERS
+
+
+def test_a_recheck_needs_not_the_version_that_wrote(made: Path, monkeypatch) -> None:
+    import diffusers
+
+    import atoll.router.model as model
+
+    monkeypatch.setattr(diffusers, "__version__", "99.0")
+    monkeypatch.setattr(model.write_ensemble_config, "__kwdefaults__", {"version": "99.0"})
+    done("verify", made)

@@ -137,7 +137,15 @@ def test_a_band_undoes_a_known_distortion(slope: float, intercept: float) -> Non
 
 def test_a_head_with_the_wrong_sign_is_flattened_not_turned() -> None:
     band = _band(0.5, torch.full((500,), -3.0), torch.full((500,), 3.0))
-    assert band.slope == 0
+    assert (band.slope, band.intercept) == (0, 0)
+    assert band.loss == pytest.approx(math.log(2))
+    assert band.mean_ratio == pytest.approx(1)
+
+
+def test_a_wrong_sign_off_centre_leaves_the_odds_alone() -> None:
+    torch.manual_seed(0)
+    band = _band(0.5, torch.randn(2_000) + 1, torch.randn(2_000) + 3)
+    assert (band.slope, band.intercept) == (0, 0)
 
 
 def test_a_head_stays_light_beside_its_expert() -> None:
