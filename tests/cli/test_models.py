@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -118,3 +120,11 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
     # It saw the shard, so it does not outlive it.
     done("unlearn", run, SHARD)
     assert not (run / "evaluation").exists()
+
+
+def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "sample_with_diffusers.py"
+    out = tmp_path / "sample.png"
+    given = [sys.executable, str(example), str(made / "ensemble"), "a handwritten 7", str(out)]
+    subprocess.run(given, check=True, capture_output=True)
+    assert Image.open(out).size == (256, 256)
