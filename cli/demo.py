@@ -211,7 +211,7 @@ class _Demo:
             if saved
             else evaluate_systems(
                 [systems[name] for name in MEASURED],
-                load_records(run, manifest),
+                evaluating.reference_of(run, manifest),
                 load_encoder(run.local(manifest.encoder.path)),
                 seed=manifest.seed,
                 count=settings.pictures,

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 from atoll.cli.systems import Model, Pictures, load_model, model_names, sample
 from atoll.cli.working import working_on
+from atoll.core import seeds
 from atoll.core.errors import UsageError
 from atoll.core.head import GateHead, HeadConfig
 from atoll.core.journal import log
@@ -44,6 +45,7 @@ from atoll.partitioner.words import count_words, telling_words
 from atoll.router.assemble import add_export
 
 _MONTAGE = 24
+_MOST_REFERENCE = 1_000
 
 
 def evaluate_models(
@@ -117,7 +119,7 @@ def _measure(
     encoder = loaded[0].encoder
     evaluation = evaluate_systems(
         systems,
-        load_records(run, manifest),
+        reference_of(run, manifest),
         encoder,
         seed=seed,
         count=count,
@@ -136,6 +138,18 @@ def _measure(
         ledger=Ledger(run).entries(),
     )
     return evaluation, data
+
+
+def reference_of(run: Storage, manifest: Manifest) -> Records:
+    """The held-out records to compare with: all, or a seeded thousand of many.
+
+    Distances between pictures of 32x32 are then a matter of minutes.
+    """
+    records = load_records(run, manifest)
+    order = seeds.order(
+        manifest.seed, "evaluate", "reference", first=0, count=len(records), n=len(records)
+    )
+    return records.take(sorted(order[:_MOST_REFERENCE].tolist()))
 
 
 def save_evaluation(evaluation: Evaluation, run: Storage, manifest: Manifest) -> None:
