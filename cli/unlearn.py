@@ -17,6 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from atoll.cli.recording import remember
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
+from atoll.core.disk import recover
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
@@ -217,7 +218,6 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str
 def _without(run: Storage, folder: Path, shard: str) -> Soup:
     """Take a shard out of a soup where it is in it."""
     from atoll.merge import soup as soups
-    from atoll.merge.place import recover
 
     recover(folder)
     made = soups.show(folder)

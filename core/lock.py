@@ -13,8 +13,9 @@ import shutil
 import socket
 from collections.abc import Iterator
 
+from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import Refused
-from atoll.core.storage import Storage, canonical_json, no_space_is_failure
+from atoll.core.storage import Storage, canonical_json
 
 
 @contextlib.contextmanager

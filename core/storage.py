@@ -9,24 +9,29 @@ the ledger need. Names are relative posix strings; nothing leads out of the root
 from __future__ import annotations
 
 import contextlib
-import errno
-import glob
 import hashlib
 import json
 import os
 import shutil
 import tempfile
 import threading
-import uuid
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
-from safetensors import SafetensorError
 
-from atoll.core.errors import DataError, Failed, Refused
+from atoll.core.disk import (
+    drop,
+    follow_umask,
+    fsync,
+    no_space_is_failure,
+    recover,
+    replacing,
+    temporary_file,
+)
+from atoll.core.errors import DataError, Refused
 
 # Written last and read first: a published folder without one of these is not there yet.
 MARKERS = ("atoll.json", "shard.json", "model_index.json")
@@ -50,24 +55,6 @@ def sha256_folder(path: Path) -> str:
         if file.is_file()
     ]
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
-
-
-@contextlib.contextmanager
-def no_space_is_failure(where: str) -> Iterator[None]:
-    """Turn the operating system's "no space left" into an error with a cure (exit code 1)."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        # safetensors hands on the system's error as text alone.
-        numbers = (errno.ENOSPC, errno.EDQUOT)
-        if getattr(error, "errno", None) not in numbers and not any(
-            f"(os error {number})" in str(error) for number in numbers
-        ):
-            raise
-        raise Failed(
-            f"No space left while writing {where}; nothing was half-written",
-            cure="free some space and run the same command again, it resumes",
-        ) from error
 
 
 class Storage:
@@ -158,11 +145,11 @@ class Storage:
                 self._fs.makedirs(os.path.dirname(path), exist_ok=True)
                 self._fs.pipe_file(path, data)
                 return
-            with _local_temporary(Path(path)) as temporary:
+            with temporary_file(Path(path)) as temporary:
                 temporary.write_bytes(data)
-                _fsync(temporary)
+                fsync(temporary)
                 os.replace(temporary, path)
-                _fsync(Path(path).parent)
+                fsync(Path(path).parent)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file, in the one canonical layout."""
@@ -174,12 +161,12 @@ class Storage:
         path = self._path(name, write=True)
         with no_space_is_failure(name):
             if self.is_local:
-                with _local_temporary(Path(path)) as temporary:
+                with temporary_file(Path(path)) as temporary:
                     yield temporary
-                    _follow_umask(temporary)
-                    _fsync(temporary)
+                    follow_umask(temporary)
+                    fsync(temporary)
                     os.replace(temporary, path)
-                    _fsync(Path(path).parent)
+                    fsync(Path(path).parent)
                 return
             with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
                 yield Path(folder) / "file"
@@ -200,11 +187,11 @@ class Storage:
                         file.write(data)
                 return
             # A link is exclusive and shows the whole content at once; open("xb") shows a torn one.
-            with _local_temporary(Path(path)) as temporary:
+            with temporary_file(Path(path)) as temporary:
                 temporary.write_bytes(data)
-                _fsync(temporary)
+                fsync(temporary)
                 os.link(temporary, path)
-                _fsync(Path(path).parent)
+                fsync(Path(path).parent)
 
     def append_line(self, name: str, line: str) -> None:
         """Append a line to a journal. Journals are observations: a torn last line is skipped."""
@@ -217,10 +204,10 @@ class Storage:
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""
         path = self._path(name, write=True)
+        if self.is_local and name:
+            recover(Path(path))  # first: it may put back what a killed writer had set aside
         if self._fs.exists(path):
             self._fs.rm(path, recursive=True)
-        if self.is_local and name:
-            _drop_leftovers(Path(path))
 
     # -- folders -------------------------------------------------------------------------------
 
@@ -232,7 +219,7 @@ class Storage:
         if self._staged is None:
             self._staged = tempfile.TemporaryDirectory(prefix="atoll-staged-")
         target = Path(self._staged.name) / name
-        _drop(target)  # an earlier copy may hold files that have been removed since
+        drop(target)  # an earlier copy may hold files that have been removed since
         files = self.list(name)
         for file in files:
             place = Path(self._staged.name) / file
@@ -252,14 +239,8 @@ class Storage:
         path = Path(self._path(name, write=True))
         with no_space_is_failure(name):
             if self.is_local:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                fresh = _hidden(path)
-                fresh.mkdir()
-                try:
+                with replacing(path) as fresh:
                     yield fresh
-                    _put_in_place(fresh, path)
-                finally:
-                    shutil.rmtree(fresh, ignore_errors=True)
                 return
             with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
                 yield Path(scratch)
@@ -284,66 +265,6 @@ class Storage:
         return sha256_folder(path) if path.is_dir() else sha256_file(path)
 
 
-def _hidden(path: Path) -> Path:
-    return path.parent / f".{path.name}.{uuid.uuid4().hex}"
-
-
-def _put_in_place(fresh: Path, target: Path) -> None:
-    """Make a filled folder appear at its name, for what stood there before."""
-    for place in (fresh, *fresh.rglob("*")):
-        _follow_umask(place)
-        _fsync(place)
-    if target.exists():
-        old = _hidden(target)
-        os.rename(target, old)
-        os.rename(fresh, target)
-        shutil.rmtree(old)
-    else:
-        os.rename(fresh, target)
-    _fsync(target.parent)
-    _drop_leftovers(target)
-
-
 def canonical_json(value: Any) -> bytes:
     """The one layout of JSON on disk: sorted keys, two spaces, a final newline."""
     return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()
-
-
-@contextlib.contextmanager
-def _local_temporary(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path`, gone afterwards unless it was renamed."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.parent / f".{path.name}.{uuid.uuid4().hex}"
-    try:
-        yield temporary
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _drop(path: Path) -> None:
-    """Remove a local file or folder, if it is there."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _drop_leftovers(path: Path) -> None:
-    """Remove what killed writers of `path` left beside it: data that nothing would ever forget."""
-    for leftover in path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}"):
-        _drop(leftover)
-
-
-def _follow_umask(path: Path) -> None:
-    """The permissions of something newly made: scratch folders and safetensors are private."""
-    mask = os.umask(0)
-    os.umask(mask)
-    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

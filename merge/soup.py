@@ -19,11 +19,11 @@ import torch
 from torch import Tensor
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
+from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json
 from atoll.merge import exact
 from atoll.merge.ingredients import CONFIG_NAME, Opened, check_alike, find_ingredients, open_experts
-from atoll.merge.place import recover, replacing
 from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
 from atoll.merge.tensors import DTYPES, WEIGHTS_NAME, Layout, write
 
@@ -49,7 +49,7 @@ def create(out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same") -> 
     """
     opened = open_experts(experts, out)
     recipe = _recipe(opened, dtype)
-    with replacing(out) as partial:
+    with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             _check_same(out, recipe)
         return _make(recipe, opened, partial, out)
@@ -128,7 +128,7 @@ def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
     """The folder to fill, and the recipe as it stands while nobody else may change it."""
     recover(soup)
     Recipe.load(soup)  # before anything is written beside it
-    with replacing(soup) as partial:
+    with no_space_is_failure(soup.name), replacing(soup, alone=True) as partial:
         yield partial, Recipe.load(soup)
 
 

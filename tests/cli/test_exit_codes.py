@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -31,11 +32,11 @@ def refused(code: int, *arguments: object) -> dict[str, object]:
 
 
 def test_1_no_space_left(corpus, tmp_path, monkeypatch, fresh, untouched) -> None:
-    def full(_path: Path) -> None:
+    def full(_descriptor: int) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("atoll.core.storage._fsync", full)
+        patch.setattr(os, "fsync", full)
         error = refused(1, "partition", corpus, tmp_path / "new", *SMALL)
         assert "No space left" in str(error["what"])
         assert "free some space" in str(error["cure"])

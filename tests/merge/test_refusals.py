@@ -3,22 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import multiprocessing
 import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from atoll.core import disk
 from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageError
 from atoll.core.storage import sha256_folder
-from atoll.merge import exact, place, soup, tensors
+from atoll.merge import exact, soup, tensors
 from atoll.merge.verify import verify
 
 WEIGHTS = tensors.WEIGHTS_NAME
@@ -224,7 +221,7 @@ def test_files_from_strangers(make_expert, pair):
 
 @pytest.mark.parametrize(
     ("where", "code"),
-    [("write", errno.ENOSPC), ("fsync", errno.EDQUOT), ("rename", errno.ENOSPC)],
+    [("write", errno.ENOSPC), ("fsync", errno.EDQUOT), ("swap", errno.ENOSPC)],
 )
 def test_no_space_left(make_expert, pair, monkeypatch, code, where):
     newcomer = make_expert("c")
@@ -247,11 +244,7 @@ def test_no_space_left(make_expert, pair, monkeypatch, code, where):
         elif where == "fsync":
             patch.setattr(os, "fsync", full)
         else:
-            rename = os.rename
-            second = iter([False, True])
-            patch.setattr(
-                os, "rename", lambda *names: full() if next(second, False) else rename(*names)
-            )
+            patch.setattr(disk, "_exchange", full)
         error = refused(Failed, pair, lambda: soup.add(pair, {newcomer: 1}), "No space left")
         assert error.exit_code == 1
     soup.add(pair, {newcomer: 1})
@@ -259,7 +252,7 @@ def test_no_space_left(make_expert, pair, monkeypatch, code, where):
 
 
 def _hold(folder: Path, ready, release) -> None:
-    with place.replacing(folder) as partial:
+    with disk.replacing(folder, alone=True) as partial:
         (partial / "x").write_text("half")
         ready.set()
         release.wait(30)
@@ -279,54 +272,6 @@ def test_a_second_writer(make_expert, pair):
         release.set()
         other.join()
     soup.add(pair, {newcomer: 1})
-
-
-def test_a_lock_on_what_was_renamed_meanwhile_is_no_lock(tmp_path, monkeypatch):
-    """The first writer finishes between the second's open and lock: its result is not cleared."""
-    folder = tmp_path / "soup"
-    real = fcntl.flock
-
-    def finish_first(descriptor, operation):
-        (tmp_path / ".soup.partial" / "done").write_text("x")
-        os.rename(tmp_path / ".soup.partial", folder)
-        real(descriptor, operation)
-
-    monkeypatch.setattr(fcntl, "flock", finish_first)
-    with pytest.raises(Refused), place.replacing(folder):
-        pass
-    assert (folder / "done").read_text() == "x"
-
-
-KILLED = """
-import os, signal, sys
-from pathlib import Path
-from atoll.merge import place
-with place.replacing(Path(sys.argv[1])) as partial:
-    (partial / "weights").write_text("half")
-    if sys.argv[2] == "between":
-        rename = os.rename
-        def then_die(*names):
-            rename(*names)
-            os.kill(os.getpid(), signal.SIGKILL)
-        os.rename = then_die
-    else:
-        os.kill(os.getpid(), signal.SIGKILL)
-"""
-
-
-@pytest.mark.parametrize("moment", ["filling", "between"])
-def test_kill_9_leaves_the_old_soup(tmp_path, moment):
-    folder = tmp_path / "soup"
-    folder.mkdir()
-    (folder / "weights").write_text("old")
-    done = subprocess.run([sys.executable, "-c", KILLED, folder, moment], check=False)
-    assert done.returncode == -signal.SIGKILL
-    with place.replacing(folder) as partial:
-        assert not list(partial.iterdir())
-        assert (folder / "weights").read_text() == "old"
-        (partial / "weights").write_text("new")
-    assert (folder / "weights").read_text() == "new"
-    assert os.listdir(tmp_path) == ["soup"]
 
 
 def test_a_dtype_that_is_too_narrow(make_expert, tmp_path):
