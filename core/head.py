@@ -27,6 +27,7 @@ from atoll.core.manifest import check_schema
 from atoll.core.storage import canonical_json
 
 SCHEMA_VERSION = 1
+CONFIG_NAME = "config.json"
 _FREQUENCIES = 16
 
 
@@ -121,7 +122,7 @@ class GateHead(nn.Module):
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.json").write_bytes(canonical_json(self.config.model_dump(mode="json")))
+        (folder / CONFIG_NAME).write_bytes(canonical_json(self.config.model_dump(mode="json")))
         tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
         save_file(tensors, folder / "model.safetensors")
 
@@ -129,8 +130,8 @@ class GateHead(nn.Module):
     def load(cls, folder: Path) -> GateHead:
         """Read what `save` wrote; strict."""
         try:
-            values: Any = json.loads((folder / "config.json").read_text())
-            check_schema(values, SCHEMA_VERSION, f"{folder}/config.json")
+            values: Any = json.loads((folder / CONFIG_NAME).read_text())
+            check_schema(values, SCHEMA_VERSION, f"{folder}/{CONFIG_NAME}")
             head = cls(HeadConfig.model_validate(values))
             head.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
         except (OSError, ValueError, RuntimeError, SafetensorError) as error:

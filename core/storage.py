@@ -33,8 +33,8 @@ from atoll.core.disk import (
 )
 from atoll.core.errors import DataError, Refused
 
-# Written last and read first: a published folder without one of these is not there yet.
-MARKERS = ("atoll.json", "shard.json", "model_index.json")
+# Uploaded last, in this order: a published folder is there when its last one of these is.
+MARKERS = ("config.json", "atoll.json", "shard.json", "model_index.json")
 _CREATING = threading.Lock()
 
 
@@ -255,14 +255,20 @@ class Storage:
                     shutil.copytree(folder, fresh, dirs_exist_ok=True)
                 return
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            for marker in reversed(MARKERS):
+                self.remove(f"{name}/{marker}")  # and removed first
             self.remove(name)
-            for file in sorted(files, key=lambda file: file.name in MARKERS):
+            for file in sorted(files, key=_marks):
                 self.write_bytes(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
 
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""
         path = self.local(name)
         return sha256_folder(path) if path.is_dir() else sha256_file(path)
+
+
+def _marks(file: Path) -> int:
+    return MARKERS.index(file.name) if file.name in MARKERS else -1
 
 
 def canonical_json(value: Any) -> bytes:

@@ -21,9 +21,9 @@ import torch
 
 from atoll.core import recipes
 from atoll.core.config import Config
-from atoll.core.denoiser import Card, Denoiser
+from atoll.core.denoiser import CARD_NAME, Card, Denoiser
 from atoll.core.errors import AtollError, ExitCode, Refused
-from atoll.core.head import HeadConfig, new_head
+from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack
@@ -38,6 +38,8 @@ from atoll.islands.train_head import anchor_of, calibrate, head_loss
 SCHEMA_VERSION = 1
 # How a job learns which submission it is, to write it down beside its process id.
 SUBMISSION_VARIABLE = "ATOLL_SUBMISSION_ID"
+# What an island publishes, and the file whose presence says that all of it is there.
+PARTS = {"expert": CARD_NAME, "gate_head": CONFIG_NAME}
 
 
 class IslandOrder(Config):
@@ -79,19 +81,19 @@ def run_island(run_uri: str, shard: str) -> None:
     pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
-    _once(run, f"{here}/expert", lambda folder: _expert(run, order, pack, folder))
-    _once(run, f"{here}/gate_head", lambda folder: _head(run, order, pack, commons, folder))
+    _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
+    _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
     if order.config.preview > 0:
         expert = Denoiser.load(run.local(f"{here}/expert"))
         picture = preview_grid(expert, pack, order.config, seed=order.seed)
         run.write_bytes(f"{here}/preview.png", picture)
 
 
-def _once(run: Storage, name: str, make: Callable[[Path], None]) -> None:
-    """Make and publish a folder, unless an earlier generation published it."""
-    if run.exists(name):
+def _once(run: Storage, here: str, part: str, make: Callable[[Path], None]) -> None:
+    """Make and publish a part, unless an earlier generation published the whole of it."""
+    if run.exists(f"{here}/{part}/{PARTS[part]}"):
         return
-    with run.writing_folder(name) as folder:
+    with run.writing_folder(f"{here}/{part}") as folder:
         make(folder)
 
 

@@ -39,7 +39,7 @@ from atoll.core.journal import Advance, log, progress
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Expert, Manifest, check_artefact, require
 from atoll.core.storage import Storage
-from atoll.islands.job import IslandOrder, island_folder
+from atoll.islands.job import PARTS, IslandOrder, island_folder
 from atoll.islands.settings import TrainConfig, plan_for
 from atoll.islands.submit import Cluster, Jobs, local_head, remote_cluster
 
@@ -326,8 +326,8 @@ class _Supervisor:
 def _collect(run: Storage, manifest: Manifest, shard: str) -> None:
     """Record what an island published: digests in the manifest, two lines in the ledger."""
     here = island_folder(shard)
-    for part in ("expert", "gate_head"):
-        if not run.exists(f"{here}/{part}"):
+    for part, marker in PARTS.items():
+        if not run.exists(f"{here}/{part}/{marker}"):
             raise DataError(
                 f"{shard} says it is done and {here}/{part} is not there",
                 cure=f"remove {here}/exit.json and run the same command again",

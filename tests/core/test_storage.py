@@ -23,7 +23,7 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from atoll.core.errors import DataError, ExitCode, Failed, Refused
-from atoll.core.storage import Storage, canonical_json, sha256_file, sha256_folder
+from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
 
@@ -284,11 +284,18 @@ def test_writing_folder_publishes_only_what_ended_well(storage: Storage) -> None
     assert storage.list() == ["x/expert/a"]
 
 
-def test_on_object_stores_the_marker_comes_last(tmp_path: Path) -> None:
-    place, written = Storage("memory://marker"), []
-    place.write_bytes = lambda name, data: written.append(name)  # type: ignore[method-assign]
-    place.publish(make(tmp_path / "x", atoll_dot_json="{}", weights="w", sub__z="z"), "expert")
-    assert written == ["expert/sub/z", "expert/weights", "expert/atoll.json"]
+def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -> None:
+    place, done = Storage("memory://marker"), []
+    write, remove = place.write_bytes, place.remove
+    place.write_bytes = lambda name, data: (done.append(name), write(name, data))  # type: ignore
+    place.remove = lambda name: (done.append(f"-{name}"), remove(name))  # type: ignore
+    files = {"atoll_dot_json": "{}", "weights": "w", "sub__z": "z", "config_dot_json": "{}"}
+    place.publish(make(tmp_path / "x", **files), "expert")
+    markers = [f"-expert/{name}" for name in reversed(MARKERS)]
+    assert done[: len(markers) + 1] == [*markers, "-expert"]
+    assert done[len(markers) + 1 :] == [
+        "expert/sub/z", "expert/weights", "expert/config.json", "expert/atoll.json"
+    ]  # fmt: skip
 
 
 def test_a_staged_copy_never_holds_what_was_removed_since(storage: Storage) -> None:

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
+from atoll.islands.job import PARTS, run_island
 from atoll.islands.settings import DenoiserTraining, TrainConfig
 from atoll.islands.supervise import plan_islands, write_order
 from tests.islands.conftest import TRAIN
@@ -43,30 +45,66 @@ def finish(run: Storage, shard: str) -> dict[str, str]:
     return {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS}
 
 
+def seen(run: Storage, folder: str) -> int:
+    """The images that the last line of a training's metrics tells of."""
+    name = f"{folder}/metrics.jsonl"
+    lines = run.read_bytes(name).decode().splitlines() if run.exists(name) else []
+    return int(json.loads(lines[-1])["images_seen"]) if lines else 0
+
+
+def kill_when(run: Storage, shard: str, moment: Callable[[], bool]) -> None:
+    """Run the job until the moment has come, and not one step longer."""
+    job = start(run, shard)
+    deadline = time.monotonic() + 60
+    while not moment():
+        assert time.monotonic() < deadline
+        assert job.poll() is None
+        time.sleep(0.002)
+    job.send_signal(signal.SIGKILL)
+    assert job.wait() == -signal.SIGKILL
+
+
 def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
-    longer = TRAIN.model_copy(update={"training": DenoiserTraining(passes=30, checkpoints=25)})
+    longer = TRAIN.model_copy(
+        update={
+            "training": DenoiserTraining(passes=30, checkpoints=25),
+            "head": TRAIN.head.model_copy(update={"images": 8192, "checkpoints": 20}),
+        }
+    )
     straight, manifest = fresh("straight")
     shard = next(iter(manifest.shards))
     order(straight, manifest, shard, longer)
-    began = time.monotonic()
     expected = finish(straight, shard)
-    seconds = time.monotonic() - began
 
     killed, manifest = fresh("killed")
     order(killed, manifest, shard, longer)
-    moments = random.Random(2026)
-    kills = 0
-    while kills < 5:
-        job = start(killed, shard)
-        # From before the first import has ended to about when the whole training has.
-        time.sleep(moments.uniform(0.5, max(3.0, seconds)))
-        if job.poll() is None:
-            job.send_signal(signal.SIGKILL)
-        elif kills > 0:
-            break
-        assert job.wait() in (-signal.SIGKILL, 0)
-        kills += 1
+    draw = random.Random(2026)
+    imports = time.monotonic() + draw.uniform(0.1, 2)
+    kill_when(killed, shard, lambda: time.monotonic() > imports)
+    expert, head = f"islands/{shard}", f"islands/{shard}/gate_head_training"
+    total = seen(straight, expert)
+    for moment in sorted(draw.randrange(total * 9 // 10) for _ in range(3)):
+        kill_when(killed, shard, lambda moment=moment: seen(killed, expert) > moment)
+    moment = draw.randrange(seen(straight, head) // 2)
+    kill_when(killed, shard, lambda: seen(killed, head) > moment)
     assert finish(killed, shard) == expected
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_torn_upload_is_made_again(fresh, part: str) -> None:
+    """On object stores a folder is there when its marker is; what lies there before is torn."""
+    local, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(local, manifest, shard)
+    run = Storage(f"memory://torn-{part}")
+    for name in local.list():
+        run.write_bytes(name, local.read_bytes(name))
+    run_island(run.uri, shard)
+    whole = run.sha256(f"islands/{shard}/{part}")
+    run.remove(f"islands/{shard}/{part}/{PARTS[part]}")
+    assert run.exists(f"islands/{shard}/{part}")
+    run_island(run.uri, shard)
+    assert run.sha256(f"islands/{shard}/{part}") == whole
 
 
 def test_killed_in_the_middle_of_training_it_loses_at_most_one_interval(fresh) -> None:
