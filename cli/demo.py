@@ -11,6 +11,8 @@ finished it. A finished demo is left as it is.
 
 from __future__ import annotations
 
+import contextlib
+import json
 import shutil
 import time
 from collections.abc import Iterator
@@ -52,6 +54,7 @@ from atoll.router.assemble import add_export, assemble
 CONTROL = "monolith"
 SOUP = "soups/all"
 MEASURED = ("base", CONTROL, "full", "once", "top-k:1", "soup")
+_JOURNAL = "journal.jsonl"
 _ROUTINGS = ("full", "once", "top-k:1", "mass:0.9", "threshold:0.1", "sample:2")
 
 
@@ -112,6 +115,7 @@ class _Demo:
             self._forget(manifest)
         broken = [finding for finding in self.outcome.findings if not finding.holds]
         name = "failed.html" if broken else "report.html"
+        self.outcome.seconds = _seconds(self.place)
         with self._timed("report"):
             write_demo_report(self.outcome, self.place, self.run_storage, manifest, name=name)
             self._list_exports(name)
@@ -128,14 +132,18 @@ class _Demo:
 
     @contextmanager
     def _timed(self, stage: str) -> Iterator[None]:
+        """Journal what a stage took, so that a demo in several sittings reports all of them."""
         started = time.monotonic()
-        yield
-        self.outcome.seconds[stage] = time.monotonic() - started
-        log.info("%s took %.0f s", stage, self.outcome.seconds[stage])
+        try:
+            yield
+        finally:
+            seconds = time.monotonic() - started
+            self.place.append_line(_JOURNAL, json.dumps({"stage": stage, "seconds": seconds}))
+        log.info("%s took %.0f s", stage, seconds)
 
     def _base(self, manifest: Manifest) -> None:
         config, minutes = self.settings.base, self.settings.minutes
-        if minutes is not None and manifest.base is None:
+        if minutes is not None:
             config = base_within(self.run_storage, manifest, config, minutes * 0.2)
         train_base(self.run_storage, manifest, config)
 
@@ -268,6 +276,16 @@ def _make_soup(run: Storage, manifest: Manifest) -> None:
     folder = run.local(SOUP)
     experts = {run.local(expert.path): 1 for expert in manifest.experts.values()}
     remember(soups.create(folder, experts), run, manifest)
+
+
+def _seconds(place: Storage) -> dict[str, float]:
+    """What each stage took, over all sittings; a line that a kill has torn is left out."""
+    seconds: dict[str, float] = {}
+    for text in place.read_bytes(_JOURNAL).decode(errors="replace").splitlines():
+        with contextlib.suppress(ValueError, KeyError, TypeError):
+            line = json.loads(text)
+            seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + float(line["seconds"])
+    return seconds
 
 
 def _result(out: str) -> Result:

@@ -30,7 +30,7 @@ def settings_for(
     if corpus is not None:
         return DemoSettings(
             corpus=corpus,
-            minutes=1.0 if smallest else minutes or 15.0,
+            minutes=minutes or (1.0 if smallest else 15.0),
             partition=PartitionConfig(shards=shards),
             base=BaseConfig(),
             train=TrainConfig(head=HeadTraining(images=2_000 if smallest else None)),

@@ -39,12 +39,16 @@ def register(app: typer.Typer) -> None:
         """Train the common start of all experts on the commons."""
         from atoll.cli.resolve import resolve
         from atoll.cli.working import working_on
-        from atoll.islands.base import train_base
+        from atoll.core.config import saved_config
+        from atoll.islands.base import WORK, train_base
         from atoll.islands.settings import BaseConfig
 
-        settings = resolve(BaseConfig, config, set_, recipe=recipe, training__passes=passes)
         with working_on(run) as (storage, manifest):
-            if minutes is not None and manifest.base is None:
+            earlier = saved_config(BaseConfig, storage, WORK)
+            settings = resolve(
+                BaseConfig, config, set_, earlier=earlier, recipe=recipe, training__passes=passes
+            )
+            if minutes is not None:
                 settings = base_within(storage, manifest, settings, minutes)
             made = train_base(storage, manifest, settings)
         return {"run": run, "base": made.path, "sha256": made.sha256, "recipe": manifest.recipe}
@@ -76,14 +80,16 @@ def register(app: typer.Typer) -> None:
         """Train one expert and one gate head per shard, each an isolated Ray job."""
         from atoll.cli.resolve import resolve
         from atoll.cli.working import working_on
+        from atoll.core.config import saved_config
         from atoll.core.errors import ConfigError
         from atoll.core.manifest import check_artefact, require
         from atoll.core.recipes import recipe_of
         from atoll.islands import supervise
         from atoll.islands.settings import TrainConfig, plan_for
 
-        settings = resolve(TrainConfig, config, set_, training__passes=passes)
         with working_on(run) as (storage, manifest):
+            earlier = saved_config(TrainConfig, storage, "islands")
+            settings = resolve(TrainConfig, config, set_, earlier=earlier, training__passes=passes)
             # Before the plan is written, which would move a manifest that is then refused.
             check_artefact(storage, require(manifest.base, "base", f"train it: `atoll base {run}`"))
             if recipe is not None and recipe_of(recipe) and recipe != manifest.recipe:
@@ -133,16 +139,15 @@ def register(app: typer.Typer) -> None:
 def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
     """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
     from atoll.core import recipes
-    from atoll.core.config import CONFIG_NAME, load_config, save_config
+    from atoll.core.config import save_config, saved_config
     from atoll.core.denoiser import Card, Denoiser
     from atoll.core.pack import Pack
     from atoll.islands.base import WORK
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import BaseConfig
 
-    saved = f"{WORK}/{CONFIG_NAME}"
-    if run.exists(saved):
-        return _with_passes(config, load_config(BaseConfig, run.local(saved)).training.passes)
+    if (earlier := saved_config(BaseConfig, run, WORK)) is not None:
+        return _with_passes(config, earlier.training.passes)
     name = config.recipe or recipes.default_recipe(manifest.picture)
     recipe = recipes.recipe_of(name)
     commons = Pack(run.local(manifest.commons.path))
@@ -171,7 +176,7 @@ def experts_within(
     say. Else they are counted, and the configuration says so.
     """
     from atoll.core import recipes
-    from atoll.core.config import CONFIG_NAME, load_config
+    from atoll.core.config import saved_config
     from atoll.core.denoiser import Denoiser
     from atoll.core.manifest import require
     from atoll.core.pack import Pack
@@ -179,9 +184,7 @@ def experts_within(
     from atoll.islands.settings import TrainConfig
     from atoll.islands.supervise import slots_here
 
-    saved = f"islands/{CONFIG_NAME}"
-    if run.exists(saved):
-        earlier = load_config(TrainConfig, run.local(saved))
+    if (earlier := saved_config(TrainConfig, run, "islands")) is not None:
         config = config.model_copy(update={"planned_by_all": earlier.planned_by_all})
         return _with_passes(config, earlier.training.passes)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")

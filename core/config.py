@@ -112,3 +112,21 @@ def save_config(config: Config, storage: Storage, folder: str) -> None:
     """Write the resolved configuration beside a result."""
     name = f"{folder}/{CONFIG_NAME}" if folder else CONFIG_NAME
     storage.write_json(name, {"schema_version": 1, **config.model_dump(mode="json")})
+
+
+def saved_config(kind: type[C], storage: Storage, folder: str) -> C | None:
+    """What `save_config` wrote into that folder, if it did."""
+    name = f"{folder}/{CONFIG_NAME}"
+    return load_config(kind, storage.local(name)) if storage.exists(name) else None
+
+
+def differences(earlier: Config, asked: Config) -> list[str]:
+    """The keys that two configurations of one kind disagree in, each as a sentence says it."""
+    found = []
+    for name, value in asked:
+        before = getattr(earlier, name)
+        if isinstance(value, Config) and isinstance(before, Config):
+            found += [f"{name}.{line}" for line in differences(before, value)]
+        elif value != before:
+            found.append(f"{name}={value}, was {before}")
+    return found

@@ -77,7 +77,6 @@ def _environment() -> jinja2.Environment:
         "shared": shared_words,
         "si": charts.si,
         "duration": charts.duration,
-        "bytes": charts.size,
         "share": lambda number: f"{100 * number:.1f}%",
     }
     environment.globals |= {"bar": charts.bar, "heat_strip": charts.heat_strip, "trust": _trust}

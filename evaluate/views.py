@@ -118,7 +118,6 @@ class CostLine:
     images_seen: int | None = None
     flops: float | None = None
     seconds: float | None = None
-    peak_bytes: int | None = None
     shard: str | None = None
     about: str = ""
 

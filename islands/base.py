@@ -7,7 +7,7 @@ any start, outside the run's lineage.
 from __future__ import annotations
 
 from atoll.core import recipes, seeds
-from atoll.core.config import save_config
+from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError
 from atoll.core.ledger import Ledger
@@ -48,6 +48,12 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
                 f"This run's base is of recipe {manifest.recipe}, not {name}",
                 cure="start a new run for another recipe",
             )
+        earlier = saved_config(BaseConfig, run, WORK) or config
+        if changed := differences(earlier.training, config.training):
+            raise ConfigError(
+                f"This run's base is trained already, and otherwise: {'; '.join(changed)}",
+                cure="leave the options out to keep it, or start a new run",
+            )
         check_artefact(run, manifest.base)
         return manifest.base
     check_artefact(run, manifest.commons)
@@ -67,6 +73,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         ),
     )
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
+    save_config(config, run, WORK)
     trained = train_here(
         run,
         WORK,
@@ -85,7 +92,6 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
     sha256 = run.sha256(FOLDER)
     manifest.recipe = name
     manifest.base = Artefact(path=FOLDER, sha256=sha256)
-    save_config(config, run, WORK)
     ledger = Ledger(run)
     parents = [e for kind in ("encoder", "commons") if (e := ledger.latest(kind, kind)) is not None]
     ledger.append("base", "base", sha256, parents=parents)

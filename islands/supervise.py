@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 
 from atoll.core import recipes
-from atoll.core.config import save_config
+from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import read_card
 from atoll.core.errors import (
     AtollError,
@@ -96,8 +96,9 @@ def train(
     plan_islands(run, manifest, config)
     check_artefact(run, require(manifest.base, "base", "train it with `atoll base RUN`"))
     _check_exclusive_create(run)
-    save_config(config, run, "islands")
     todo = [name for name in wanted if name not in manifest.experts]
+    _check_unchanged(run, config, done=[name for name in wanted if name not in todo], todo=todo)
+    save_config(config, run, "islands")
     for name in todo:
         write_order(run, manifest, config, name)
     # Finished by an earlier command that died before it could write that down.
@@ -114,6 +115,27 @@ def train(
         log.info("%d islands, %d at a time, %d thread(s) each", len(todo), slots, config.threads)
         _Supervisor(run, manifest, config, Jobs(cluster), slots, address).work(todo)
     return todo
+
+
+def _check_unchanged(
+    run: Storage, config: TrainConfig, *, done: list[str], todo: list[str]
+) -> None:
+    """An expert that is done stays as it was trained: say so where something else is asked for."""
+    earlier = saved_config(TrainConfig, run, "islands")
+    if earlier is None or not done:
+        return
+    changed = [
+        f"{part}.{line}"
+        for part in ("training", "head")
+        for line in differences(getattr(earlier, part), getattr(config, part))
+    ]
+    if changed and not todo:
+        raise ConfigError(
+            f"All of {', '.join(done)} are trained already, and otherwise: {'; '.join(changed)}",
+            cure="leave the options out to keep them, or start a new run",
+        )
+    if changed:
+        log.warning("%s were trained otherwise and stay: %s", ", ".join(done), "; ".join(changed))
 
 
 @contextlib.contextmanager

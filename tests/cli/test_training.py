@@ -67,6 +67,33 @@ def test_one_island_after_the_other_is_all_at_once(based, trained, made, tmp_pat
     }
 
 
+def test_what_is_trained_stays_as_it_was_asked_for(based, trained, untouched, tmp_path) -> None:
+    otherwise = "--set=training.optimizer.learning_rate=0.003"
+    with untouched(based):
+        done("base", based)  # a bare command means what the first one said
+        said = atoll("base", based, otherwise, "--json")
+        assert said.code == 3
+        assert "optimizer.learning_rate=0.003, was None" in str(said.error["what"])
+    with untouched(trained):
+        assert done("train", trained)["trained"] == []
+        for other in (otherwise, "--set=head.width=64"):
+            said = atoll("train", trained, other, "--json")
+            assert said.code == 3
+            assert "trained already, and otherwise" in str(said.error["what"])
+
+    # Where something is left to do, as after a loss that was not finite, it may be done otherwise.
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    done("train", run, "--shard", SHARD, *TRAIN)
+    other = next(name for name in SHARDS if name != SHARD)
+    said = atoll("train", run, "--shard", SHARD, "--shard", other, otherwise, "--json")
+    assert said.json["trained"] == [other]
+    assert f"{SHARD} were trained otherwise and stay" in said.err
+    order = json.loads((run / f"islands/{other}/island.json").read_text())
+    assert order["config"]["training"]["optimizer"]["learning_rate"] == 0.003
+    assert order["config"]["head"]["width"] == 8  # and all else as the first command said
+
+
 def test_minutes_become_passes_once(partitioned, tmp_path, monkeypatch) -> None:
     run = tmp_path / "run"
     shutil.copytree(partitioned, run)

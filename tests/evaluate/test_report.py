@@ -250,12 +250,10 @@ def test_numbers_in_words(number: float | None, text: str) -> None:
     assert charts.si(number) == text
 
 
-def test_durations_and_sizes() -> None:
+def test_durations() -> None:
     assert charts.duration(71.6) == "1 min 12 s"
     assert charts.duration(3725) == "1 h 02 min"
     assert charts.duration(0.214) == "0.214 s"
-    assert charts.size(3 << 30) == "3 GiB"
-    assert charts.size(None) == "–"
 
 
 def test_curves_are_read_from_a_journal_with_a_torn_end(tmp_path: Path) -> None:
