@@ -5,7 +5,6 @@ A denoiser on its own is an ensemble of one: the same trajectory, the same sampl
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,11 +178,11 @@ def _sole_gate(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 
 def _encoder_near(folder: Path) -> Path | None:
     """The encoder of the run that a denoiser, or an ingredient of a soup, belongs to."""
+    from atoll.merge.recipe import RECIPE_NAME, Recipe
+
     candidates = [folder]
-    recipe = folder / "soup.json"
-    if recipe.is_file():
-        paths = [part.get("path", "") for part in json.loads(recipe.read_text())["ingredients"]]
-        candidates += [folder / path for path in paths]
+    if (folder / RECIPE_NAME).is_file():
+        candidates += [folder / part.path for part in Recipe.load(folder).ingredients]
     for candidate in candidates:
         run = owning_run(candidate)
         if run is not None and (run / "encoder").is_dir():

@@ -8,7 +8,6 @@ takes no other command, and the same command finishes it. Every step may be repe
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +16,8 @@ from pydantic import BaseModel, ConfigDict, Field
 from atoll.cli.recording import remember
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
-from atoll.core.disk import recover
+from atoll.core.denoiser import CARD_NAME, Card
+from atoll.core.disk import recover, sweep
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
@@ -71,29 +71,13 @@ def unlearn(run: Storage, shard: str) -> Certificate:
     _leave_ensemble(run, manifest, exports)
     run.remove("evaluation")
     run.remove(f"islands/{shard}")
-    _sweep(run)
+    if run.is_local:
+        sweep(run.local(""))  # what killed writers left may be the shard
     manifest.save(run)
     certificate = _certify(run, manifest, intent)
     run.write_json(CERTIFICATE_NAME, certificate.model_dump(mode="json"))
     run.remove(INTENT_NAME)
     return certificate
-
-
-def _sweep(run: Storage) -> None:
-    """Drop what killed writers left under hidden names anywhere in the run; it may be the shard."""
-    if run.is_local:
-        for left in run.local("").rglob(f".*.{'[0-9a-f]' * 32}"):
-            _delete(left)
-        for pattern in (".*.partial", ".*.old"):  # of soups
-            for left in run.local("").rglob(pattern):
-                _delete(left)
-
-
-def _delete(left: Path) -> None:
-    if left.is_dir():
-        shutil.rmtree(left)
-    else:
-        left.unlink(missing_ok=True)
 
 
 def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
@@ -158,22 +142,28 @@ def _exports(
         soup = newest.get(("soup", export))
         if soup is not None and shard not in soup.shards:
             continue
-        if _holds(export, "soup.json"):
-            kinds[export] = "soup"
-        elif _holds(export, "model_index.json"):
-            kinds[export] = "ensemble"
-        elif _holds(export, "metrics.json"):
-            kinds[export] = "report"
-        else:
+        try:
+            kind = _kind(Storage(export), manifest)
+        except (AtollError, OSError, ValueError):  # damaged is as good as gone
+            kind = None
+        if kind is None:
             unreached.append(export)
+        else:
+            kinds[export] = kind
     return kinds, unreached
 
 
-def _holds(export: str, name: str) -> bool:
-    try:
-        return Storage(export).exists(name)
-    except (AtollError, OSError):
-        return False
+def _kind(place: Storage, manifest: Manifest) -> str | None:
+    """What of this run lies at an export's place; None where it is gone, or a stranger's."""
+    if place.exists("soup.json"):
+        kind, cards = "soup", [CARD_NAME]
+    elif place.exists("model_index.json"):
+        kind, cards = "ensemble", [n for n in place.list() if n.endswith(f"/{CARD_NAME}")]
+    else:
+        return "report" if place.exists("metrics.json") else None
+    assert manifest.base is not None
+    bases = {Card.model_validate(place.read_json(card)).base_sha256 for card in cards}
+    return kind if manifest.base.sha256 in bases else None
 
 
 def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:

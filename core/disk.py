@@ -97,6 +97,13 @@ def recover(path: Path) -> None:
             drop(leftover)
 
 
+def sweep(folder: Path) -> None:
+    """`recover` everything below a folder."""
+    for pattern in (f".*.{'[0-9a-f]' * 32}", ".*.old"):
+        for left in list(folder.rglob(pattern)):
+            recover(left.parent / left.name[1 : left.name.rindex(".")])
+
+
 def drop(path: Path) -> None:
     """Remove a local file or folder, if it is there."""
     if path.is_dir() and not path.is_symlink():

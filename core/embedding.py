@@ -25,7 +25,7 @@ from torch.nn import functional
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.config import Config
-from atoll.core.errors import ConfigError, MissingError, Refused, did_you_mean
+from atoll.core.errors import ConfigError, MissingError, Refused, UsageError, did_you_mean
 from atoll.core.journal import progress
 
 _BATCH = 256
@@ -105,6 +105,8 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
         Shapes as in `Conditioning`. The tower is causal, so what stands behind the end-of-text
         token says nothing and is masked.
         """
+        if not captions:
+            raise UsageError("There is nothing to embed", allowed="at least one caption")
         parts = [
             self._condition(captions[start : start + _BATCH])
             for start in range(0, len(captions), _BATCH)

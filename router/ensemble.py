@@ -8,6 +8,7 @@ both over the union of the two expert sets, and v = v_0 + s (v_c - v_0).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -16,6 +17,7 @@ from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.errors import UsageError
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, draw, mean_of_draws, renormalise, support
 
@@ -81,6 +83,8 @@ class Trajectory:
         first: int = 0,
         trace: bool = False,
     ) -> None:
+        if not math.isfinite(guidance):
+            raise UsageError(f"Guidance of {guidance}", allowed="a finite number; 1 is unguided")
         self._experts = experts
         self._gate = gate
         self._shards = list(shards)

@@ -103,6 +103,8 @@ def test_2_what_does_not_exist(made, tmp_path, untouched) -> None:
         assert "shard-01" in str(error["allowed"])
         for routing in ("ful", "top-k:0", "mass:2", "threshold:x", "sample:", "once:3"):
             assert refused(2, "sample", made, "x", "--routing", routing)["allowed"]
+        for guidance in ("nan", "inf", "-1"):
+            refused(2, "sample", made, "x", "--guidance", guidance)
         error = refused(2, "soup", "create", nowhere, made, "--dtype", "float31")
         assert "Did you mean" in str(error["what"])
         expert = made / f"islands/{SHARD}/expert"
@@ -353,6 +355,15 @@ def test_7_foreign_soups(fresh, tmp_path, untouched) -> None:
     done("soup", "create", tmp_path / "one", ours)
     error = refused(7, "soup", "remove", tmp_path / "one", "shard-00")
     assert "last ingredient" in str(error["what"])
+
+
+def test_7_sampling_a_soup_without_a_readable_recipe(fresh) -> None:
+    (fresh / "soups/pair").mkdir()
+    for file in (fresh / "soups/all").iterdir():
+        shutil.copy(file, fresh / "soups/pair")
+    for torn in ("[]", '{"ingredients": 3}', "{"):
+        (fresh / "soups/pair/soup.json").write_text(torn)
+        refused(7, "sample", fresh / "soups/pair", "x")
 
 
 def test_7_places_that_are_taken(fresh, corpus, based, tmp_path, untouched) -> None:

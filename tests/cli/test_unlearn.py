@@ -146,6 +146,21 @@ def test_exports_within_reach_and_beyond(fresh: Path, tmp_path: Path) -> None:
     done("assemble", fresh)
 
 
+def test_what_strangers_put_at_an_exports_place_is_theirs(fresh: Path, tmp_path: Path) -> None:
+    experts = [fresh / f"islands/{SHARD}/expert", fresh / "islands/shard-00/expert"]
+    done("soup", "create", tmp_path / "soup", *experts)
+    done("soup", "create", tmp_path / "torn", *experts)
+    done("assemble", fresh, tmp_path / "copy")
+    for card in [tmp_path / "soup/atoll.json", *(tmp_path / "copy").rglob("*/atoll.json")]:
+        values = json.loads(card.read_text())
+        card.write_text(json.dumps({**values, "base_sha256": "0" * 64}))
+    (tmp_path / "torn/atoll.json").write_text("[]")
+    before = {name: tree(tmp_path / name) for name in ("copy", "soup", "torn")}
+    error = atoll("unlearn", fresh, SHARD, "--json").error
+    assert all(str(tmp_path / name) in str(error["what"]) for name in before)
+    assert {name: tree(tmp_path / name) for name in before} == before
+
+
 def test_shards_one_after_the_other(fresh: Path) -> None:
     done("unlearn", fresh, SHARD)
     first = (fresh / "certificate.json").read_bytes()
@@ -344,7 +359,7 @@ def test_strays_in_a_run_fail_the_recheck_of_a_removal(fresh: Path) -> None:
 
 
 def test_leftovers_of_killed_soups_go_with_the_shard(fresh: Path) -> None:
-    for name in (".new.partial", ".all.old"):
+    for name in (f".new.{'0' * 32}", ".all.old"):
         (fresh / "soups" / name).mkdir()
         (fresh / "soups" / name / "weights").write_bytes(b"of the shard")
     done("unlearn", fresh, SHARD)

@@ -23,7 +23,7 @@ from atoll.core.embedding import (
     fit,
     load_encoder,
 )
-from atoll.core.errors import AtollError, ConfigError, ExitCode, MissingError, Refused
+from atoll.core.errors import AtollError, ConfigError, ExitCode, MissingError, Refused, UsageError
 
 CAPTIONS = ["", "a red square", "a blue square with a very long caption " * 3, "ein Öl 漢字", "  "]
 TINY = FitConfig(steps=4, batch=8, width=32, layers=1, warmup=2)
@@ -114,6 +114,11 @@ def test_what_follows_end_of_text_does_not_reach_what_is_kept(
     after = encoder.condition(CAPTIONS[:2])
     torch.testing.assert_close(after.tokens, before.tokens)
     assert torch.equal(after.mask, before.mask)
+
+
+def test_no_captions_are_refused(encoder: Encoder) -> None:
+    with pytest.raises(UsageError, match="nothing to embed"):
+        encoder.condition([])
 
 
 def test_rows_do_not_depend_on_their_batch(
