@@ -298,5 +298,5 @@ def comparison(
         rows.append(PictureRow(system.name, system.kind, made.x_data, system.shard, system.about))
     steps, guidance = systems[0].steps, systems[0].guidance
     guided = "without guidance" if guidance == 1 else f"guidance {guidance:g}"
-    how = f"{steps} Euler steps, {guided}, seed {seed}"
+    how = f"{steps} Euler steps, {guided}, seed {seed}."
     return ComparisonView(tuple(prompts), tuple(rows), noise=x_noise, how=how)

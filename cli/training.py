@@ -19,6 +19,13 @@ MinutesOption = Annotated[
     float | None,
     typer.Option(min=0.01, help="Turned into images_seen once, by a short probe."),
 ]
+InexactOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-inexact-resume",
+        help="Go on where hardware, threads or versions are others; journalled as not bitwise.",
+    ),
+]
 PassesOption = Annotated[
     float | None, typer.Option(min=0, help="images_seen as a multiple of the records.")
 ]
@@ -33,6 +40,7 @@ def register(app: typer.Typer) -> None:
         recipe: Annotated[str | None, typer.Option(help="A named size of a family.")] = None,
         minutes: MinutesOption = None,
         passes: PassesOption = None,
+        allow_inexact_resume: InexactOption = False,
         set_: SetOption = None,
         config: ConfigOption = None,
     ) -> Result:
@@ -46,8 +54,9 @@ def register(app: typer.Typer) -> None:
         with working_on(run) as (storage, manifest):
             earlier = saved_config(BaseConfig, storage, WORK)
             settings = resolve(
-                BaseConfig, config, set_, earlier=earlier, recipe=recipe, training__passes=passes
-            )
+                BaseConfig, config, set_, earlier=earlier, recipe=recipe, training__passes=passes,
+                bitwise_resume=not allow_inexact_resume,
+            )  # fmt: skip
             if minutes is not None:
                 settings = base_within(storage, manifest, settings, minutes)
             made = train_base(storage, manifest, settings)
@@ -71,6 +80,7 @@ def register(app: typer.Typer) -> None:
                 "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Without it a local head is started."
             ),
         ] = None,
+        allow_inexact_resume: InexactOption = False,
         set_: SetOption = None,
         config: ConfigOption = None,
         dry_run: Annotated[
@@ -89,7 +99,10 @@ def register(app: typer.Typer) -> None:
 
         with working_on(run) as (storage, manifest):
             earlier = saved_config(TrainConfig, storage, "islands")
-            settings = resolve(TrainConfig, config, set_, earlier=earlier, training__passes=passes)
+            settings = resolve(
+                TrainConfig, config, set_, earlier=earlier, training__passes=passes,
+                bitwise_resume=not allow_inexact_resume,
+            )  # fmt: skip
             # Before the plan is written, which would move a manifest that is then refused.
             check_artefact(storage, require(manifest.base, "base", f"train it: `atoll base {run}`"))
             if recipe is not None and recipe_of(recipe) and recipe != manifest.recipe:

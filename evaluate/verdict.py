@@ -164,11 +164,12 @@ def _floor(evaluation: Evaluation) -> list[str]:
     real = _of(evaluation, "real")
     if not real:
         return []
-    kid = real[0].spaces[ENCODER].kid
+    floor = real[0].spaces[ENCODER].kid
     reached = [
         row
         for row in _of(evaluation, "ensemble", "soup", "control")
-        if not _apart(row.spaces[ENCODER].kid, kid)
+        # KID is 0 between equal laws, and no nearer to it than real records come at this N.
+        if (kid := row.spaces[ENCODER].kid).low <= 0 and not _apart(kid, floor)
     ]
     if reached:
         return [f"{_names(reached)} cannot be told from real records by KID at this N."]

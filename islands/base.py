@@ -23,7 +23,9 @@ FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
 
 
-def course_of(training: DenoiserTraining, plan: Plan, learning_rate: float) -> Course:
+def course_of(
+    training: DenoiserTraining, plan: Plan, learning_rate: float, *, bitwise_resume: bool = True
+) -> Course:
     """The loop's orders from a configuration; `learning_rate` is the recipe's."""
     optimizer = training.optimizer
     return Course(
@@ -35,6 +37,7 @@ def course_of(training: DenoiserTraining, plan: Plan, learning_rate: float) -> C
         clip=optimizer.clip,
         ema_decay=training.ema_decay,
         checkpoints=training.checkpoints,
+        bitwise_resume=bitwise_resume,
     )
 
 
@@ -86,6 +89,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         stream="base",
         threads=config.threads,
         device=config.device,
+        bitwise_resume=config.bitwise_resume,
     )
     with run.writing_folder(FOLDER) as folder:
         trained.save(folder)
@@ -112,12 +116,13 @@ def train_here(
     stream: str,
     threads: int,
     device: Device,
+    bitwise_resume: bool = True,
 ) -> Denoiser:
     """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
     with computing(device, threads) as chosen:
         denoiser.network.to(chosen)
         loss = flow_matching(denoiser, pack, training, seed=seed, stream=stream)
-        course = course_of(training, plan, learning_rate)
+        course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         Loop(storage, folder, denoiser.network, course, name=stream).run(loss)
         denoiser.network.to("cpu")
     card = denoiser.card.model_copy(

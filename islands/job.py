@@ -32,7 +32,7 @@ from atoll.islands.base import train_here
 from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
-from atoll.islands.settings import HeadTraining, TrainConfig, plan_head
+from atoll.islands.settings import TrainConfig, plan_head
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1
@@ -122,6 +122,7 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         stream=f"expert-{order.name}",
         threads=order.config.threads,
         device=order.config.device,
+        bitwise_resume=order.config.bitwise_resume,
     )
     expert.save(folder)
 
@@ -137,14 +138,15 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     head = new_head(config, seed=order.seed)
     anchor = anchor_of(commons, settings.broad, held_out=False)
     place = f"{island_folder(order.name)}/gate_head_training"
-    course = _head_course(settings, order.plan)
+    course = _head_course(order.config, order.plan)
     with computing(order.config.device, order.config.threads) as device:
         loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
         Loop(run, place, head, course, name=f"gate head of {order.name}").run(loss)
     calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed).save(folder)
 
 
-def _head_course(settings: HeadTraining, expert: Plan) -> Course:
+def _head_course(config: TrainConfig, expert: Plan) -> Course:
+    settings = config.head
     return Course(
         plan=plan_head(settings, expert),
         learning_rate=settings.learning_rate,
@@ -154,6 +156,7 @@ def _head_course(settings: HeadTraining, expert: Plan) -> Course:
         clip=1.0,
         ema_decay=0.99,
         checkpoints=settings.checkpoints,
+        bitwise_resume=config.bitwise_resume,
     )
 
 

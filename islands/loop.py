@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from atoll.core.checkpoint import Checkpoint, Checkpoints
 from atoll.core.errors import Failed, Interrupted, Refused
-from atoll.core.journal import progress
+from atoll.core.journal import log, progress
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
 from atoll.islands.compute import device_name
@@ -45,6 +45,7 @@ class Course:
     clip: float
     ema_decay: float
     checkpoints: int
+    bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
 
 
 @dataclass
@@ -103,7 +104,7 @@ class Loop:
         `Failed` when the loss is no longer finite.
         """
         generation = self._checkpoints.claim()
-        seen = self._resume()
+        seen = self._resume(generation)
         total, batch = self._course.plan.images_seen, self._course.plan.batch
         every = batch * max(1, round(total / batch / self._course.checkpoints))
         line = batch * max(1, round(total / batch / _METRIC_LINES))
@@ -187,22 +188,35 @@ class Loop:
             "device": device_name(self._parameters[0].device),
         }
 
-    def _resume(self) -> int:
+    def _resume(self, generation: int) -> int:
         latest = self._checkpoints.latest()
         if latest is None:
             self._keep_metrics(0)
             return 0
         facts = {key: value for key, value in latest.facts.items() if key != "sum"}
         if facts != self._facts():
-            raise Refused(
-                f"The checkpoint of {self._name} was made otherwise: {facts}",
-                allowed=f"{self._facts()}",
-                cure="use the same plan, threads and versions, or start a new run",
-            )
+            self._resume_otherwise(facts, generation, latest.images_seen)
         self._restore(latest)
         self._sum = _Sum(**latest.facts["sum"])
         self._keep_metrics(latest.images_seen)
         return latest.images_seen
+
+    def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
+        """Refuse what would not be bitwise, or write down that it is not."""
+        if facts["plan"] != self._facts()["plan"] or self._course.bitwise_resume:
+            raise Refused(
+                f"The checkpoint of {self._name} was made otherwise: {facts}",
+                allowed=f"{self._facts()}",
+                cure="use the same plan, threads and versions; where only the plan is the same, "
+                "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
+            )
+        log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)
+        self._journal(
+            {
+                "event": "resumed", "name": self._name, "generation": generation, "bitwise": False,
+                "images_seen": seen, "was": facts, "is": self._facts(),
+            }
+        )  # fmt: skip
 
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors

@@ -74,6 +74,7 @@ class BaseConfig(Config):
     recipe: str | None = None  # None takes the one for the picture's size
     threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
     device: Device = "auto"
+    bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     training: DenoiserTraining = DenoiserTraining()
 
 
@@ -82,6 +83,7 @@ class TrainConfig(Config):
 
     threads: int = Field(default=1, ge=1)
     device: Device = "auto"
+    bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations after a death, per island

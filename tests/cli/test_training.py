@@ -182,6 +182,22 @@ def test_6_base_interrupted_and_resumed(partitioned, tmp_path) -> None:
     assert done("base", run, *BASE[:1])["sha256"] == done("base", straight)["sha256"]
 
 
+def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None:
+    long = ["--recipe=unet-tiny", "--passes=30", "--set", "training.checkpoints=30"]
+    run = tmp_path / "run"
+    shutil.copytree(partitioned, run)
+    said = interrupted(["base", str(run), *long], lambda: count(run / "base-training/commits") > 1)
+    assert said.code == 6, said
+    said = atoll("base", run, "--set=threads=2", "--json")
+    assert said.code == 7
+    assert "--allow-inexact-resume" in str(said.error["cure"])
+    done("base", run, "--set=threads=2", "--allow-inexact-resume")
+    journal = (run / "base-training/journal.jsonl").read_text().splitlines()
+    (resumed,) = [line for text in journal if (line := json.loads(text))["event"] == "resumed"]
+    assert resumed["bitwise"] is False
+    assert (resumed["was"]["threads"], resumed["is"]["threads"]) == (1, 2)
+
+
 def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)

@@ -178,6 +178,25 @@ def test_verdict_says_who_won_also_when_it_is_the_control(measured: ev.Evaluatio
     assert "gained" not in lost
 
 
+@pytest.mark.parametrize(("low", "told"), [(-0.001, False), (0.001, True)])
+def test_verdict_calls_nothing_real_whose_interval_leaves_0_out(
+    measured: ev.Evaluation, low: float, told: bool
+) -> None:
+    bounds = {"full": (low, 1.0), "real records": (-0.01, 0.01)}
+
+    def moved(row: ev.Row) -> ev.Row:
+        if row.name not in bounds:
+            return row
+        quality, (least, most) = row.spaces["encoder"], bounds[row.name]
+        kid = quality.kid.model_copy(update={"low": least, "high": most})
+        spaces = {**row.spaces, "encoder": quality.model_copy(update={"kid": kid})}
+        return row.model_copy(update={"spaces": spaces})
+
+    changed = [moved(row) for row in measured.rows]
+    said = " ".join(verdict(measured.model_copy(update={"rows": changed})))
+    assert ("“full” cannot be told from real records" in said) == (not told)
+
+
 def test_verdict_names_the_shard_that_is_starved() -> None:
     def only_left(request: ev.Request) -> ev.Sampled:
         again = ev.Request(("a left one",) * len(request.prompts), request.x_noise, 0, 0)

@@ -142,6 +142,34 @@ def test_resuming_otherwise_is_refused(storage: Storage) -> None:
         Loop(storage, "straight", network, other, name="straight").run(loss_of(network))
 
 
+def test_resuming_under_other_versions_needs_leave_and_is_journalled(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def die() -> None:
+        raise RuntimeError
+
+    network = module()
+    with pytest.raises(RuntimeError):
+        Loop(storage, "run", network, COURSE, name="run").run(loss_of(network, 200, die))
+    monkeypatch.setattr(torch, "__version__", "9.9")
+    with pytest.raises(Refused, match="--allow-inexact-resume"):
+        Loop(storage, "run", module(), COURSE, name="run").run(loss_of(network))
+    leave = Course(**{**vars(COURSE), "bitwise_resume": False})
+    elsewhere = Course(**{**vars(leave), "plan": Plan(batch=8, images_seen=400)})
+    with pytest.raises(Refused, match="made otherwise"):  # another plan is another training
+        Loop(storage, "run", module(), elsewhere, name="run").run(loss_of(network))
+    network = module()
+    Loop(storage, "run", network, leave, name="run").run(loss_of(network))
+    lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
+    resumed, trained = lines
+    assert (resumed["event"], resumed["bitwise"]) == ("resumed", False)
+    assert resumed["is"]["torch"] == "9.9" != resumed["was"]["torch"]
+    assert resumed["images_seen"] == trained["from_images_seen"] > 0
+    # The version is only said to be another one: the result is the same all the same.
+    expected = straight(storage)
+    assert all(torch.equal(value, expected[name]) for name, value in weights(network).items())
+
+
 def test_metrics_have_no_clock_and_the_journal_has(storage: Storage) -> None:
     straight(storage)
     lines = [json.loads(x) for x in storage.read_bytes("straight/metrics.jsonl").splitlines()]
