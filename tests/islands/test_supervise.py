@@ -214,6 +214,28 @@ def test_what_is_refused_before_anything_starts(fresh) -> None:
     assert not run.exists("islands")
 
 
+def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch) -> None:
+    """By its address and a token from the environment; it is left running, and left as it was."""
+    shard = "shard-01"
+    here, manifest = fresh("here")
+    order(here, manifest, shard)
+    expected = finish(here, shard)
+    # The interpreter there is found on the cluster's own path.
+    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    run, manifest = fresh("run")
+    with local_head(1) as cluster:
+        monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
+        with pytest.raises(Failed, match="RAY_AUTH_TOKEN"):
+            train(run, manifest, TRAIN, shards=[shard], address=cluster.address)
+        monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
+        # What would lead the client elsewhere is of no effect.
+        monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+        assert train(run, manifest, TRAIN, shards=[shard], address=cluster.address) == [shard]
+        assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
+        submitted = journal(run, shard, "started")[-1]["submission_id"]
+        assert Jobs(cluster).ended(str(submitted))
+
+
 def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:
     run, manifest = fresh()
     monkeypatch.setattr(Storage, "create", lambda self, name, data: self.write_bytes(name, data))
