@@ -90,7 +90,7 @@ class Checkpoints:
             "facts": dict(facts),
         }
         sealed = canonical_json({**record, "record_sha256": _record_sha256(record)})
-        self._storage.create(f"{self._folder}/commits/{name}.json", sealed)
+        self._seal(f"{self._folder}/commits/{name}.json", sealed)
         self._prune()
 
     def latest(self) -> Checkpoint | None:
@@ -101,6 +101,14 @@ class Checkpoints:
             except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
                 _log.warning("%s is passed over, the one before it is used: %s", name, error)
         return None
+
+    def _seal(self, name: str, sealed: bytes) -> None:
+        """Create the record; one that is there already is ours where a store's answer was lost."""
+        try:
+            self._storage.create(name, sealed)
+        except FileExistsError:
+            if self._storage.read_bytes(name) != sealed:
+                raise Refused(f"{name} is there and says something else") from None
 
     def _load(self, name: str) -> Checkpoint:
         record = self._storage.read_json(name)

@@ -6,6 +6,8 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
+from typing import Any
+
 from atoll.core import recipes, seeds
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
@@ -15,9 +17,10 @@ from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing
+from atoll.islands.data import Batches, ahead
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
-from atoll.islands.step import flow_matching
+from atoll.islands.step import flow_matching, held_out_loss, prepare
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -35,8 +38,12 @@ def course_of(
         betas=(optimizer.beta1, optimizer.beta2),
         warmup=optimizer.warmup,
         clip=optimizer.clip,
-        ema_decay=training.ema_decay,
+        ema_decays=training.ema_decays,
         checkpoints=training.checkpoints,
+        checkpoint_seconds=training.checkpoint_seconds,
+        guard=training.guard,
+        accumulation=training.accumulation,
+        kernel=optimizer.kernel,
         bitwise_resume=bitwise_resume,
     )
 
@@ -120,10 +127,16 @@ def train_here(
 ) -> Denoiser:
     """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
     with computing(device, threads) as chosen:
-        denoiser.network.to(chosen)
-        loss = flow_matching(denoiser, pack, training, seed=seed, stream=stream)
+        prepare(denoiser, training, chosen)
+        where: dict[str, Any] = {"seed": seed, "device": chosen}
+        batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
+        others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
-        Loop(storage, folder, denoiser.network, course, name=stream).run(loss)
+        with ahead(batches, chosen) as coming:
+            Loop(storage, folder, denoiser.network, course, name=stream).run(
+                flow_matching(denoiser, coming, training),
+                held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+            )
         denoiser.network.to("cpu")
     card = denoiser.card.model_copy(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}

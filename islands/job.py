@@ -154,7 +154,7 @@ def _head_course(config: TrainConfig, expert: Plan) -> Course:
         betas=(0.9, 0.99),
         warmup=0.03,
         clip=1.0,
-        ema_decay=0.99,
+        ema_decays=(0.99,),
         checkpoints=settings.checkpoints,
         bitwise_resume=config.bitwise_resume,
     )
