@@ -25,7 +25,8 @@ class Means:
         self.norm_sum = float(state["norm_sum"]) if state else 0.0
         self.steps = int(state["steps"]) if state else 0
         # Errors and how many, per band of t; on the device, so that no step waits for them.
-        self._bands = torch.tensor(state["bands"] if state else [[0.0] * _BANDS] * 2).double()
+        bands = state["bands"] if state else [[0.0] * _BANDS] * 2
+        self._bands = torch.tensor(bands, dtype=torch.float64)
 
     @property
     def loss(self) -> float:
