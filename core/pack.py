@@ -131,6 +131,10 @@ class Pack:
     def text_width(self) -> int:
         return self._table.tokens.shape[2]
 
+    @property
+    def pooled_width(self) -> int:
+        return self._table.pooled.shape[1]
+
     def x_data(self, rows: Tensor) -> Tensor:
         """Pixels in [-1, 1], float32 `(batch, channel, height, width)`."""
         return self._pixels[rows].float() / 127.5 - 1
