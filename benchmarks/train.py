@@ -27,6 +27,7 @@ from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
 from atoll.islands.base import course_of
+from atoll.islands.data import Batches
 from atoll.islands.loop import Loop
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import flow_matching
@@ -66,7 +67,10 @@ def _denoiser(recipe: recipes.Recipe, picture: Picture) -> Denoiser:
 def _ours(recipe: recipes.Recipe, picture: Picture, pack: Pack, steps: int) -> float:
     denoiser, batch = _denoiser(recipe, picture), recipe.batch
     config = DenoiserTraining(checkpoints=1)  # one per run, as every half minute of a real one
-    loss = flow_matching(denoiser, pack, config, seed=0, stream="bench")
+    batches = Batches(
+        pack, config, rows=pack.train, seed=0, stream="bench", device=torch.device("cpu")
+    )
+    loss = flow_matching(denoiser, batches, config)
     course = course_of(config, Plan(batch=batch, images_seen=steps * batch), 1e-3)
     with tempfile.TemporaryDirectory() as folder:
         loop = Loop(Storage(folder), "bench", denoiser.network, course, name="bench")

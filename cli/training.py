@@ -38,6 +38,13 @@ def register(app: typer.Typer) -> None:
     def base(
         run: RunArgument,
         recipe: Annotated[str | None, typer.Option(help="A named size of a family.")] = None,
+        start: Annotated[
+            str | None,
+            typer.Option(
+                help="Weights to start from: a folder of ours or of diffusers, a pipeline's "
+                "folder, or hf-hub:ORG/NAME."
+            ),
+        ] = None,
         minutes: MinutesOption = None,
         passes: PassesOption = None,
         allow_inexact_resume: InexactOption = False,
@@ -54,8 +61,8 @@ def register(app: typer.Typer) -> None:
         with working_on(run) as (storage, manifest):
             earlier = saved_config(BaseConfig, storage, WORK)
             settings = resolve(
-                BaseConfig, config, set_, earlier=earlier, recipe=recipe, training__passes=passes,
-                bitwise_resume=not allow_inexact_resume,
+                BaseConfig, config, set_, earlier=earlier, recipe=recipe, start=start,
+                training__passes=passes, bitwise_resume=not allow_inexact_resume,
             )  # fmt: skip
             if minutes is not None:
                 settings = base_within(storage, manifest, settings, minutes)
@@ -153,25 +160,19 @@ def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: f
     """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
     from atoll.core import recipes
     from atoll.core.config import save_config, saved_config
-    from atoll.core.denoiser import Card, Denoiser
     from atoll.core.pack import Pack
-    from atoll.islands.base import WORK
+    from atoll.islands.base import WORK, new_base
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import BaseConfig
 
     if (earlier := saved_config(BaseConfig, run, WORK)) is not None:
         return _with_passes(config, earlier.training.passes)
-    name = config.recipe or recipes.default_recipe(manifest.picture)
-    recipe = recipes.recipe_of(name)
     commons = Pack(run.local(manifest.commons.path))
-    network = recipes.build(recipe, manifest.picture, commons.text_width, seed=0)
-    card = Card(
-        name="probe", kind="base", shard=None, base_sha256=None, family=recipe.family,
-        prediction=config.training.prediction, latent_space="pixels", images_seen=0,
-    )  # fmt: skip
+    base = new_base(manifest, commons, config)
+    batch = config.training.batch or recipes.recipe_of(base.recipe).batch
     speed = images_per_second(
-        Denoiser(network, card), commons, config.training,
-        batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,
+        base.denoiser, commons, config.training,
+        batch=batch, threads=config.threads, device=config.device,
     )  # fmt: skip
     passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
     config = _with_passes(config, passes)

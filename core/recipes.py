@@ -6,6 +6,8 @@ here. Costs are read off networks on torch's meta device, which have shapes and 
 
 from __future__ import annotations
 
+import contextlib
+import math
 from typing import Any
 
 import torch
@@ -25,6 +27,7 @@ __all__ = [
     "build",
     "default_recipe",
     "forward_flops",
+    "nearest_recipe",
     "network_config",
     "outline",
     "parameter_count",
@@ -95,6 +98,18 @@ def outline(
 def parameter_count(network: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in network.parameters())
+
+
+def nearest_recipe(network: nn.Module, family: str, picture: Picture, text_width: int) -> str:
+    """The family's recipe of most nearly as many parameters, for batch and learning rates."""
+    sizes = {}
+    for name, recipe in RECIPES.items():
+        # A recipe that does not divide this picture is nobody's neighbour.
+        with contextlib.suppress(ConfigError):
+            if recipe.family == family:
+                sizes[name] = parameter_count(outline(recipe, picture, text_width))
+    size = parameter_count(network)
+    return min(sizes, key=lambda name: abs(math.log(sizes[name] / size)))
 
 
 def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Conditioning) -> int:

@@ -106,7 +106,8 @@ class HeadTraining(Config):
 class BaseConfig(Config):
     """`atoll base`."""
 
-    recipe: str | None = None  # None takes the one for the picture's size
+    recipe: str | None = None  # None takes the one for the picture's size, or for the start's
+    start: str | None = None  # weights to start from, as `core/starts.py` reads them; None: random
     threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
     device: Device = "auto"
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
