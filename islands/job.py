@@ -33,6 +33,7 @@ from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
+from atoll.islands.spot import heeding
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1
@@ -81,8 +82,9 @@ def run_island(run_uri: str, shard: str) -> None:
     pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
-    _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
-    _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
+    with heeding(order.config.spot):
+        _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
+        _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
     if order.config.preview > 0:
         expert = Denoiser.load(run.local(f"{here}/expert"))
         picture = preview_grid(expert, pack, order.config, seed=order.seed)

@@ -12,6 +12,7 @@ from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.recipes import Recipe
 from atoll.islands.compute import Device
+from atoll.islands.spot import Cloud
 
 # Fewer than this and a head of any size knows little.
 _LEAST_HEAD_IMAGES = 4_000
@@ -123,6 +124,7 @@ class TrainConfig(Config):
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations after a death, per island
+    spot: Cloud = "auto"  # whose notices that a machine is taken back are heeded
     training: DenoiserTraining = DenoiserTraining()
     head: HeadTraining = HeadTraining()
     preview: int = Field(default=16, ge=0)  # pictures in preview.png
