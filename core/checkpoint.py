@@ -20,11 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from atoll.core.errors import Fenced, Refused
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage, canonical_json, sha256_file
 
 SCHEMA_VERSION = 1
 _log = logging.getLogger("atoll")
@@ -77,16 +77,17 @@ class Checkpoints:
         """Make a state the newest one; `Fenced` when another writer has taken over."""
         self.check_fence()  # the second check is the one that counts; this one leaves no payload
         name = f"{self.generation:06d}-{images_seen:012d}"
-        payload = save(dict(tensors))
-        self._storage.write_bytes(f"{self._folder}/checkpoints/{name}.safetensors", payload)
+        with self._storage.writing(f"{self._folder}/checkpoints/{name}.safetensors") as path:
+            save_file(dict(tensors), path)
+            size, sha256 = path.stat().st_size, sha256_file(path)
         self.check_fence()
         record = {
             "schema_version": SCHEMA_VERSION,
             "images_seen": images_seen,
             "generation": self.generation,
             "file": f"checkpoints/{name}.safetensors",
-            "bytes": len(payload),
-            "sha256": hashlib.sha256(payload).hexdigest(),
+            "bytes": size,
+            "sha256": sha256,
             "facts": dict(facts),
         }
         sealed = canonical_json({**record, "record_sha256": _record_sha256(record)})

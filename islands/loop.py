@@ -117,7 +117,8 @@ class Loop:
         """
         generation = self._checkpoints.claim()
         seen = self._resume(generation)
-        self._background = Background()
+        # Two, so that a heart beats while a large commit is on its way.
+        self._background, self._pulse = Background(), Background()
         try:
             started, first = time.time(), seen
             seen = self._train(loss, seen)
@@ -131,8 +132,10 @@ class Loop:
                 }
             )  # fmt: skip
             self._background.drain()
+            self._pulse.drain()
         finally:
             self._background.close()
+            self._pulse.close()
         self._module.eval()
         self._publish(held_out)
 
@@ -148,6 +151,7 @@ class Loop:
         with progress(self._name, total, done=seen) as advance, stop_on_sigterm() as stop:
             while seen < total:
                 self._background.check()
+                self._pulse.check()
                 if self._guard.skips(seen):
                     taken = None
                 else:
@@ -325,8 +329,8 @@ class Loop:
         self._background.submit("metrics", lambda: storage.write_bytes(name, text))
 
     def _beat(self, seen: int, images_per_second: float) -> None:
-        if not self._background.idle and seen < self._course.plan.images_seen:
-            return  # what is on its way says as much
+        if not self._pulse.idle and seen < self._course.plan.images_seen:
+            return  # storage is slower than a heart, or away
         storage, checkpoints, name = self._storage, self._checkpoints, self._folder
         beat = {
             "schema_version": 1,
@@ -341,7 +345,7 @@ class Loop:
             checkpoints.check_fence()
             storage.write_json(f"{name}/heartbeat.json", beat)
 
-        self._background.submit("a heartbeat", work)
+        self._pulse.submit("a heartbeat", work)
 
     def _journal(self, line: dict[str, Any]) -> None:
         self._storage.append_line(f"{self._folder}/journal.jsonl", json.dumps(line))
