@@ -227,21 +227,30 @@ def read_islands(path: str | Path) -> tuple[Island, ...]:
         )
     if not values["islands"]:
         raise ConfigError(f"{path} lists no island", cure="leave out --islands for one local head")
-    islands = tuple(
-        _island(entry, f"{path}, island {n}") for n, entry in enumerate(values["islands"], 1)
-    )
+    folder, entries = Path(path).parent, enumerate(values["islands"], 1)
+    islands = tuple(_island(entry, f"{path}, island {n}", folder) for n, entry in entries)
     check_islands(islands)
     return islands
 
 
-def _island(values: Any, where: str) -> Island:
+def _anchored(island: Island, folder: Path) -> Island:
+    """Relative paths are the file's, so that a saved configuration means the same anywhere."""
+    token_file, ca = (
+        None if name is None else str((folder / Path(name).expanduser()).absolute())
+        for name in (island.token_file, island.tls.ca)
+    )
+    tls = island.tls.model_copy(update={"ca": ca})
+    return island.model_copy(update={"token_file": token_file, "tls": tls})
+
+
+def _island(values: Any, where: str, folder: Path) -> Island:
     name = values.get("name") if isinstance(values, dict) else None
     named = f"{where} ({name})" if isinstance(name, str) else where
     try:
         if isinstance(values, dict):
             _no_secret(values)
             values = {str(key): value for key, value in values.items()}
-        return parse_config(Island, values)
+        return _anchored(parse_config(Island, values), folder)
     except (ConfigError, UsageError) as error:
         kind: type[AtollError] = type(error)
         raise kind(
