@@ -172,7 +172,7 @@ class Jobs:
         return f"gcs://{name}"
 
     def _json(
-        self, method: str, path: str, value: Any = None, *, seconds: float = _ANSWER_SECONDS
+        self, method: str, path: str, value: Any = None, *, seconds: float | None = None
     ) -> Any:
         data = None if value is None else json.dumps(value).encode()
         answer = self._ask(method, path, data, seconds=seconds)
@@ -182,7 +182,7 @@ class Jobs:
             raise Unreachable(f"{self._said} with something else than JSON") from None
 
     def _ask(
-        self, method: str, path: str, data: bytes | None = None, *, seconds: float = _ANSWER_SECONDS
+        self, method: str, path: str, data: bytes | None = None, *, seconds: float | None = None
     ) -> bytes:
         headers = {"Content-Type": "application/json"}
         if self._cluster.token:
@@ -191,7 +191,7 @@ class Jobs:
             f"{self._cluster.address}{path}", data=data, headers=headers, method=method
         )
         try:
-            with self._opener.open(request, timeout=seconds) as answer:
+            with self._opener.open(request, timeout=seconds or _ANSWER_SECONDS) as answer:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             words = error.read(2000).decode(errors="replace").strip()
