@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
@@ -33,14 +32,15 @@ from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import (
-    HEAD_TRAINING,
-    controller_journal,
+    exit_code,
     island_folder,
-    log_journal,
     newest_generation,
     process_heartbeat,
     read_object,
+    signs_of_life,
     stop_request,
+    write_journal,
+    write_log,
 )
 from atoll.islands.sites import Site
 from atoll.islands.submit import Unreachable
@@ -48,7 +48,6 @@ from atoll.islands.submit import Unreachable
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
 _LOG_SECONDS = 5.0
-_LOG_LINES = 2000  # kept of one attempt
 _LEAVE_SECONDS = 30.0
 _BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 # An island's own exit code is the command's, where all that failed agree on it.
@@ -56,12 +55,6 @@ _AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
     kind.exit_code: kind for kind in (ConfigError, DataError, MissingError, Refused, Fenced)
 }
 _RETRIED = (None, ExitCode.FAILED, ExitCode.INTERRUPTED, ExitCode.FENCED)
-
-
-def exit_code(run: Storage, shard: str) -> ExitCode | None:
-    """How an island's last attempt ended, if it did."""
-    name = f"{island_folder(shard)}/exit.json"
-    return ExitCode(int(run.read_json(name)["code"])) if run.exists(name) else None
 
 
 @dataclass
@@ -206,7 +199,7 @@ class Queue:
         site.running += 1
         work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
         work.started_at = work.alive_at = work.logged_at = time.monotonic()
-        work.signs = self._signs(work)
+        work.signs = signs_of_life(self._run, work.shard)
         self._journal(
             work, "submitted", island=island.name, price=island.price, labels=island.labels,
             generation=generation, code_sha256=code,
@@ -232,7 +225,7 @@ class Queue:
                     self._keep_log(work)
             except Failed as error:  # where it knows the job no more, its signs of life end too
                 site.missed(error)
-        signs = self._signs(work)
+        signs = signs_of_life(self._run, work.shard)
         if signs != work.signs:
             work.signs, work.alive_at = signs, now
         silence = now - work.alive_at
@@ -250,12 +243,6 @@ class Queue:
         spoke = read_object(self._run, process_heartbeat(work.shard)).get("submission_id")
         slow = time.monotonic() - work.started_at > _BEGIN_SECONDS
         return status == "RUNNING" and spoke != work.submission_id and not slow
-
-    def _signs(self, work: _Work) -> object:
-        """What changes while a job lives; compared with itself alone, so that no clock matters."""
-        here = island_folder(work.shard)
-        beats = (f"{here}/heartbeat.json", f"{here}/{HEAD_TRAINING}/heartbeat.json")
-        return [read_object(self._run, n) for n in (process_heartbeat(work.shard), *beats)]
 
     def _advance(self, work: _Work, advance: Advance) -> None:
         beat = read_object(self._run, f"{island_folder(work.shard)}/heartbeat.json")
@@ -371,9 +358,7 @@ class Queue:
     # -- what is written -------------------------------------------------------------------------
 
     def _journal(self, work: _Work, event: str, **facts: Any) -> None:
-        line = {"event": event, "submission_id": work.submission_id, **facts}
-        line["unix_seconds"] = round(time.time(), 3)
-        self._run.append_line(controller_journal(work.shard), json.dumps(line))
+        write_journal(self._run, work.shard, event, work.submission_id, **facts)
 
     def _keep_log(self, work: _Work) -> list[str]:
         """Copy what the job said into storage, where it outlives its island."""
@@ -383,14 +368,8 @@ class Queue:
         if site.silent_since is not None or site.gone():
             return []
         try:
-            lines = site.jobs.logs(work.submission_id).strip().splitlines()[-_LOG_LINES:]
+            lines = site.jobs.logs(work.submission_id).strip().splitlines()
         except Failed:
             return []
-        name = log_journal(work.shard)
-        earlier = self._run.read_bytes(name).decode().splitlines() if self._run.exists(name) else []
-        mine = json.dumps(work.submission_id)
-        kept = [line for line in earlier if mine not in line]
-        facts = {"submission_id": work.submission_id, "island": site.island.name}
-        kept += [json.dumps({**facts, "line": line}) for line in lines]
-        self._run.write_bytes(name, "".join(f"{line}\n" for line in kept).encode())
+        write_log(self._run, work.shard, work.submission_id, site.island.name, lines)
         return lines

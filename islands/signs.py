@@ -14,10 +14,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from atoll.core.errors import Refused
+from atoll.core.errors import ExitCode, Refused
 from atoll.core.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -25,6 +25,7 @@ SCHEMA_VERSION = 1
 SUBMISSION_VARIABLE = "ATOLL_SUBMISSION_ID"
 SIGN_SECONDS = 2.0
 HEAD_TRAINING = "gate_head_training"
+_LOG_LINES = 2000  # kept of one attempt
 
 
 def island_folder(shard: str) -> str:
@@ -75,6 +76,37 @@ def read_object(run: Storage, name: str) -> dict[str, Any]:
     except (FileNotFoundError, NotADirectoryError, Refused):
         return {}
     return found if isinstance(found, dict) else {}
+
+
+def exit_code(run: Storage, shard: str) -> ExitCode | None:
+    """How an island's last attempt ended, if it did: its own word."""
+    name = f"{island_folder(shard)}/exit.json"
+    return ExitCode(int(run.read_json(name)["code"])) if run.exists(name) else None
+
+
+def signs_of_life(run: Storage, shard: str) -> list[dict[str, Any]]:
+    """What changes while a job lives; compared with an earlier look, so that no clock matters."""
+    here = island_folder(shard)
+    beats = (f"{here}/heartbeat.json", f"{here}/{HEAD_TRAINING}/heartbeat.json")
+    return [read_object(run, name) for name in (process_heartbeat(shard), *beats)]
+
+
+def write_journal(run: Storage, shard: str, event: str, submission_id: str, **facts: Any) -> None:
+    """A line of the controller's journal, by its own clock."""
+    line = {"event": event, "submission_id": submission_id, **facts}
+    line["unix_seconds"] = round(time.time(), 3)
+    run.append_line(controller_journal(shard), json.dumps(line))
+
+
+def write_log(
+    run: Storage, shard: str, submission_id: str, island: str, lines: Sequence[str]
+) -> None:
+    """The last lines of one attempt in place of those that were written of it before."""
+    name = log_journal(shard)
+    kept = [line for line in read_lines(run, name) if line.get("submission_id") != submission_id]
+    facts = {"submission_id": submission_id, "island": island}
+    kept += [{**facts, "line": line} for line in lines[-_LOG_LINES:]]
+    run.write_bytes(name, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
 def newest_generation(run: Storage, folder: str) -> int:

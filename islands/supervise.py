@@ -20,9 +20,9 @@ from atoll.core.places import check_islands
 from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.job import PARTS, IslandOrder
-from atoll.islands.queue import Queue, exit_code
+from atoll.islands.queue import Queue
 from atoll.islands.settings import TrainConfig, WatchConfig, plan_for
-from atoll.islands.signs import island_folder, stop_request
+from atoll.islands.signs import exit_code, island_folder, stop_request
 from atoll.islands.sites import open_sites
 
 _NOT_TOLD = {"slots": None, "planned_by_all": False, "islands": (), "watch": WatchConfig()}
