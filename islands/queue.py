@@ -43,7 +43,7 @@ from atoll.islands.signs import (
     write_log,
 )
 from atoll.islands.sites import Site
-from atoll.islands.submit import Unreachable
+from atoll.islands.submit import ENDED, Unreachable
 
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
@@ -152,13 +152,13 @@ class Queue:
 
     def _place(self, work: _Work) -> None:
         """Start it on the best island that is free; give it up where none will ever take it."""
-        islands = [site.island for site in self._sites]
+        islands = self._config.islands
         fitting = [site for site in self._sites if site.island.takes(work.shard, islands)]
         patience = self._config.watch.unreachable_seconds
         alive = [site for site in fitting if not site.lost(patience)]
         if not alive:
-            names = ", ".join(site.island.name for site in fitting) or "no island"
-            work.reasons.append(f"nowhere is left to train it: {names} is lost")
+            names = ", ".join(site.island.name for site in fitting) or "none"
+            work.reasons.append(f"no island is left for it; those that take it: {names}")
             self._waiting.remove(work)
             self._given_up.append(work)
             return
@@ -218,7 +218,7 @@ class Queue:
             try:
                 status = site.jobs.status(work.submission_id)
                 site.heard()
-                ended = status in ("SUCCEEDED", "FAILED", "STOPPED")
+                ended = status in ENDED
                 if self._begins(work, status):
                     work.alive_at = now
                 if ended or now - work.logged_at > _LOG_SECONDS:
@@ -340,8 +340,8 @@ class Queue:
     def _has_left(self, work: _Work) -> bool:
         assert work.site is not None
         try:
-            return work.site.gone() or work.site.jobs.ended(work.submission_id)
-        except Unreachable:
+            return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
+        except Failed:
             return exit_code(self._run, work.shard) is not None
 
     def _failed(self, total: int) -> AtollError:

@@ -74,8 +74,8 @@ class Site:
         """Ask a silent site whether it is back."""
         if self.silent_since is not None and not self.gone() and self.answers():
             try:
-                self.jobs.version()
-            except Unreachable as error:
+                self.jobs.check()
+            except Failed as error:
                 self.missed(error)
             else:
                 self.heard()
@@ -92,31 +92,32 @@ def open_sites(config: TrainConfig, shards: int) -> Iterator[list[Site]]:
         if i.local
     ]
     # First those that only have to be asked: what is wrong there is known before a head starts.
-    remote = {i.name: _reach(i, alone=len(islands) == 1) for i in islands if not i.local}
+    remote = {i.name: Jobs(remote_cluster(i), ask=False) for i in islands if not i.local}
+    away = _away(remote, alone=not ours)
     with local_heads(ours) as heads:
         by_name = {head.cluster.name: head for head in heads}
         sites = []
         for island, plan in zip(islands, plans, strict=True):
             head = by_name.get(island.name)
             jobs = remote[island.name] if head is None else Jobs(head.cluster)
-            if jobs is not None:
-                sites.append(Site(island, jobs, plan.jobs, plan.job_cpus, plan.job_gpus, head))
-        if not sites:
-            raise Failed(
-                f"None of {', '.join(remote)} answers", cure="start one, or correct its address"
-            )
+            site = Site(island, jobs, plan.jobs, plan.job_cpus, plan.job_gpus, head)
+            if island.name in away:  # it may come later
+                site.missed(away[island.name])
+            sites.append(site)
         yield sites
 
 
-def _reach(island: Island, *, alone: bool) -> Jobs | None:
-    """A cluster's Jobs API; one of several may be away, one that refuses us is an error."""
-    try:
-        return Jobs(remote_cluster(island))
-    except Unreachable as error:
-        if alone:
-            raise
-        log.warning("island %s is left out: %s", island.name, error)
-        return None
+def _away(remote: dict[str, Jobs], *, alone: bool) -> dict[str, Unreachable]:
+    """The clusters that do not answer now; to be refused is an error, and so is to reach none."""
+    away = {}
+    for name, jobs in remote.items():
+        try:
+            jobs.check()
+        except Unreachable as error:
+            away[name] = error
+    if alone and remote and len(away) == len(remote):
+        raise next(iter(away.values()))
+    return away
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ from atoll.islands.signs import SUBMISSION_VARIABLE
 REDIRECTS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS")
 _ANSWER_SECONDS = 5.0
 _SUBMIT_SECONDS = 60.0
-_ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
+ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
 # An island runs these and nothing else of ours; the layering test holds them to it.
 _SHIPPED = (atoll, atoll.core, atoll.islands)
 
@@ -68,7 +68,7 @@ def remote_cluster(island: Island) -> Cluster:
 class Jobs:
     """One cluster's Jobs API; `Unreachable` where it does not answer, `Failed` where it refuses."""
 
-    def __init__(self, cluster: Cluster) -> None:
+    def __init__(self, cluster: Cluster, *, ask: bool = True) -> None:
         self._cluster = cluster
         self._code: tuple[str, bytes] | None = None
         handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
@@ -77,6 +77,11 @@ class Jobs:
         if cluster.address.startswith("https:"):
             handlers.append(urllib.request.HTTPSHandler(context=_tls(cluster)))
         self._opener = urllib.request.build_opener(*handlers)
+        if ask:
+            self.check()
+
+    def check(self) -> None:
+        """Raise where the cluster does not answer, or does not take the token."""
         self.version()
         self._json("GET", "/api/jobs/")
 
@@ -126,18 +131,13 @@ class Jobs:
                 raise
         return sha256
 
+    def details(self, submission_id: str) -> dict[str, Any]:
+        """What Ray knows of a job: `status`, `driver_exit_code`, `entrypoint` and more."""
+        return dict(self._json("GET", f"/api/jobs/{quote(submission_id)}"))
+
     def status(self, submission_id: str) -> str:
-        """PENDING, RUNNING, SUCCEEDED, FAILED or STOPPED: a hint, `exit.json` is the word."""
-        return str(self._json("GET", f"/api/jobs/{quote(submission_id)}")["status"])
-
-    def ended(self, submission_id: str) -> bool:
-        """Whether the job is over, as far as Ray knows."""
-        return self.status(submission_id) in _ENDED
-
-    def exit_code(self, submission_id: str) -> int | None:
-        """The exit code of a job that ended by itself."""
-        code = self._json("GET", f"/api/jobs/{quote(submission_id)}").get("driver_exit_code")
-        return None if code is None else int(code)
+        """PENDING, RUNNING, or one of `ENDED`: a hint, `exit.json` is the word."""
+        return str(self.details(submission_id)["status"])
 
     def logs(self, submission_id: str) -> str:
         """What the job wrote."""

@@ -27,7 +27,7 @@ from atoll.islands.status import ShardStatus, read_status
 from atoll.islands.supervise import train
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import RESULTS, finish, order
-from tests.islands.test_supervise import journal
+from tests.islands.test_supervise import ended_job, journal
 
 NAMES = ("a", "b", "c")
 CONTROLLER = "controller-journal.jsonl"
@@ -216,7 +216,7 @@ def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie
     finally:
         send(disturbance.frozen, signal.SIGCONT)
     first = next(head for head in heads if head.cluster.name == submitted[0]["island"])
-    assert exit_code_of(first, str(submitted[0]["submission_id"])) == ExitCode.FENCED
+    assert ended_job(first.cluster, submitted[0])["driver_exit_code"] == ExitCode.FENCED
     woken = digests(run)
     # It looks at the fence when it commits or beats, which it does in the step in which it wakes;
     # one line of metrics may come before that.
@@ -230,14 +230,3 @@ def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie
 
 def digests(run: Storage) -> dict[str, str]:
     return {name: run.sha256(name) for name in run.list()}
-
-
-def exit_code_of(head: Head, submission_id: str) -> int | None:
-    """What Ray says of a job once it has ended."""
-    from atoll.islands.submit import Jobs
-
-    jobs, deadline = Jobs(head.cluster), time.monotonic() + 60
-    while not jobs.ended(submission_id):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
-    return jobs.exit_code(submission_id)

@@ -24,7 +24,7 @@ from atoll.core.places import Island
 from atoll.core.storage import Storage
 from atoll.islands.heads import local_head, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining
-from atoll.islands.submit import Jobs, shipped_code
+from atoll.islands.submit import ENDED, Cluster, Jobs, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import RESULTS, finish, order
@@ -37,6 +37,15 @@ def journal(
 ) -> list[dict[str, object]]:
     lines = run.read_bytes(f"islands/{shard}/{name}").decode().splitlines()
     return [entry for line in lines if (entry := json.loads(line))["event"] == event]
+
+
+def ended_job(cluster: Cluster, submitted: dict[str, object]) -> dict[str, object]:
+    """What Ray says of a job once its process has ended, a moment after its `exit.json`."""
+    jobs, deadline = Jobs(cluster), time.monotonic() + 60
+    while jobs.status(str(submitted["submission_id"])) not in ENDED:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return jobs.details(str(submitted["submission_id"]))
 
 
 def ray_processes(marker: str) -> list[str]:
@@ -255,8 +264,12 @@ def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_pat
     monkeypatch.setenv("PATH", f"{bare.parent}:{os.environ['PATH']}")
     run, manifest = fresh("run")
     with local_head(1) as cluster:
-        there = (Island(name="there", address=cluster.address),)
-        config = TRAIN.model_copy(update={"islands": there})
+        mounted = tmp_path / "mounted"  # the run as that cluster reaches it
+        mounted.symlink_to(run.uri)
+        away = Island(name="away", address="http://127.0.0.1:1", token_env="AWAY", jobs=1)
+        monkeypatch.setenv("AWAY", "1" * 64)
+        there = Island(name="there", address=cluster.address, prefix=str(mounted))
+        config = TRAIN.model_copy(update={"islands": (away, there)})
         monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
         with pytest.raises(Failed, match="RAY_AUTH_TOKEN"):
             train(run, manifest, config, shards=[shard])
@@ -267,7 +280,9 @@ def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_pat
         assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
         (began,) = journal(run, shard, "submitted", "controller-journal.jsonl")
         assert began["code_sha256"] == hashlib.sha256(shipped_code()).hexdigest()
-        assert Jobs(cluster).exit_code(str(began["submission_id"])) == 0
+        details = ended_job(cluster, began)
+        assert details["driver_exit_code"] == 0
+        assert details["entrypoint"].endswith(f"{mounted} {shard}")
 
 
 def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:
