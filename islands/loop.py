@@ -105,7 +105,6 @@ class Loop:
         self._guard = Guard(course.guard, course.plan, name)
         self._metrics = Metrics(storage, folder, course.plan)
         self._means = Means()
-        self._committed = 0
         self._committed_at = 0.0
 
     def run(self, loss: Loss, *, held_out: Callable[[], float] | None = None) -> None:
@@ -157,8 +156,9 @@ class Loop:
                 else:
                     taken = self._step(loss, seen)
                     if not taken.applied:
-                        advance(-(seen - self._go_back(seen, taken)), note="going back")
-                        seen = self._committed
+                        committed = self._go_back(seen, taken)
+                        advance(committed - seen, note="going back")
+                        seen = committed
                         continue
                     self._means.add(taken)
                 seen += batch
@@ -225,7 +225,7 @@ class Loop:
         facts = {**self._facts(), "means": self._means.state(), "guard": self._guard.state()}
         checkpoints = self._checkpoints
         self._background.submit("a checkpoint", lambda: checkpoints.commit(seen, tensors, facts))
-        self._committed, self._committed_at = seen, time.monotonic()
+        self._committed_at = time.monotonic()
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._averages.tensors(self._names)
@@ -281,7 +281,7 @@ class Loop:
         )  # fmt: skip
 
     def _go_back(self, seen: int, taken: Taken) -> int:
-        """Return to the last commit, as the next generation, knowing what to skip from there."""
+        """Return to the last commit, knowing what to skip from there."""
         self._background.drain()
         latest = self._checkpoints.latest()
         assert latest is not None, "a training commits before its first step"
@@ -290,11 +290,9 @@ class Loop:
             "%s: loss %g, gradient %g: back to %d images, %d to %d are skipped",
             self._name, taken.loss, taken.norm, latest.images_seen, start, end,
         )  # fmt: skip
-        # A commit's name is never used twice: what was learnt is committed by a new generation.
-        self._checkpoints.claim()
         self._restore(latest)
+        # The ranges are in the next commit. Killed before it, a training meets the batch again.
         self._guard.restore(latest.facts["guard"], keep_ranges=True)
-        self._commit(latest.images_seen)
         self._journal(
             {
                 "event": "skipped", "name": self._name, "images_seen": seen, "loss": taken.loss,
@@ -325,8 +323,13 @@ class Loop:
     def _write_metrics(self, seen: int) -> None:
         text = self._metrics.add(seen, self._means)
         self._means = Means()
-        name, storage = self._metrics.name, self._storage
-        self._background.submit("metrics", lambda: storage.write_bytes(name, text))
+        name, storage, checkpoints = self._metrics.name, self._storage, self._checkpoints
+
+        def work() -> None:
+            checkpoints.check_fence()  # the file is whole: a zombie's would replace its heir's
+            storage.write_bytes(name, text)
+
+        self._background.submit("metrics", work)
 
     def _beat(self, seen: int, images_per_second: float) -> None:
         if not self._pulse.idle and seen < self._course.plan.images_seen:

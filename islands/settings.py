@@ -10,6 +10,7 @@ from pydantic import Field
 from atoll.core.config import Config
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
+from atoll.core.places import Island
 from atoll.core.recipes import Recipe
 from atoll.islands.compute import Device
 from atoll.islands.spot import Cloud
@@ -115,6 +116,18 @@ class BaseConfig(Config):
     training: DenoiserTraining = DenoiserTraining()
 
 
+class WatchConfig(Config):
+    """How the controller watches islands, and what it does then; no island is told."""
+
+    # A job whose signs of life stop for so long is taken over by the next generation.
+    dead_seconds: float = Field(default=60.0, gt=0)
+    # An island that does not answer for so long gets no shard until it does.
+    unreachable_seconds: float = Field(default=60.0, gt=0)
+    # Doubled with every further attempt of a shard, up to 32 times as long.
+    backoff_seconds: float = Field(default=1.0, ge=0)
+    tracker: Literal["wandb", "trackio"] | None = None  # besides TensorBoard's files
+
+
 class TrainConfig(Config):
     """`atoll train`."""
 
@@ -129,6 +142,8 @@ class TrainConfig(Config):
     head: HeadTraining = HeadTraining()
     preview: int = Field(default=16, ge=0)  # pictures in preview.png
     preview_steps: int = Field(default=20, ge=1)
+    islands: tuple[Island, ...] = ()  # none: one local head
+    watch: WatchConfig = WatchConfig()
 
 
 def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: bool) -> Plan:
