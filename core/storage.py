@@ -74,7 +74,8 @@ class Storage:
     ) -> None:
         self.uri = str(uri).rstrip("/")
         try:
-            self._fs, root = fsspec.core.url_to_fs(self.uri)
+            # A cached listing would hide a newer generation from the writer that it fences.
+            self._fs, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise DataError(
                 f"'{uri}' is not a place that fsspec can open ({error})",
