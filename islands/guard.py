@@ -60,11 +60,6 @@ class Guard:
         """Whether the batch at this position is left out."""
         return self._in(self._skipped, seen)
 
-    @property
-    def skipped(self) -> list[tuple[int, int]]:
-        """The ranges, first image and end."""
-        return [(range_["first"], range_["end"]) for range_ in self._skipped]
-
     def state(self) -> dict[str, Any]:
         """What a checkpoint keeps, as JSON."""
         return {"norms": list(self._norms), "skipped": [dict(range_) for range_ in self._skipped]}

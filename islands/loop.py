@@ -127,7 +127,6 @@ class Loop:
                     "event": "trained", "name": self._name, "from_images_seen": first,
                     "generation": self._checkpoints.generation, "images_seen": seen,
                     "seconds": seconds, "images_per_second": (seen - first) / max(seconds, 1e-9),
-                    "skipped": self._guard.skipped,
                 }
             )  # fmt: skip
             self._background.drain()

@@ -158,7 +158,6 @@ def test_a_poisoned_batch_is_gone_back_from_and_skipped(storage: Storage, value:
     lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
     assert [line["event"] for line in lines] == ["skipped", "trained"]
     assert (lines[0]["first"], lines[0]["end"]) == (200, 204)
-    assert lines[1]["skipped"] == [[200, 204]]
     latest = Checkpoints(storage, "run").latest()
     assert latest is not None
     assert latest.facts["guard"]["skipped"] == [{"first": 200, "end": 204, "commit": 168}]
@@ -192,7 +191,8 @@ def test_a_second_refusal_skips_more_before_it_and_then_the_training_gives_up(
     generous = replace(COURSE, guard=GuardConfig(attempts=3, share=1))
     Loop(storage, "run", network, generous, name="run").run(poisoned(network, 180, 192))
     lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
-    assert lines[-1]["skipped"] == [[180, 184], [188, 196]]
+    skipped = [(line["first"], line["end"]) for line in lines if line["event"] == "skipped"]
+    assert skipped == [(180, 184), (188, 196)]
 
     network = module()
     with pytest.raises(Failed, match=r"3 attempts from 168 on") as caught:
