@@ -201,7 +201,7 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
 def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
-    long = ["--shard=shard-02", *TRAIN, "--passes=250", "--set", "training.checkpoints=100"]
+    long = ["--shard=shard-02", *TRAIN, "--passes=100", "--set", "training.checkpoints=50"]
     here = run / "islands/shard-02"
     said = interrupted(["train", str(run), *long], lambda: count(here / "commits") > 1)
     assert said.code == 6, said

@@ -13,7 +13,7 @@ from atoll.core.storage import Storage
 from tests.cli.conftest import SHARDS, TRAIN, atoll, content, count, done
 
 SHARD = "shard-02"
-LONG = [f"--shard={SHARD}", *TRAIN, "--passes=120", "--set", "training.checkpoints=40"]
+LONG = [f"--shard={SHARD}", *TRAIN, "--passes=80", "--set", "training.checkpoints=40"]
 ROW = {
     "shard", "state", "stage", "island", "labels", "generation", "images_seen", "of",
     "images_per_second", "percent", "loss", "eta_seconds", "committed_images_seen",
@@ -40,7 +40,7 @@ def straight(based: Path, place: Path) -> dict[str, str]:
     shutil.copytree(based, place)
     run = Storage(place)
     overrides = [text for text in LONG if "=" in text and not text.startswith("--")]
-    config = apply_overrides(TrainConfig(), [*overrides, "training.passes=120"])
+    config = apply_overrides(TrainConfig(), [*overrides, "training.passes=80"])
     manifest = Manifest.load(run)
     plan_islands(run, manifest, config)
     write_order(run, manifest, config, SHARD)

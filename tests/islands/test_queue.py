@@ -119,7 +119,7 @@ def test_two_shards_queue_on_one_island_and_a_pinned_one_has_its_own(
 
 LONG = TRAIN.model_copy(
     update={
-        "training": DenoiserTraining(passes=150, checkpoints=40),
+        "training": DenoiserTraining(passes=70, checkpoints=35),
         "watch": WatchConfig(dead_seconds=10, unreachable_seconds=5, backoff_seconds=0.1),
     }
 )

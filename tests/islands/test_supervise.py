@@ -91,7 +91,7 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh) -> None:
 
 
 def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
-    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=300, checkpoints=60)})
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
     run, manifest = fresh()
     shard = "shard-00"
     killer = subprocess.Popen(
