@@ -53,6 +53,11 @@ class Head:
     """One head and its folder."""
 
     def __init__(self, order: HeadOrder, ports: Sequence[int]) -> None:
+        self._order = order
+        self._start(ports)
+
+    def _start(self, ports: Sequence[int]) -> None:
+        order = self._order
         # Short: the path of a socket below it must stay under 108 bytes.
         self.folder = Path(tempfile.mkdtemp(prefix=_PREFIX, dir="/tmp"))
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
@@ -98,16 +103,25 @@ class Head:
                 continue
             log.debug("a local Ray head answers at %s", self.cluster.address)
             return
-        tail = (self.folder / "head.log").read_text(errors="replace")[-2000:]
         raise Failed(
             f"The local Ray head did not start within {_START_SECONDS:.0f} s. "
-            f"Its last words:\n{tail}",
+            f"Its last words:\n{self.last_words()}",
             cure="free memory or ports, or give --address of a running cluster",
         )
 
     def alive(self) -> bool:
         """Whether its process is there; without it nothing that it started is of any use."""
         return self._process.poll() is None
+
+    def last_words(self) -> str:
+        """The end of what Ray said."""
+        return (self.folder / "head.log").read_text(errors="replace")[-2000:]
+
+    def restart(self) -> None:
+        """End what is left of it and start anew, at other ports, with another token and folder."""
+        self.end()
+        self._start(_free_ports(len(_PORTS)))
+        self.wait()
 
     def ask_to_end(self) -> None:
         """SIGTERM, after which Ray cleans up."""

@@ -156,6 +156,8 @@ class Queue:
         fitting = [site for site in self._sites if site.island.takes(work.shard, islands)]
         patience = self._config.watch.unreachable_seconds
         alive = [site for site in fitting if not site.lost(patience)]
+        if not alive and any(site.revive() for site in fitting):
+            return  # to be placed in the next turn
         if not alive:
             names = ", ".join(site.island.name for site in fitting) or "none"
             work.reasons.append(f"no island is left for it; those that take it: {names}")

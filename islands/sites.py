@@ -39,6 +39,7 @@ class Site:
     head: Head | None = None
     running: int = 0
     silent_since: float | None = None
+    _revivals: int = 2
     _ask_at: float = 0.0
     _pause: float = 0.5
 
@@ -63,6 +64,23 @@ class Site:
     def gone(self) -> bool:
         """Whether it can never come back: the process of a head of ours has ended."""
         return self.head is not None and not self.head.alive()
+
+    def revive(self) -> bool:
+        """Start a head of ours anew that has ended; false where there is none, or it keeps ending.
+
+        Only for shards that no other island takes: elsewhere one can be done without.
+        """
+        if self.head is None or self.head.alive() or self._revivals == 0:
+            return False
+        self._revivals -= 1
+        log.warning(
+            "the head of island %s has ended and is started again; its last words: %s",
+            self.island.name, self.head.last_words(),
+        )  # fmt: skip
+        self.head.restart()
+        self.jobs = Jobs(self.head.cluster)
+        self.heard()
+        return True
 
     def lost(self, seconds: float) -> bool:
         """Gone, or silent for so long."""

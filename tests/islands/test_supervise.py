@@ -253,6 +253,39 @@ def without_atoll(folder: Path) -> Path:
     return python
 
 
+def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None:
+    """Killed with all that it started; the shard goes on at the next generation, bitwise."""
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
+    shard = "shard-01"
+    straight, manifest = fresh("straight")
+    order(straight, manifest, shard, config)
+    expected = finish(straight, shard)
+
+    run, manifest = fresh("run")
+    here = run.local(f"islands/{shard}")
+    killer = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import json, os, pathlib, psutil, sys, time\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
+            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
+            "above = psutil.Process(json.loads(line)['process'])\n"
+            "while '--head' not in above.cmdline(): above = above.parent()\n"
+            "for each in [above, *above.children(recursive=True)]: each.kill()\n",
+            str(here),
+        ]
+    )  # fmt: skip
+    try:
+        assert train(run, manifest, config, shards=[shard]) == [shard]
+        assert killer.wait(timeout=10) == 0
+    finally:
+        killer.kill()
+    assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
+    submitted = journal(run, shard, "submitted", "controller-journal.jsonl")
+    assert [line["generation"] for line in submitted] == [1, 2]
+
+
 def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_path: Path) -> None:
     """By its address and a token from the environment; it is left running, and left as it was."""
     shard = "shard-01"
