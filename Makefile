@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 
-.PHONY: demo smallest test check format clean
+.PHONY: demo smallest test check evidence format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/atoll demo --out $(OUT)
@@ -23,6 +23,10 @@ check: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+evidence: $(VENV)/.dev
+	$(BIN)/python -m benchmarks.train --json
+	$(BIN)/python -m benchmarks.kills --json
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

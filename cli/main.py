@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from atoll import __version__
-from atoll.cli import corpora, demonstration, models, removal, soups, training
+from atoll.cli import corpora, demonstration, models, removal, soups, training, watching
 from atoll.cli.output import fail, interrupted
 from atoll.core.errors import AtollError, Failed, Refused, UsageError
 
@@ -48,6 +48,7 @@ def _root(
 demonstration.register(app)
 corpora.register(app)
 training.register(app)
+watching.register(app)
 models.register(app)
 soups.register(app)
 removal.register(app)

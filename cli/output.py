@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -37,14 +37,15 @@ _SHARED = {
 
 def command(
     app: typer.Typer, name: str, *, example: str
-) -> Callable[[Callable[..., Result]], Callable[..., None]]:
+) -> Callable[[Callable[..., Result | Iterator[Result]]], Callable[..., None]]:
     """Register a function that returns its result; adds --json, -v and -q and prints the result.
 
     The keys of the returned dictionary are the keys of the `--json` object; `text`, when it is
-    there, is what a person reads instead.
+    there, is what a person reads instead. A function that watches returns its results one after
+    the other: JSON lines, or on a terminal one page that is drawn anew.
     """
 
-    def register(function: Callable[..., Result]) -> Callable[..., None]:
+    def register(function: Callable[..., Result | Iterator[Result]]) -> Callable[..., None]:
         signature = inspect.signature(function, eval_str=True)
         added = [
             inspect.Parameter(key, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=kind)
@@ -58,12 +59,9 @@ def command(
             from atoll.core.journal import set_verbosity
 
             set_verbosity(-1 if quiet else verbose)
-            result = function(*args, **kwargs)
-            text = result.pop("text", None)
-            if json_:
-                print(json.dumps(result, ensure_ascii=False))  # noqa: T201
-            elif not quiet:
-                print(text if text is not None else _lines(result))  # noqa: T201
+            found = function(*args, **kwargs)
+            for result in [found] if isinstance(found, dict) else found:
+                _say(result, as_json=json_, quiet=quiet, clear=not isinstance(found, dict))
 
         parameters = [
             p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature.parameters.values()
@@ -76,6 +74,15 @@ def command(
         return wrapped
 
     return register
+
+
+def _say(result: Result, *, as_json: bool, quiet: bool, clear: bool) -> None:
+    text = result.pop("text", None)
+    if as_json:
+        print(json.dumps(result, ensure_ascii=False), flush=True)  # noqa: T201
+    elif not quiet:
+        home = "\x1b[H\x1b[J" if clear and sys.stdout.isatty() else ""
+        print(home + (text if text is not None else _lines(result)), flush=True)  # noqa: T201
 
 
 def _lines(result: Result) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -38,6 +38,13 @@ def register(app: typer.Typer) -> None:
     def base(
         run: RunArgument,
         recipe: Annotated[str | None, typer.Option(help="A named size of a family.")] = None,
+        start: Annotated[
+            str | None,
+            typer.Option(
+                help="Weights to start from: a folder of ours or of diffusers, a pipeline's "
+                "folder, or hf-hub:ORG/NAME."
+            ),
+        ] = None,
         minutes: MinutesOption = None,
         passes: PassesOption = None,
         allow_inexact_resume: InexactOption = False,
@@ -54,8 +61,8 @@ def register(app: typer.Typer) -> None:
         with working_on(run) as (storage, manifest):
             earlier = saved_config(BaseConfig, storage, WORK)
             settings = resolve(
-                BaseConfig, config, set_, earlier=earlier, recipe=recipe, training__passes=passes,
-                bitwise_resume=not allow_inexact_resume,
+                BaseConfig, config, set_, earlier=earlier, recipe=recipe, start=start,
+                training__passes=passes, bitwise_resume=not allow_inexact_resume,
             )  # fmt: skip
             if minutes is not None:
                 settings = base_within(storage, manifest, settings, minutes)
@@ -73,11 +80,15 @@ def register(app: typer.Typer) -> None:
         ] = None,
         minutes: MinutesOption = None,
         passes: PassesOption = None,
+        islands: Annotated[
+            str | None,
+            typer.Option(metavar="FILE", help="The islands to train on, as docs/islands.yaml."),
+        ] = None,
         address: Annotated[
             str | None,
             typer.Option(
-                help="Jobs API of a Ray cluster with atoll installed; its token comes from "
-                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Without it a local head is started."
+                help="Instead, the Jobs API of one Ray cluster; its token comes from "
+                "RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH. Without either a local head is started."
             ),
         ] = None,
         allow_inexact_resume: InexactOption = False,
@@ -102,6 +113,7 @@ def register(app: typer.Typer) -> None:
             settings = resolve(
                 TrainConfig, config, set_, earlier=earlier, training__passes=passes,
                 bitwise_resume=not allow_inexact_resume,
+                islands=islands_told(islands, address, manifest),
             )  # fmt: skip
             # Before the plan is written, which would move a manifest that is then refused.
             check_artefact(storage, require(manifest.base, "base", f"train it: `atoll base {run}`"))
@@ -121,16 +133,8 @@ def register(app: typer.Typer) -> None:
                 }
                 plans = {name: plan.model_dump() for name, plan in planned.items()}
                 return {"run": run, "plan": plans}
-            trained = supervise.train(
-                storage, manifest, settings, shards=shard or (), address=address
-            )
-        return {
-            "run": run,
-            "trained": trained,
-            "experts": {name: expert.sha256 for name, expert in manifest.experts.items()},
-            "text": f"{len(trained)} islands trained now, {len(manifest.experts)} of "
-            f"{len(manifest.shards)} experts are there",
-        }
+            trained = supervise.train(storage, manifest, settings, shards=shard or ())
+        return trained_now(run, manifest, trained)
 
     @command(app, "assemble", example="atoll assemble out/run")
     def assemble(
@@ -149,29 +153,58 @@ def register(app: typer.Typer) -> None:
         return {"run": run, "ensemble": made.path, "sha256": made.sha256, "missing": missing}
 
 
+def islands_told(
+    file: str | None, address: str | None, manifest: Manifest
+) -> list[dict[str, Any]] | None:
+    """The islands that options name; None where they name none."""
+    from atoll.core.errors import UsageError
+    from atoll.core.places import Island, check_islands, read_islands
+
+    if file is not None and address is not None:
+        raise UsageError(
+            "--islands and --address are two ways to say where", allowed="one of the two"
+        )
+    if file is not None:
+        told = read_islands(file)
+    elif address is not None:
+        told = (Island(name="cluster", address=address),)
+    else:
+        return None
+    check_islands(told, manifest.shards)
+    for island in told:
+        if island.address is not None:
+            island.token()  # what is missing is known before anything is saved or started
+    return [island.model_dump(mode="json") for island in told]
+
+
+def trained_now(run: str, manifest: Manifest, trained: list[str]) -> Result:
+    """What `train` and `resume` say."""
+    return {
+        "run": run,
+        "trained": trained,
+        "experts": {name: expert.sha256 for name, expert in manifest.experts.items()},
+        "text": f"{len(trained)} islands trained now, {len(manifest.experts)} of "
+        f"{len(manifest.shards)} experts are there",
+    }
+
+
 def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
     """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
     from atoll.core import recipes
     from atoll.core.config import save_config, saved_config
-    from atoll.core.denoiser import Card, Denoiser
     from atoll.core.pack import Pack
-    from atoll.islands.base import WORK
+    from atoll.islands.base import WORK, new_base
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import BaseConfig
 
     if (earlier := saved_config(BaseConfig, run, WORK)) is not None:
         return _with_passes(config, earlier.training.passes)
-    name = config.recipe or recipes.default_recipe(manifest.picture)
-    recipe = recipes.recipe_of(name)
     commons = Pack(run.local(manifest.commons.path))
-    network = recipes.build(recipe, manifest.picture, commons.text_width, seed=0)
-    card = Card(
-        name="probe", kind="base", shard=None, base_sha256=None, family=recipe.family,
-        prediction=config.training.prediction, latent_space="pixels", images_seen=0,
-    )  # fmt: skip
+    base = new_base(manifest, commons, config)
+    batch = config.training.batch or recipes.recipe_of(base.recipe).batch
     speed = images_per_second(
-        Denoiser(network, card), commons, config.training,
-        batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,
+        base.denoiser, commons, config.training,
+        batch=batch, threads=config.threads, device=config.device,
     )  # fmt: skip
     passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
     config = _with_passes(config, passes)
@@ -195,7 +228,7 @@ def experts_within(
     from atoll.core.pack import Pack
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import TrainConfig
-    from atoll.islands.supervise import slots_here
+    from atoll.islands.sites import slots_here
 
     if (earlier := saved_config(TrainConfig, run, "islands")) is not None:
         config = config.model_copy(update={"planned_by_all": earlier.planned_by_all})
@@ -213,7 +246,7 @@ def experts_within(
     except ValueError:
         config = config.model_copy(update={"planned_by_all": True})
         records = sum(shard.records for shard in manifest.shards.values())
-    at_once = config.slots or slots_here(config)
+    at_once = sum(i.jobs or 1 for i in config.islands) or slots_here(config)
     return _with_passes(
         config, passes_in(minutes, speed=speed, islands_at_once=at_once, records=max(1, records))
     )

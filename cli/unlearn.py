@@ -71,6 +71,7 @@ def unlearn(run: Storage, shard: str) -> Certificate:
     _leave_ensemble(run, manifest, exports)
     run.remove("evaluation")
     run.remove(f"islands/{shard}")
+    _leave_islands(run, shard)
     if run.is_local:
         sweep(run.local(""))  # what killed writers left may be the shard
     manifest.save(run)
@@ -124,6 +125,22 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     }
     run.write_json(INTENT_NAME, intent)
     return intent
+
+
+def _leave_islands(run: Storage, shard: str) -> None:
+    """What `train` was told of islands names no shard that is gone: its own island goes with it."""
+    from atoll.core.config import save_config, saved_config
+    from atoll.islands.settings import TrainConfig
+
+    config = saved_config(TrainConfig, run, "islands")
+    if config is None or not any(shard in island.shards for island in config.islands):
+        return
+    stay = []
+    for island in config.islands:
+        others = tuple(name for name in island.shards if name != shard)
+        if others or not island.shards:
+            stay.append(island.model_copy(update={"shards": others}))
+    save_config(config.model_copy(update={"islands": tuple(stay)}), run, "islands")
 
 
 def _planned_by_all(run: Storage) -> bool:

@@ -20,11 +20,11 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load, save
+from safetensors.torch import load, save_file
 from torch import Tensor
 
 from atoll.core.errors import Fenced, Refused
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage, canonical_json, sha256_file
 
 SCHEMA_VERSION = 1
 _log = logging.getLogger("atoll")
@@ -77,20 +77,21 @@ class Checkpoints:
         """Make a state the newest one; `Fenced` when another writer has taken over."""
         self.check_fence()  # the second check is the one that counts; this one leaves no payload
         name = f"{self.generation:06d}-{images_seen:012d}"
-        payload = save(dict(tensors))
-        self._storage.write_bytes(f"{self._folder}/checkpoints/{name}.safetensors", payload)
+        with self._storage.writing(f"{self._folder}/checkpoints/{name}.safetensors") as path:
+            save_file(dict(tensors), path)
+            size, sha256 = path.stat().st_size, sha256_file(path)
         self.check_fence()
         record = {
             "schema_version": SCHEMA_VERSION,
             "images_seen": images_seen,
             "generation": self.generation,
             "file": f"checkpoints/{name}.safetensors",
-            "bytes": len(payload),
-            "sha256": hashlib.sha256(payload).hexdigest(),
+            "bytes": size,
+            "sha256": sha256,
             "facts": dict(facts),
         }
         sealed = canonical_json({**record, "record_sha256": _record_sha256(record)})
-        self._storage.create(f"{self._folder}/commits/{name}.json", sealed)
+        self._seal(f"{self._folder}/commits/{name}.json", sealed)
         self._prune()
 
     def latest(self) -> Checkpoint | None:
@@ -101,6 +102,14 @@ class Checkpoints:
             except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
                 _log.warning("%s is passed over, the one before it is used: %s", name, error)
         return None
+
+    def _seal(self, name: str, sealed: bytes) -> None:
+        """Create the record; one that is there already is ours where a store's answer was lost."""
+        try:
+            self._storage.create(name, sealed)
+        except FileExistsError:
+            if self._storage.read_bytes(name) != sealed:
+                raise Refused(f"{name} is there and says something else") from None
 
     def _load(self, name: str) -> Checkpoint:
         record = self._storage.read_json(name)

@@ -1,32 +1,29 @@
 """A denoiser on disk and in memory: a diffusers network, its family's adapter, and its card.
 
 A folder holds what diffusers writes (`config.json`, `diffusion_pytorch_model.safetensors`) and
-`atoll.json`, the card. Families are a flat table: a further one is a row and an adapter.
+`atoll.json`, the card.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
 from pydantic import BaseModel, ConfigDict, ValidationError
 from torch import Tensor, nn
 
 from atoll.core import flow
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import MissingError, Refused, UsageError
+from atoll.core.families import FAMILIES
 from atoll.core.manifest import check_schema
 from atoll.core.storage import canonical_json
 
 CARD_NAME = "atoll.json"
 SCHEMA_VERSION = 1
-# diffusers embeds timesteps with frequencies made for 0 to 1000.
-_TIMESTEPS = 1000.0
 
 
 class Card(BaseModel):
@@ -69,49 +66,6 @@ def write_card(folder: Path, card: Card) -> None:
     (folder / CARD_NAME).write_bytes(canonical_json(card.model_dump(mode="json")))
 
 
-Adapter = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
-
-
-def _unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = network(
-        x_t,
-        t * _TIMESTEPS,
-        encoder_hidden_states=cond.tokens,
-        encoder_attention_mask=cond.mask,
-        return_dict=False,
-    )[0]
-    return output
-
-
-def _pixart(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = network(
-        x_t,
-        encoder_hidden_states=cond.tokens,
-        encoder_attention_mask=cond.mask.to(x_t.dtype),
-        timestep=t * _TIMESTEPS,
-        # The sizes that PixArt can be told besides are off in our recipes.
-        added_cond_kwargs={"resolution": None, "aspect_ratio": None},
-        return_dict=False,
-    )[0]
-    return output
-
-
-@dataclass(frozen=True)
-class Family:
-    """A diffusers class and how it is called."""
-
-    network: type[Any]
-    adapter: Adapter
-
-
-FAMILIES: dict[str, Family] = {
-    # Rombach et al. 2022, arXiv 2112.10752.
-    "unet": Family(UNet2DConditionModel, _unet),
-    # Chen et al. 2023, arXiv 2310.00426.
-    "pixart": Family(PixArtTransformer2DModel, _pixart),
-}
-
-
 @dataclass
 class Denoiser:
     """A network that can be asked for the velocity at (x_t, t, cond)."""
@@ -150,8 +104,11 @@ class Denoiser:
         return cls(load_network(folder, card.family), card)
 
 
-def load_network(folder: Path, family: str) -> nn.Module:
-    """A family's network from a component folder, in evaluation mode; loading is strict."""
+def load_network(folder: Path, family: str, **changes: Any) -> nn.Module:
+    """A family's network from a component folder, in evaluation mode; loading is strict.
+
+    `changes` replace values of its configuration.
+    """
     if family not in FAMILIES:
         raise Refused(f"{folder} is of unknown family '{family}'", allowed=", ".join(FAMILIES))
     kind = FAMILIES[family].network
@@ -163,9 +120,14 @@ def load_network(folder: Path, family: str) -> nn.Module:
         raise Refused(f"{folder}/config.json names {declared}", allowed=kind.__name__)
     try:
         network, found = kind.from_pretrained(
-            folder, local_files_only=True, use_safetensors=True, output_loading_info=True
+            folder,
+            local_files_only=True,
+            use_safetensors=True,
+            output_loading_info=True,
+            **changes,
         )
-    except (OSError, ValueError, RuntimeError) as error:
+    # The last three are what a damaged configuration makes of constructors.
+    except (OSError, ValueError, RuntimeError, TypeError, KeyError, ArithmeticError) as error:
         raise MissingError(f"The weights in {folder} cannot be loaded: {error}") from error
     if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
         raise Refused(f"The weights in {folder} are not those of its config.json: {found}")
@@ -175,7 +137,10 @@ def load_network(folder: Path, family: str) -> nn.Module:
 
 def new_network(family: str, config: dict[str, Any], *, seed: int) -> nn.Module:
     """A network with seeded random weights, the same for the same seed and configuration."""
+    row = FAMILIES[family]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        network: nn.Module = FAMILIES[family].network(**config)
+        network: nn.Module = row.network(**config)
+    if row.initialise is not None:
+        row.initialise(network)
     return network

@@ -95,3 +95,31 @@ def shift_times(t: Tensor, shift: float) -> Tensor:
 def logit_normal(normal: Tensor, *, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Training times from standard normals: t = sigmoid(mean + std z) (SD3, eq. 19)."""
     return torch.sigmoid(mean + std * normal)
+
+
+def mode(uniform: Tensor, *, scale: float) -> Tensor:
+    """Training times from uniforms in (0, 1), with heavy tails where `scale` is above 0.
+
+    t = 1 - u - s (cos^2(pi u / 2) - 1 + u) (SD3, eq. 20); monotone for s in [-1, 2 / (pi - 2)].
+    """
+    bend = torch.cos(torch.pi / 2 * uniform).square() - 1 + uniform
+    return 1 - uniform - scale * bend
+
+
+def snr(t: Tensor) -> Tensor:
+    """Signal-to-noise ratio ((1 - t) / t)^2 of the path at `t`."""
+    return ((1 - t) / t).square()
+
+
+def error_scale(t: Tensor, prediction: Prediction) -> Tensor:
+    """How large an error of the velocity is in a prediction's own units; exact on this path.
+
+    From x_data = x_t - t v and epsilon = x_t + (1 - t) v.
+    """
+    match prediction:
+        case Prediction.VELOCITY:
+            return torch.ones_like(t)
+        case Prediction.EPSILON:
+            return 1 - t
+        case Prediction.X_DATA:
+            return t

@@ -18,9 +18,13 @@ from atoll.core.errors import Refused
 from atoll.core.storage import Storage, canonical_json
 
 
+class InUse(Refused):
+    """Another command holds the run."""
+
+
 @contextlib.contextmanager
 def exclusive(run: Storage) -> Iterator[None]:
-    """Hold the run for one command; `Refused` when another command is at work on it."""
+    """Hold the run for one command; `InUse` when another command is at work on it."""
     if run.is_local:
         with _local(run):
             yield
@@ -29,7 +33,7 @@ def exclusive(run: Storage) -> Iterator[None]:
     try:
         run.create("lock.json", canonical_json(owner))
     except FileExistsError:
-        raise Refused(
+        raise InUse(
             f"Another command is at work on {run.uri}: {run.read_json('lock.json')}",
             cure=f"wait for it; if it is surely dead, remove {run.uri}/lock.json",
         ) from None
@@ -50,7 +54,7 @@ def _local(run: Storage) -> Iterator[None]:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise Refused(
+            raise InUse(
                 f"Another command is at work on {run.uri}",
                 cure="wait until it has ended, or stop it",
             ) from None

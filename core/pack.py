@@ -10,6 +10,7 @@ rows held out come after the rows to train on; `shard.json` says how many there 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -73,8 +74,36 @@ def read_shard_card(folder: Path) -> ShardCard:
         raise Refused(f"{path} is not a readable shard card ({error})") from error
 
 
+class _Rows:
+    """Rows of several tensors of one shape, as if they were one; nothing is copied to join them."""
+
+    def __init__(self, parts: Sequence[Tensor]) -> None:
+        self._parts = [part for part in parts if len(part)]
+        self._ends = torch.tensor([len(part) for part in self._parts], dtype=torch.long).cumsum(0)
+
+    def __len__(self) -> int:
+        return int(self._ends[-1]) if len(self._ends) else 0
+
+    def __getitem__(self, rows: Tensor) -> Tensor:
+        """The rows `(batch,)` in their order, `(batch, ...)`."""
+        if len(self._parts) == 1:
+            return self._parts[0][rows]
+        holder = torch.bucketize(rows, self._ends, right=True)
+        picked = self._parts[0].new_empty((len(rows), *self._parts[0].shape[1:]))
+        for index in sorted(set(holder.tolist())):
+            here = holder == index
+            start = int(self._ends[index]) - len(self._parts[index])
+            picked[here] = self._parts[index][rows[here] - start]
+        return picked
+
+    def first(self, count: int) -> list[Tensor]:
+        """The parts of the first `count` rows."""
+        starts = [int(end) - len(p) for end, p in zip(self._ends, self._parts, strict=True)]
+        return [p[: max(0, count - start)] for start, p in zip(starts, self._parts, strict=True)]
+
+
 class Pack:
-    """The rows of one shard's or the commons' packs, in memory-mapped tensors."""
+    """The rows of one shard's or the commons' packs; pixels stay in the files until asked for."""
 
     def __init__(self, folder: Path) -> None:
         self.card = read_shard_card(folder)
@@ -91,10 +120,10 @@ class Pack:
             or sum(rows) != self.card.records + self.card.held_out
         ):
             raise Refused(f"The packs in {folder} do not hold the rows that {CARD_NAME} names")
+        self._pixels = _Rows([part["pixels"] for part in parts])
         # Joined once: a table of unique captions is small beside the pixels.
         starts = torch.tensor([0, *(len(part["text_tokens"]) for part in parts)]).cumsum(0)
-        self._pixels = _joined([part["pixels"] for part in parts])
-        self._caption = _joined(
+        self._caption = torch.cat(
             [part["caption"].long() + start for part, start in zip(parts, starts, strict=False)]
         )
         self._table = concatenate(
@@ -131,6 +160,10 @@ class Pack:
     def text_width(self) -> int:
         return self._table.tokens.shape[2]
 
+    @property
+    def pooled_width(self) -> int:
+        return self._table.pooled.shape[1]
+
     def x_data(self, rows: Tensor) -> Tensor:
         """Pixels in [-1, 1], float32 `(batch, channel, height, width)`."""
         return self._pixels[rows].float() / 127.5 - 1
@@ -140,16 +173,12 @@ class Pack:
         return self._table[self._caption[rows]]
 
 
-def _joined(parts: list[Tensor]) -> Tensor:
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
-
-
 def join(packs: list[Pack]) -> Pack:
     """The training rows of several packs as one, for a control that sees all the data."""
     joined = object.__new__(Pack)
     rows = [torch.tensor(pack.train) for pack in packs]
     starts = torch.tensor([0, *(len(pack._table) for pack in packs)]).cumsum(0)
-    joined._pixels = torch.cat([p._pixels[r] for p, r in zip(packs, rows, strict=True)])
+    joined._pixels = _Rows([part for p in packs for part in p._pixels.first(p.card.records)])
     joined._caption = torch.cat(
         [p._caption[r] + s for p, r, s in zip(packs, rows, starts[:-1], strict=True)]
     )

@@ -1,13 +1,13 @@
-"""Named sizes: a flat table from a recipe's name to a diffusers configuration and its defaults.
+"""From a recipe's name to a network on given data, and what it costs.
 
-What the data decides (channels, size, width of the text tokens) is filled in by `network_config`.
-Model dropout is 0 everywhere: condition dropout is ours (promise 7).
+The sizes are in `sizes.py`; what the data decides (channels, size, widths of the text) is filled in
+here. Costs are read off networks on torch's meta device, which have shapes and no memory.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import contextlib
+import math
 from typing import Any
 
 import torch
@@ -15,121 +15,25 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoll.core.conditioning import Conditioning
-from atoll.core.denoiser import FAMILIES, new_network
+from atoll.core.denoiser import new_network
 from atoll.core.errors import ConfigError, did_you_mean
+from atoll.core.families import FAMILIES, sample_size
 from atoll.core.manifest import Picture
+from atoll.core.sizes import RECIPES, Recipe
 
-
-@dataclass(frozen=True)
-class Recipe:
-    """A family at one size, and the training defaults that measurement showed to suit it."""
-
-    family: str
-    about: str
-    config: Mapping[str, Any]
-    batch: int
-    base_learning_rate: float
-    learning_rate: float  # of experts: lower keeps them where a soup of them is good
-    base_passes: float  # images_seen of the base as a multiple of the commons' records
-    passes: float  # likewise of an expert, of its shard's
-
-
-# `attention_head_dim` is the number of heads here, whatever its name (diffusers issue 2011).
-_UNET: dict[str, Any] = {
-    "layers_per_block": 1,
-    "mid_block_type": "UNetMidBlock2DCrossAttn",
-    "attention_head_dim": 2,
-    "norm_num_groups": 8,
-    "dropout": 0.0,
-}
-_PIXART: dict[str, Any] = {
-    "norm_type": "ada_norm_single",
-    "use_additional_conditions": False,
-    "dropout": 0.0,
-}
-
-RECIPES: dict[str, Recipe] = {
-    "unet-digits": Recipe(
-        "unet",
-        "1.6M: pictures of 8x8, minutes on one core",
-        {
-            **_UNET,
-            "block_out_channels": (48, 96),
-            # Attention at 4x4 alone: the same accuracy at 1.5 times the speed.
-            "down_block_types": ("DownBlock2D",) * 2,
-            "up_block_types": ("UpBlock2D",) * 2,
-        },
-        batch=64,
-        base_learning_rate=2e-3,
-        learning_rate=1e-3,
-        base_passes=67,
-        passes=40,
-    ),
-    "unet-nano": Recipe(
-        "unet",
-        "4.8M: pictures of 32x32 on a CPU",
-        {
-            **_UNET,
-            "block_out_channels": (32, 64, 96, 128),
-            "down_block_types": ("DownBlock2D",) * 3 + ("CrossAttnDownBlock2D",),
-            "up_block_types": ("CrossAttnUpBlock2D",) + ("UpBlock2D",) * 3,
-        },
-        batch=32,
-        base_learning_rate=1e-3,
-        learning_rate=5e-4,
-        base_passes=40,
-        passes=20,
-    ),
-    "unet-tiny": Recipe(
-        "unet",
-        "the smallest UNet that trains, for tests",
-        {
-            **_UNET,
-            "block_out_channels": (8, 16),
-            "down_block_types": ("DownBlock2D",) * 2,
-            "up_block_types": ("UpBlock2D",) * 2,
-        },
-        batch=8,
-        base_learning_rate=2e-3,
-        learning_rate=1e-3,
-        base_passes=2,
-        passes=2,
-    ),
-    "pixart-nano": Recipe(
-        "pixart",
-        "1.8M: pictures of 32x32 on a CPU, twice as fast as unet-nano",
-        {
-            **_PIXART,
-            "num_attention_heads": 4,
-            "attention_head_dim": 32,
-            "cross_attention_dim": 128,
-            "num_layers": 6,
-            "patch_size": 4,
-        },
-        batch=32,
-        base_learning_rate=1e-3,
-        learning_rate=5e-4,
-        base_passes=40,
-        passes=20,
-    ),
-    "pixart-tiny": Recipe(
-        "pixart",
-        "the smallest PixArt that trains, for tests",
-        {
-            **_PIXART,
-            "num_attention_heads": 2,
-            "attention_head_dim": 8,
-            "cross_attention_dim": 16,
-            "num_layers": 2,
-            "patch_size": 2,
-        },
-        batch=8,
-        base_learning_rate=2e-3,
-        learning_rate=1e-3,
-        base_passes=2,
-        passes=2,
-    ),
-}
+__all__ = [
+    "RECIPES",
+    "Recipe",
+    "build",
+    "default_recipe",
+    "forward_flops",
+    "nearest_recipe",
+    "network_config",
+    "outline",
+    "parameter_count",
+    "recipe_of",
+    "training_bytes",
+]
 
 
 def recipe_of(name: str) -> Recipe:
@@ -147,47 +51,92 @@ def default_recipe(picture: Picture) -> str:
     return "unet-digits" if max(picture.height, picture.width) <= 16 else "unet-nano"
 
 
-def network_config(recipe: Recipe, picture: Picture, text_width: int) -> dict[str, Any]:
-    """The full diffusers configuration of a recipe on this data."""
+def network_config(
+    recipe: Recipe, picture: Picture, text_width: int, pooled_width: int | None = None
+) -> dict[str, Any]:
+    """The full diffusers configuration of a recipe on this data.
+
+    `text_width` is that of text tokens, `pooled_width` that of the pooled vector, the same in CLIPs
+    that are not told otherwise.
+    """
+    row = FAMILIES[recipe.family]
     config = {
         **recipe.config,
-        "sample_size": picture.height,
+        "sample_size": sample_size(recipe.family, recipe.config, picture),
         "in_channels": picture.channels,
         "out_channels": picture.channels,
+        **row.more(recipe.config, picture),
     }
-    if recipe.family == "unet":
-        levels = len(recipe.config["block_out_channels"])
-        step = 2 ** (levels - 1)
-        config["cross_attention_dim"] = text_width
-        if picture.height != picture.width:
-            config["sample_size"] = (picture.height, picture.width)
-    else:
-        step = recipe.config["patch_size"]
-        config["caption_channels"] = text_width
-        if picture.height != picture.width:
-            raise ConfigError(
-                f"PixArt takes square pictures, these are {picture.height}x{picture.width}",
-                cure="choose a unet recipe",
-            )
-    if picture.height % step or picture.width % step:
-        raise ConfigError(
-            f"This recipe divides pictures by {step}, these are {picture.height}x{picture.width}",
-            cure=f"choose a picture size that is a multiple of {step}",
-        )
+    if row.tokens is not None:
+        config[row.tokens] = text_width
+    if row.pooled is not None:
+        config[row.pooled] = pooled_width or text_width
     return config
 
 
-def build(recipe: Recipe, picture: Picture, text_width: int, *, seed: int) -> nn.Module:
+def build(
+    recipe: Recipe,
+    picture: Picture,
+    text_width: int,
+    *,
+    seed: int,
+    pooled_width: int | None = None,
+) -> nn.Module:
     """A new network of a recipe with seeded random weights."""
-    return new_network(recipe.family, network_config(recipe, picture, text_width), seed=seed)
+    config = network_config(recipe, picture, text_width, pooled_width)
+    return new_network(recipe.family, config, seed=seed)
+
+
+def outline(
+    recipe: Recipe, picture: Picture, text_width: int, pooled_width: int | None = None
+) -> nn.Module:
+    """A recipe's network without weights, on the meta device: 8B parameters in no memory."""
+    with torch.device("meta"):
+        return build(recipe, picture, text_width, seed=0, pooled_width=pooled_width)
+
+
+def parameter_count(network: nn.Module) -> int:
+    """How many numbers training changes."""
+    return sum(parameter.numel() for parameter in network.parameters())
+
+
+def nearest_recipe(network: nn.Module, family: str, picture: Picture, text_width: int) -> str:
+    """The family's recipe of most nearly as many parameters, for batch and learning rates."""
+    sizes = {}
+    for name, recipe in RECIPES.items():
+        # A recipe that does not divide this picture is nobody's neighbour.
+        with contextlib.suppress(ConfigError):
+            if recipe.family == family:
+                sizes[name] = parameter_count(outline(recipe, picture, text_width))
+    size = parameter_count(network)
+    return min(sizes, key=lambda name: abs(math.log(sizes[name] / size)))
 
 
 def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Conditioning) -> int:
     """Floating-point operations of one forward pass on one picture, counted by torch.
 
-    A multiply-add is two operations. A training step is about three forward passes.
+    A multiply-add is two operations. A training step is about three forward passes. An `outline`
+    will do for a network.
     """
-    x_t = torch.zeros(1, *picture.shape)
+    x_t = torch.zeros(1, *picture.shape, device=next(network.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
-        FAMILIES[family].adapter(network, x_t, torch.ones(1), cond[:1])
+        FAMILIES[family].adapter(network, x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
     return int(counter.get_total_flops())
+
+
+def training_bytes(
+    parameters: int,
+    *,
+    weights: torch.dtype = torch.float32,
+    gradients: torch.dtype = torch.float32,
+    moments: torch.dtype = torch.float32,
+    average: torch.dtype | None = torch.float32,
+) -> int:
+    """Memory that training holds whatever the batch: weights, gradients, AdamW's two, the average.
+
+    Activations come on top, in proportion to the batch; gradient checkpointing keeps them to about
+    one block's and the inputs of the others.
+    """
+    of_average = average.itemsize if average is not None else 0
+    each = weights.itemsize + gradients.itemsize + 2 * moments.itemsize + of_average
+    return parameters * each

@@ -44,14 +44,16 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def sha256_folder(path: Path) -> str:
+def sha256_folder(path: Path, names: Iterable[str] | None = None) -> str:
     """Hex sha256 over the sorted `sha256  relative/name` lines of the files below a local folder.
 
-    The same text as `sha256sum` prints, so that a stranger can recompute it with coreutils.
+    The same text as `sha256sum` prints, so that a stranger can recompute it with coreutils. `names`
+    are the files that count where it is not all of them.
     """
+    files = path.rglob("*") if names is None else (path / name for name in names)
     lines = [
         f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n"
-        for file in path.rglob("*")
+        for file in files
         if file.is_file()
     ]
     return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
@@ -72,7 +74,8 @@ class Storage:
     ) -> None:
         self.uri = str(uri).rstrip("/")
         try:
-            self._fs, root = fsspec.core.url_to_fs(self.uri)
+            # A cached listing would hide a newer generation from the writer that it fences.
+            self._fs, root = fsspec.core.url_to_fs(self.uri, use_listings_cache=False)
         except (ValueError, ImportError) as error:
             raise DataError(
                 f"'{uri}' is not a place that fsspec can open ({error})",

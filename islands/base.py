@@ -6,18 +6,24 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import Any
+
 from atoll.core import recipes, seeds
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError
+from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
+from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing
+from atoll.islands.data import Batches, ahead
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
-from atoll.islands.step import flow_matching
+from atoll.islands.step import flow_matching, held_out_loss, prepare
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -35,52 +41,79 @@ def course_of(
         betas=(optimizer.beta1, optimizer.beta2),
         warmup=optimizer.warmup,
         clip=optimizer.clip,
-        ema_decay=training.ema_decay,
+        ema_decays=training.ema_decays,
         checkpoints=training.checkpoints,
+        checkpoint_seconds=training.checkpoint_seconds,
+        guard=training.guard,
+        accumulation=training.accumulation,
+        kernel=optimizer.kernel,
         bitwise_resume=bitwise_resume,
     )
 
 
+@dataclass(frozen=True)
+class NewBase:
+    """A base before its training: its recipe, its weights, and where they come from."""
+
+    recipe: str
+    denoiser: Denoiser
+    origin: dict[str, str]  # for the ledger; empty where the weights are random
+
+
+def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
+    """Seeded random weights of a recipe, or those that somebody published (`--start`).
+
+    Published weights are trained on for `training.prediction`, whatever they predicted before.
+    """
+    picture, training = manifest.picture, config.training
+    widths = {"text_width": commons.text_width, "pooled_width": commons.pooled_width}
+    origin: dict[str, str] = {}
+    if config.start is None:
+        name = config.recipe or recipes.default_recipe(picture)
+        seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
+        network = recipes.build(recipes.recipe_of(name), picture, **widths, seed=seed)
+    else:
+        start = load_start(config.start, picture, **widths, prediction=training.prediction)
+        network, origin = start.network, {"start": config.start, "start_sha256": start.sha256}
+        name = config.recipe or recipes.nearest_recipe(
+            network, start.family, picture, commons.text_width
+        )
+        if recipes.recipe_of(name).family != start.family:
+            raise ConfigError(
+                f"{config.start} is of family {start.family}, the recipe {name} is not",
+                cure="leave out --recipe: it then gives batch and learning rates alone",
+            )
+        if start.declared not in (None, str(training.prediction)):
+            log.info("%s predicted %s before", config.start, start.declared)
+    card = Card(
+        name="base",
+        kind="base",
+        shard=None,
+        base_sha256=None,
+        family=recipes.recipe_of(name).family,
+        prediction=training.prediction,
+        latent_space="pixels",
+        images_seen=0,
+    )
+    return NewBase(name, Denoiser(network, card), origin)
+
+
 def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact:
     """Train the base where it is not there yet; the same command resumes."""
-    name = config.recipe or manifest.recipe or recipes.default_recipe(manifest.picture)
-    recipe = recipes.recipe_of(name)
     if manifest.base is not None:
-        if name != manifest.recipe:
-            raise ConfigError(
-                f"This run's base is of recipe {manifest.recipe}, not {name}",
-                cure="start a new run for another recipe",
-            )
-        earlier = saved_config(BaseConfig, run, WORK) or config
-        if changed := differences(earlier.training, config.training):
-            raise ConfigError(
-                f"This run's base is trained already, and otherwise: {'; '.join(changed)}",
-                cure="leave the options out to keep it, or start a new run",
-            )
+        _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         return manifest.base
     check_artefact(run, manifest.commons)
     commons = Pack(run.local(manifest.commons.path))
-    seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
-    denoiser = Denoiser(
-        recipes.build(recipe, manifest.picture, commons.text_width, seed=seed),
-        Card(
-            name="base",
-            kind="base",
-            shard=None,
-            base_sha256=None,
-            family=recipe.family,
-            prediction=config.training.prediction,
-            latent_space="pixels",
-            images_seen=0,
-        ),
-    )
+    base = new_base(manifest, commons, config)
+    recipe = recipes.recipe_of(base.recipe)
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
     save_config(config, run, WORK)
     trained = train_here(
         run,
         WORK,
-        denoiser,
+        base.denoiser,
         commons,
         config.training,
         learning_rate=recipe.base_learning_rate,
@@ -94,13 +127,33 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
     with run.writing_folder(FOLDER) as folder:
         trained.save(folder)
     sha256 = run.sha256(FOLDER)
-    manifest.recipe = name
+    manifest.recipe = base.recipe
     manifest.base = Artefact(path=FOLDER, sha256=sha256)
     ledger = Ledger(run)
     parents = [e for kind in ("encoder", "commons") if (e := ledger.latest(kind, kind)) is not None]
-    ledger.append("base", "base", sha256, parents=parents)
+    ledger.append("base", "base", sha256, parents=parents, note=base.origin)
     manifest.save(run)
     return manifest.base
+
+
+def _check_unchanged(run: Storage, manifest: Manifest, config: BaseConfig) -> None:
+    """A base that is trained stays: refuse to be asked for another."""
+    if (
+        config.recipe is not None
+        and recipes.recipe_of(config.recipe)
+        and (config.recipe != manifest.recipe)
+    ):
+        raise ConfigError(
+            f"This run's base is of recipe {manifest.recipe}, not {config.recipe}",
+            cure="start a new run for another recipe",
+        )
+    earlier = saved_config(BaseConfig, run, WORK) or config
+    same = {"recipe": None, "threads": 1, "device": "auto", "bitwise_resume": True}
+    if changed := differences(earlier.model_copy(update=same), config.model_copy(update=same)):
+        raise ConfigError(
+            f"This run's base is trained already, and otherwise: {'; '.join(changed)}",
+            cure="leave the options out to keep it, or start a new run",
+        )
 
 
 def train_here(
@@ -120,10 +173,16 @@ def train_here(
 ) -> Denoiser:
     """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
     with computing(device, threads) as chosen:
-        denoiser.network.to(chosen)
-        loss = flow_matching(denoiser, pack, training, seed=seed, stream=stream)
+        prepare(denoiser, training, chosen)
+        where: dict[str, Any] = {"seed": seed, "device": chosen}
+        batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
+        others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
-        Loop(storage, folder, denoiser.network, course, name=stream).run(loss)
+        with ahead(batches, chosen) as coming:
+            Loop(storage, folder, denoiser.network, course, name=stream).run(
+                flow_matching(denoiser, coming, training),
+                held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+            )
         denoiser.network.to("cpu")
     card = denoiser.card.model_copy(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}

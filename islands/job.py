@@ -12,17 +12,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 
 import torch
 
 from atoll.core import recipes
 from atoll.core.config import Config
 from atoll.core.denoiser import CARD_NAME, Card, Denoiser
-from atoll.core.errors import AtollError, ExitCode, Refused
+from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
@@ -33,11 +37,11 @@ from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
+from atoll.islands.signs import HEAD_TRAINING, SUBMISSION_VARIABLE, Process, island_folder
+from atoll.islands.spot import heeding
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1
-# How a job learns which submission it is, to write it down beside its process id.
-SUBMISSION_VARIABLE = "ATOLL_SUBMISSION_ID"
 # What an island publishes, and the file whose presence says that all of it is there.
 PARTS = {"expert": CARD_NAME, "gate_head": CONFIG_NAME}
 
@@ -56,13 +60,10 @@ class IslandOrder(Config):
     config: TrainConfig
 
 
-def island_folder(shard: str) -> str:
-    """Where an island writes, relative to the run."""
-    return f"islands/{shard}"
-
-
-def run_island(run_uri: str, shard: str) -> None:
-    """Train what is not there yet, in this process."""
+def run_island(
+    run_uri: str, shard: str, *, enter: Callable[[str], None] = lambda _stage: None
+) -> None:
+    """Train what is not there yet, in this process; `enter` is told of each stage."""
     here = island_folder(shard)
     order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
     run = Storage(run_uri).scoped(
@@ -73,6 +74,7 @@ def run_island(run_uri: str, shard: str) -> None:
         "event": "started",
         "process": os.getpid(),
         "submission_id": os.environ.get(SUBMISSION_VARIABLE),
+        "unix_seconds": round(time.time(), 3),
     }
     run.append_line(f"{here}/journal.jsonl", json.dumps(started))
     torch.set_num_threads(order.config.threads)
@@ -81,9 +83,13 @@ def run_island(run_uri: str, shard: str) -> None:
     pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
-    _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
-    _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
+    with heeding(order.config.spot):
+        enter("expert")
+        _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
+        enter("gate_head")
+        _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
     if order.config.preview > 0:
+        enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
         picture = preview_grid(expert, pack, order.config, seed=order.seed)
         run.write_bytes(f"{here}/preview.png", picture)
@@ -137,7 +143,7 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     )
     head = new_head(config, seed=order.seed)
     anchor = anchor_of(commons, settings.broad, held_out=False)
-    place = f"{island_folder(order.name)}/gate_head_training"
+    place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
     course = _head_course(order.config, order.plan)
     with computing(order.config.device, order.config.threads) as device:
         loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
@@ -154,7 +160,7 @@ def _head_course(config: TrainConfig, expert: Plan) -> Course:
         betas=(0.9, 0.99),
         warmup=0.03,
         clip=1.0,
-        ema_decay=0.99,
+        ema_decays=(0.99,),
         checkpoints=settings.checkpoints,
         bitwise_resume=config.bitwise_resume,
     )
@@ -167,9 +173,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("shard")
     given = parser.parse_args(arguments)
     set_verbosity(0)
+    here = island_folder(given.shard)
+    own = Storage(given.run).scoped(read=[], write=[here])
     code, reason = ExitCode.DONE, ""
+    process = Process(own, given.shard)
     try:
-        run_island(given.run, given.shard)
+        with _leaving_on_sigterm(), process.watching():
+            run_island(given.run, given.shard, enter=process.enter)
     except AtollError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:  # the controller must learn of a bug too
@@ -177,12 +187,28 @@ def main(arguments: list[str] | None = None) -> int:
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
     if reason:
         log.error(reason)
-    if code is not ExitCode.FENCED:  # a fenced writer leaves everything to its successor
-        Storage(given.run).scoped(read=[], write=[island_folder(given.shard)]).write_json(
-            f"{island_folder(given.shard)}/exit.json",
+    # A fenced writer leaves everything to its successor.
+    if code is not ExitCode.FENCED and not process.overtaken():
+        own.write_json(
+            f"{here}/exit.json",
             {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason},
         )
     return int(code)
+
+
+@contextmanager
+def _leaving_on_sigterm() -> Iterator[None]:
+    """Where no training is there to commit, SIGTERM leaves at once; only the first one counts."""
+
+    def leave(_signal: int, _frame: FrameType | None) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise Interrupted("Stopped between two trainings", cure="run the same command again")
+
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 if __name__ == "__main__":

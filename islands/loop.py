@@ -1,8 +1,8 @@
-"""A training that survives: steps, commits, metrics and a heartbeat around one loss.
+"""The loop around a training step: resume, guard, commits, heartbeat and metrics; for any module.
 
-The base, an expert and a gate head are trained by this one loop; only their loss differs. Resuming
-is running it again: it starts at the newest commit that verifies. `metrics.jsonl` holds what
-follows from data and seeds alone; clocks go to `heartbeat.json` and `journal.jsonl`.
+The base, an expert and a gate head are all trained by it. What it writes goes below one folder of
+the run; one writer at a time is made sure of by fencing generations (`core/checkpoint.py`), and no
+step waits for storage (`islands/background.py`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,9 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import FrameType
 from typing import Any
 
@@ -22,15 +22,21 @@ import torch
 from torch import Tensor, nn
 
 from atoll.core.checkpoint import Checkpoint, Checkpoints
-from atoll.core.errors import Failed, Interrupted, Refused
+from atoll.core.errors import ConfigError, Interrupted, Refused
 from atoll.core.journal import log, progress
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
+from atoll.islands.background import GRACE_SECONDS, Background
 from atoll.islands.compute import device_name
-from atoll.islands.step import Loss, learning_rate_at, take_step
+from atoll.islands.ema import Averages
+from atoll.islands.guard import Guard
+from atoll.islands.metrics import Means, Metrics
+from atoll.islands.settings import GuardConfig
+from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
 
 HEARTBEAT_SECONDS = 2.0
-_METRIC_LINES = 100  # over a whole training
+# Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
+_CARRIED = ("means", "guard")
 
 
 @dataclass(frozen=True)
@@ -43,18 +49,13 @@ class Course:
     betas: tuple[float, float]
     warmup: float
     clip: float
-    ema_decay: float
+    ema_decays: tuple[float, ...]
     checkpoints: int
+    checkpoint_seconds: float | None = None
+    guard: GuardConfig = field(default_factory=GuardConfig)
+    accumulation: int = 1
+    kernel: str = "fused"
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
-
-
-@dataclass
-class _Sum:
-    """Means between two metric lines, carried through a checkpoint."""
-
-    loss: float = 0.0
-    norm: float = 0.0
-    steps: int = 0
 
 
 @contextmanager
@@ -78,6 +79,11 @@ class Loop:
     def __init__(
         self, storage: Storage, folder: str, module: nn.Module, course: Course, *, name: str
     ) -> None:
+        if course.plan.batch % course.accumulation:
+            raise ConfigError(
+                f"A batch of {course.plan.batch} is not to be had in {course.accumulation} parts",
+                cure="choose training.accumulation so that it divides the batch",
+            )
         self._storage = storage
         self._folder = folder
         self._course = course
@@ -87,94 +93,150 @@ class Loop:
         self._names = [n for n, _ in named]
         self._parameters = [p for _, p in named]
         self._module = module
-        self._averaged = [p.detach().clone() for p in self._parameters]
+        self._averages = Averages(self._parameters, course.ema_decays)
         self._optimizer = torch.optim.AdamW(
             self._parameters,
             lr=course.learning_rate,
             betas=course.betas,
             weight_decay=course.weight_decay,
-            fused=True,
+            fused=course.kernel == "fused",
+            foreach=course.kernel == "foreach",
         )
-        self._sum = _Sum()
+        self._guard = Guard(course.guard, course.plan, name)
+        self._metrics = Metrics(storage, folder, course.plan)
+        self._means = Means()
+        self._committed_at = 0.0
 
-    def run(self, loss: Loss) -> None:
+    def run(self, loss: Loss, *, held_out: Callable[[], float] | None = None) -> None:
         """Train to the planned images_seen; the module then holds the averaged weights.
 
-        Raises `Interrupted` after SIGTERM (committed), `Fenced` when another writer took over and
-        `Failed` when the loss is no longer finite.
+        Of several averages it is the one of least `held_out`. Raises `Interrupted` after SIGTERM
+        (committed), `Fenced` when another writer took over and `Failed` when the loss is no longer
+        finite or storage stays away.
         """
         generation = self._checkpoints.claim()
         seen = self._resume(generation)
+        # Two, so that a heart beats while a large commit is on its way.
+        self._background, self._pulse = Background(), Background()
+        try:
+            started, first = time.time(), seen
+            seen = self._train(loss, seen)
+            seconds = time.time() - started
+            self._journal(
+                {
+                    "event": "trained", "name": self._name, "from_images_seen": first,
+                    "generation": self._checkpoints.generation, "images_seen": seen,
+                    "seconds": seconds, "images_per_second": (seen - first) / max(seconds, 1e-9),
+                }
+            )  # fmt: skip
+            self._background.drain()
+            self._pulse.drain()
+        finally:
+            self._background.close()
+            self._pulse.close()
+        self._module.eval()
+        self._publish(held_out)
+
+    def _train(self, loss: Loss, seen: int) -> int:
         total, batch = self._course.plan.images_seen, self._course.plan.batch
         every = batch * max(1, round(total / batch / self._course.checkpoints))
-        line = batch * max(1, round(total / batch / _METRIC_LINES))
         self._module.train()
+        if seen == 0:
+            self._commit(0)  # something to go back to
+        self._committed_at = time.monotonic()
         started, first, beat = time.time(), seen, 0.0
+        due = False
         with progress(self._name, total, done=seen) as advance, stop_on_sigterm() as stop:
             while seen < total:
-                seen = self._step(loss, seen)
-                advance(batch, note=f"loss {self._sum.loss / max(1, self._sum.steps):.3f}")
-                if seen % line == 0 or seen == total:
+                self._background.check()
+                self._pulse.check()
+                if self._guard.skips(seen):
+                    taken = None
+                else:
+                    taken = self._step(loss, seen)
+                    if not taken.applied:
+                        committed = self._go_back(seen, taken)
+                        advance(committed - seen, note="going back")
+                        seen = committed
+                        continue
+                    self._means.add(taken)
+                seen += batch
+                advance(batch, note=f"loss {self._means.loss:.3f}")
+                if self._metrics.due(seen):
                     self._write_metrics(seen)
-                if seen % every == 0 or seen == total or stop[0]:
+                due = due or seen % every == 0 or self._long_ago()
+                if due:
+                    # The one before is there long since; if not, it is waited for, so that no more
+                    # than an interval is ever at risk. Unless storage is away: then it is not.
+                    self._background.settle()
+                if seen == total or stop[0] or (due and self._background.idle):
                     self._commit(seen)
+                    due = False
                 if time.time() - beat > HEARTBEAT_SECONDS or seen == total:
                     beat = time.time()
-                    self._beat(seen, generation, (seen - first) / max(beat - started, 1e-9))
+                    self._beat(seen, (seen - first) / max(beat - started, 1e-9))
                 if stop[0] and seen < total:
+                    self._background.drain(patience=GRACE_SECONDS)
                     raise Interrupted(
                         f"Stopped {self._name} at {seen} of {total} images, committed",
                         cure="run the same command again, it resumes",
                     )
-        seconds = time.time() - started
-        self._journal(
-            {
-                "event": "trained", "name": self._name, "generation": generation,
-                "from_images_seen": first, "images_seen": seen, "seconds": seconds,
-                "images_per_second": (seen - first) / max(seconds, 1e-9),
-            }
-        )  # fmt: skip
-        with torch.no_grad():
-            for parameter, average in zip(self._parameters, self._averaged, strict=True):
-                parameter.copy_(average)
-        self._module.eval()
+        return seen
 
-    def _step(self, loss: Loss, seen: int) -> int:
+    def _step(self, loss: Loss, seen: int) -> Taken:
         course = self._course
-        total, batch = course.plan.images_seen, course.plan.batch
-        value = loss(seen, batch)
-        if not torch.isfinite(value):
-            raise Failed(
-                f"The loss of {self._name} is {float(value.detach())} after {seen} images",
-                cure="lower training.optimizer.learning_rate; the last checkpoint is kept",
-            )
-        norm = take_step(
-            value,
+        total = course.plan.images_seen
+        return take_step(
+            loss,
             self._parameters,
             self._optimizer,
-            self._averaged,
-            learning_rate=learning_rate_at(course.learning_rate, seen, total, course.warmup),
-            clip=course.clip,
-            ema_decay=course.ema_decay,
-            step=seen // batch,
+            self._averages,
+            self._guard,
+            Orders(
+                batch=course.plan.batch,
+                accumulation=course.accumulation,
+                clip=course.clip,
+                learning_rate=learning_rate_at(course.learning_rate, seen, total, course.warmup),
+            ),
+            first=seen,
         )
-        self._sum.loss += float(value.detach())
-        self._sum.norm += norm
-        self._sum.steps += 1
-        return seen + batch
+
+    def _publish(self, held_out: Callable[[], float] | None) -> None:
+        """Give the module its average, of several the one that does best on held-out records."""
+        losses = []
+        for index in range(len(self._averages.decays)):
+            self._averages.publish(index)
+            if len(self._averages.decays) == 1 or held_out is None:
+                return
+            losses.append(held_out())
+        best = losses.index(min(losses))
+        self._averages.publish(best)
+        decays = dict(zip(map(str, self._averages.decays), losses, strict=True))
+        self._journal({"event": "published", "name": self._name, "held_out_loss": decays})
 
     # -- the state on disk -----------------------------------------------------------------------
 
     def _commit(self, seen: int) -> None:
-        tensors: dict[str, Tensor] = {}
-        for name, parameter, average in zip(
-            self._names, self._parameters, self._averaged, strict=True
-        ):
-            tensors[f"weights/{name}"] = parameter.detach()
-            tensors[f"average/{name}"] = average
+        """Copy the state and hand it to the background; what is queued before it comes first."""
+        tensors = {
+            name: value.detach().to("cpu", copy=True) for name, value in self._tensors().items()
+        }
+        facts = {**self._facts(), "means": self._means.state(), "guard": self._guard.state()}
+        checkpoints = self._checkpoints
+        self._background.submit("a checkpoint", lambda: checkpoints.commit(seen, tensors, facts))
+        self._committed_at = time.monotonic()
+
+    def _tensors(self) -> dict[str, Tensor]:
+        tensors = self._averages.tensors(self._names)
+        for name, parameter in zip(self._names, self._parameters, strict=True):
+            tensors[f"weights/{name}"] = parameter
             for key, value in self._optimizer.state[parameter].items():
                 tensors[f"optimizer/{key}/{name}"] = value
-        self._checkpoints.commit(seen, tensors, {**self._facts(), "sum": vars(self._sum)})
+        return tensors
+
+    def _long_ago(self) -> bool:
+        seconds = self._course.checkpoint_seconds
+        return seconds is not None and time.monotonic() - self._committed_at > seconds
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same for a resume to be bitwise."""
@@ -191,14 +253,13 @@ class Loop:
     def _resume(self, generation: int) -> int:
         latest = self._checkpoints.latest()
         if latest is None:
-            self._keep_metrics(0)
+            self._metrics.keep(0)
             return 0
-        facts = {key: value for key, value in latest.facts.items() if key != "sum"}
+        facts = {key: value for key, value in latest.facts.items() if key not in _CARRIED}
         if facts != self._facts():
             self._resume_otherwise(facts, generation, latest.images_seen)
         self._restore(latest)
-        self._sum = _Sum(**latest.facts["sum"])
-        self._keep_metrics(latest.images_seen)
+        self._guard.restore(latest.facts["guard"])
         return latest.images_seen
 
     def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
@@ -218,57 +279,75 @@ class Loop:
             }
         )  # fmt: skip
 
+    def _go_back(self, seen: int, taken: Taken) -> int:
+        """Return to the last commit, knowing what to skip from there."""
+        self._background.drain()
+        latest = self._checkpoints.latest()
+        assert latest is not None, "a training commits before its first step"
+        start, end = self._guard.refuse(seen, latest.images_seen, loss=taken.loss, norm=taken.norm)
+        log.warning(
+            "%s: loss %g, gradient %g: back to %d images, %d to %d are skipped",
+            self._name, taken.loss, taken.norm, latest.images_seen, start, end,
+        )  # fmt: skip
+        self._restore(latest)
+        # The ranges are in the next commit. Killed before it, a training meets the batch again.
+        self._guard.restore(latest.facts["guard"], keep_ranges=True)
+        self._journal(
+            {
+                "event": "skipped", "name": self._name, "images_seen": seen, "loss": taken.loss,
+                "gradient_norm": taken.norm, "first": start, "end": end,
+            }
+        )  # fmt: skip
+        return latest.images_seen
+
     def _restore(self, checkpoint: Checkpoint) -> None:
         tensors = checkpoint.tensors
+        self._averages.restore(self._names, tensors)
         with torch.no_grad():
-            for name, parameter, average in zip(
-                self._names, self._parameters, self._averaged, strict=True
-            ):
+            for name, parameter in zip(self._names, self._parameters, strict=True):
                 parameter.copy_(tensors[f"weights/{name}"])
-                average.copy_(tensors[f"average/{name}"])
-                self._optimizer.state[parameter] = {
-                    key: tensors[f"optimizer/{key}/{name}"].to(parameter.device, copy=True)
-                    for key in ("step", "exp_avg", "exp_avg_sq")
-                }
+                # Before the first step there is none.
+                if f"optimizer/step/{name}" in tensors:
+                    self._optimizer.state[parameter] = {
+                        key: tensors[f"optimizer/{key}/{name}"].to(parameter.device, copy=True)
+                        for key in ("step", "exp_avg", "exp_avg_sq")
+                    }
+                else:
+                    self._optimizer.state.pop(parameter, None)
+        self._means = Means(checkpoint.facts["means"])
+        self._metrics.keep(checkpoint.images_seen)
 
     # -- what is said ----------------------------------------------------------------------------
 
     def _write_metrics(self, seen: int) -> None:
-        line = {
+        text = self._metrics.add(seen, self._means)
+        self._means = Means()
+        name, storage, checkpoints = self._metrics.name, self._storage, self._checkpoints
+
+        def work() -> None:
+            checkpoints.check_fence()  # the file is whole: a zombie's would replace its heir's
+            storage.write_bytes(name, text)
+
+        self._background.submit("metrics", work)
+
+    def _beat(self, seen: int, images_per_second: float) -> None:
+        if not self._pulse.idle and seen < self._course.plan.images_seen:
+            return  # storage is slower than a heart, or away
+        storage, checkpoints, name = self._storage, self._checkpoints, self._folder
+        beat = {
+            "schema_version": 1,
+            "generation": checkpoints.generation,
             "images_seen": seen,
-            "loss": self._sum.loss / self._sum.steps,
-            "gradient_norm": self._sum.norm / self._sum.steps,
+            "of": self._course.plan.images_seen,
+            "images_per_second": round(images_per_second, 3),
+            "unix_seconds": round(time.time(), 3),
         }
-        self._sum = _Sum()
-        self._storage.append_line(f"{self._folder}/metrics.jsonl", json.dumps(line))
 
-    def _keep_metrics(self, seen: int) -> None:
-        """Drop the lines of steps that were lost with a killed writer, torn ones included."""
-        name = f"{self._folder}/metrics.jsonl"
-        if not self._storage.exists(name):
-            return
-        kept = []
-        for text in self._storage.read_bytes(name).decode(errors="replace").splitlines():
-            try:
-                if json.loads(text)["images_seen"] <= seen:
-                    kept.append(text + "\n")
-            except (ValueError, KeyError, TypeError):
-                continue
-        self._storage.write_bytes(name, "".join(kept).encode())
+        def work() -> None:
+            checkpoints.check_fence()
+            storage.write_json(f"{name}/heartbeat.json", beat)
 
-    def _beat(self, seen: int, generation: int, images_per_second: float) -> None:
-        self._checkpoints.check_fence()
-        self._storage.write_json(
-            f"{self._folder}/heartbeat.json",
-            {
-                "schema_version": 1,
-                "generation": generation,
-                "images_seen": seen,
-                "of": self._course.plan.images_seen,
-                "images_per_second": round(images_per_second, 3),
-                "unix_seconds": round(time.time(), 3),
-            },
-        )
+        self._pulse.submit("a heartbeat", work)
 
     def _journal(self, line: dict[str, Any]) -> None:
         self._storage.append_line(f"{self._folder}/journal.jsonl", json.dumps(line))

@@ -10,10 +10,14 @@ import torch
 
 from atoll.core.denoiser import Denoiser
 from atoll.core.journal import log
+from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.islands.compute import Device, computing
+from atoll.islands.data import Batches
+from atoll.islands.ema import Averages
+from atoll.islands.guard import Guard
 from atoll.islands.settings import DenoiserTraining
-from atoll.islands.step import flow_matching, take_step
+from atoll.islands.step import Orders, flow_matching, prepare, take_step
 
 _SECONDS = 3.0
 # What is kept for checkpoints, gate heads, previews and starting processes.
@@ -31,17 +35,19 @@ def images_per_second(
 ) -> float:
     """Training speed of a copy of the denoiser in this process, after one step to warm up."""
     with computing(device, threads) as chosen:
-        trial = Denoiser(copy.deepcopy(denoiser.network).to(chosen).train(), denoiser.card)
-        parameters = list(trial.network.parameters())
-        averaged = [p.detach().clone() for p in parameters]
+        trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
+        prepare(trial, training, chosen)
+        parameters = [p for p in trial.network.parameters() if p.requires_grad]
+        averages = Averages(parameters, training.ema_decays)
         optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
-        loss = flow_matching(trial, pack, training, seed=0, stream="probe")
+        batches = Batches(pack, training, rows=pack.train, seed=0, stream="probe", device=chosen)
+        loss = flow_matching(trial, batches, training)
+        orders = Orders(batch, training.accumulation, clip=1.0, learning_rate=1e-6)
+        guard = Guard(training.guard, Plan(batch=batch, images_seen=batch), "the probe")
         steps, started = -1, time.monotonic()
         while steps < 2 or time.monotonic() - started < _SECONDS:
-            take_step(
-                loss((steps + 1) * batch, batch), parameters, optimizer, averaged,
-                learning_rate=1e-6, clip=1.0, ema_decay=0.9, step=steps + 1,
-            )  # fmt: skip
+            first = (steps + 1) * batch
+            take_step(loss, parameters, optimizer, averages, guard, orders, first=first)
             steps += 1
             if steps == 0:
                 started = time.monotonic()

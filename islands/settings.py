@@ -10,8 +10,10 @@ from pydantic import Field
 from atoll.core.config import Config
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
+from atoll.core.places import Island
 from atoll.core.recipes import Recipe
 from atoll.islands.compute import Device
+from atoll.islands.spot import Cloud
 
 # Fewer than this and a head of any size knows little.
 _LEAST_HEAD_IMAGES = 4_000
@@ -26,14 +28,41 @@ class OptimizerConfig(Config):
     beta2: float = Field(default=0.99, ge=0, lt=1)
     warmup: float = Field(default=0.1, ge=0, le=1)  # share of images_seen
     clip: float = Field(default=1.0, gt=0)  # largest norm of the gradient
+    kernel: Literal["fused", "foreach"] = "fused"  # torch's two implementations
 
 
 class TimeConfig(Config):
     """How training times are drawn (SD3, arXiv 2403.03206, section 3.1)."""
 
-    sampling: Literal["logit-normal", "uniform"] = "logit-normal"
-    mean: float = 0.0
+    sampling: Literal["logit-normal", "uniform", "mode"] = "logit-normal"
+    mean: float = 0.0  # of logit-normal
     std: float = Field(default=1.0, gt=0)
+    scale: float = Field(default=1.29, ge=-1, le=1.75)  # of mode; 1.29 is SD3's
+
+
+class WeightConfig(Config):
+    """What an error at time t weighs in the loss.
+
+    `cosmap` is SD3's (eq. 21): 2 / (pi (1 - 2 t + 2 t^2)). `min-snr` (Hang et al. 2023, arXiv
+    2303.09556, eq. 8) is min(SNR, gamma) on the error of x_data, whatever the network predicts.
+    """
+
+    kind: Literal["none", "cosmap", "min-snr"] = "none"
+    gamma: float = Field(default=5.0, gt=0)
+
+
+class GuardConfig(Config):
+    """When an update is refused, and how much may be skipped before the training gives up.
+
+    A loss or gradient that is not finite, or a gradient `spike` times the median norm of the steps
+    before it, is never applied: the training goes back to its last commit and skips those images.
+    A second refusal before the next commit skips twice as much, as far back as that commit (the
+    harm was done by an update before it, as PaLM's authors found: arXiv 2204.02311, section 5.1).
+    """
+
+    spike: float | None = Field(default=30.0, gt=1)
+    attempts: int = Field(default=5, ge=0)  # from one commit to the next
+    share: float = Field(default=0.05, ge=0, le=1)  # of all images that may be skipped
 
 
 class DenoiserTraining(Config):
@@ -43,10 +72,18 @@ class DenoiserTraining(Config):
     passes: float | None = Field(default=None, gt=0)  # images_seen over records; None: recipe's
     prediction: Prediction = Prediction.VELOCITY
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
-    ema_decay: float = Field(default=0.995, ge=0, lt=1)  # per step, warmed up
+    # Decays per step, warmed up. Of several, the one of least held-out loss is published.
+    ema_decays: tuple[float, ...] = Field(default=(0.995,), min_length=1)
     time: TimeConfig = TimeConfig()
+    weight: WeightConfig = WeightConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
+    guard: GuardConfig = GuardConfig()
+    accumulation: int = Field(default=1, ge=1)  # parts of a batch that are computed in turn
+    precision: Literal["float32", "bfloat16"] = "float32"  # of the network's arithmetic
+    gradient_checkpointing: bool = False
+    compile: bool = False
     checkpoints: int = Field(default=8, ge=1)  # how many over the whole training
+    checkpoint_seconds: float | None = Field(default=None, gt=0)  # and after so long without one
 
 
 class HeadTraining(Config):
@@ -71,11 +108,24 @@ class HeadTraining(Config):
 class BaseConfig(Config):
     """`atoll base`."""
 
-    recipe: str | None = None  # None takes the one for the picture's size
+    recipe: str | None = None  # None takes the one for the picture's size, or for the start's
+    start: str | None = None  # weights to start from, as `core/starts.py` reads them; None: random
     threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
     device: Device = "auto"
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     training: DenoiserTraining = DenoiserTraining()
+
+
+class WatchConfig(Config):
+    """How the controller watches islands, and what it does then; no island is told."""
+
+    # A job whose signs of life stop for so long is taken over by the next generation.
+    dead_seconds: float = Field(default=60.0, gt=0)
+    # An island that does not answer for so long gets no shard until it does.
+    unreachable_seconds: float = Field(default=60.0, gt=0)
+    # Doubled with every further attempt of a shard, up to 32 times as long.
+    backoff_seconds: float = Field(default=1.0, ge=0)
+    tracker: Literal["wandb", "trackio"] | None = None  # besides TensorBoard's files
 
 
 class TrainConfig(Config):
@@ -87,10 +137,13 @@ class TrainConfig(Config):
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations after a death, per island
+    spot: Cloud = "auto"  # whose notices that a machine is taken back are heeded
     training: DenoiserTraining = DenoiserTraining()
     head: HeadTraining = HeadTraining()
     preview: int = Field(default=16, ge=0)  # pictures in preview.png
     preview_steps: int = Field(default=20, ge=1)
+    islands: tuple[Island, ...] = ()  # none: one local head
+    watch: WatchConfig = WatchConfig()
 
 
 def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: bool) -> Plan:

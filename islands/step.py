@@ -1,90 +1,147 @@
-"""The training step on one page: batch, loss, optimiser, average, counter.
+"""The training step on one page: batch, loss, gradient, guard, optimiser, averages.
 
 Flow matching on the linear path (Lipman et al. 2022, arXiv 2210.02747, eq. 23): the network learns
-E[x_noise - x_data | x_t, t, cond]. Everything random is a function of (seed, stream, images_seen),
-so a resumed training sees the very batches that an uninterrupted one would have seen. Imports
-nothing heavier than torch, diffusers and safetensors.
+E[x_noise - x_data | x_t, t, cond], or the epsilon or x_data of the same path. Everything random is
+a function of (seed, stream, images_seen), so a resumed training sees the very batches that an
+uninterrupted one would have seen. Imports nothing heavier than torch, diffusers and safetensors.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from atoll.core import flow, seeds
-from atoll.core.conditioning import Conditioning
+from atoll.core import flow
 from atoll.core.denoiser import Denoiser
-from atoll.core.pack import Pack
-from atoll.islands.settings import DenoiserTraining, TimeConfig
+from atoll.core.flow import Prediction
+from atoll.islands.data import Batch
+from atoll.islands.ema import Averages
+from atoll.islands.guard import Guard
+from atoll.islands.settings import DenoiserTraining, WeightConfig
 
-Loss = Callable[[int, int], Tensor]
-"""(images_seen before the batch, batch) -> scalar loss of that batch."""
-
-
-def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int) -> Tensor:
-    """Training times `(count,)` in (0, 1) of records `first` onwards of a stream."""
-    if config.sampling == "uniform":
-        return seeds.uniform(seed, stream, "time", first=first, count=count)[:, 0].float()
-    normal = seeds.normal(seed, stream, "time", first=first, count=count)
-    return flow.logit_normal(normal, mean=config.mean, std=config.std)
+# Noised held-out records that the averages are compared on, and how many at once.
+_HELD_OUT, _HELD_OUT_BATCH = 512, 64
 
 
-def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -> Conditioning:
-    """Condition dropout (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1)."""
-    return cond.dropped(uniform[:, 0] < rate, null)
+@dataclass(frozen=True)
+class Errors:
+    """What a batch cost: the loss, and each record's unweighted error `(batch,)` at its `t`."""
+
+    loss: Tensor
+    each: Tensor
+    t: Tensor
+
+
+Loss = Callable[[int, int], Errors]
+"""(images_seen before the batch, batch) -> its errors."""
+
+
+@dataclass(frozen=True)
+class Orders:
+    """What one step is told besides its batch."""
+
+    batch: int
+    accumulation: int
+    clip: float
+    learning_rate: float
+
+
+@dataclass(frozen=True)
+class Taken:
+    """How a step went; `applied` is false where the guard refused the update."""
+
+    loss: float
+    norm: float
+    applied: bool
+    parts: list[Errors]
+
+
+def weigh(config: WeightConfig, t: Tensor, prediction: Prediction) -> Tensor:
+    """What the errors at `t` `(batch,)` weigh; `WeightConfig` has the formulas."""
+    if config.kind == "none":
+        return torch.ones_like(t)
+    if config.kind == "cosmap":
+        return 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
+    # In units of x_data, whose error is t times that of the velocity.
+    units = t / flow.error_scale(t, prediction)
+    return flow.snr(t).clamp(max=config.gamma) * units.square()
 
 
 def flow_matching(
-    denoiser: Denoiser, pack: Pack, config: DenoiserTraining, *, seed: int, stream: str
+    denoiser: Denoiser, batches: Callable[[int, int], Batch], config: DenoiserTraining
 ) -> Loss:
-    """The loss of a base or an expert on the training rows of a pack.
+    """The loss of a base or an expert on its batches."""
 
-    Randomness is drawn on the CPU, so that it is the same on every device.
-    """
-    device = next(denoiser.network.parameters()).device
-
-    def loss(first: int, count: int) -> Tensor:
-        where = {"first": first, "count": count}
-        rows = torch.from_numpy(seeds.order(seed, stream, "order", n=len(pack.train), **where))
-        x_data = pack.x_data(rows).to(device)
-        uniform = seeds.uniform(seed, stream, "dropout", **where)
-        cond = drop(pack.cond(rows), pack.null, uniform, config.condition_dropout)
-        t = times(config.time, seed, stream, **where).to(device)
-        x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
-        x_noise = x_noise.to(device)
-        x_t = flow.interpolate(x_data, x_noise, t)
-        wanted = flow.target(x_data, x_noise, config.prediction)
-        return functional.mse_loss(denoiser.output(x_t, t, cond.to(x_t)), wanted)
+    def loss(first: int, count: int) -> Errors:
+        batch = batches(first, count)
+        low = config.precision == "bfloat16"
+        with torch.autocast(batch.x_t.device.type, torch.bfloat16, enabled=low):
+            output = denoiser.output(batch.x_t, batch.t, batch.cond)
+        each = (output.float() - batch.wanted).square().flatten(1).mean(1)
+        weighted = each * weigh(config.weight, batch.t, config.prediction)
+        return Errors(weighted.mean(), each.detach(), batch.t)
 
     return loss
 
 
+def prepare(denoiser: Denoiser, config: DenoiserTraining, device: torch.device) -> None:
+    """Put the network on its device, and have it checkpoint and compile as it is told."""
+    network: Any = denoiser.network
+    network.to(device)
+    if config.gradient_checkpointing:
+        network.enable_gradient_checkpointing()
+    if config.compile:
+        network.compile()  # in place: the names of its weights stay
+
+
+def held_out_loss(
+    denoiser: Denoiser, batches: Callable[[int, int], Batch], config: DenoiserTraining
+) -> Callable[[], float]:
+    """The unweighted error on records that no training uses, at the same noise every time."""
+
+    @torch.no_grad()
+    def measured() -> float:
+        loss = flow_matching(denoiser, batches, config)
+        each = [loss(first, _HELD_OUT_BATCH).each for first in range(0, _HELD_OUT, _HELD_OUT_BATCH)]
+        return float(torch.cat(each).double().mean())
+
+    return measured
+
+
 def take_step(
-    loss: Tensor,
+    loss: Loss,
     parameters: list[nn.Parameter],
     optimizer: torch.optim.Optimizer,
-    averaged: list[Tensor],
+    averages: Averages,
+    guard: Guard,
+    orders: Orders,
     *,
-    learning_rate: float,
-    clip: float,
-    ema_decay: float,
-    step: int,
-) -> float:
-    """One update of the weights and of their exponential average; the norm of the gradient."""
+    first: int,
+) -> Taken:
+    """One update from images `first` to `first + batch - 1`, unless the guard refuses it."""
     optimizer.zero_grad(set_to_none=True)
-    loss.backward()  # type: ignore[no-untyped-call]
-    norm = nn.utils.clip_grad_norm_(parameters, clip)
-    for group in optimizer.param_groups:
-        group["lr"] = learning_rate
-    optimizer.step()
-    # Warmed up, so that a short training is not averaged with its random start.
-    decay = min(ema_decay, (1 + step) / (10 + step))
-    with torch.no_grad():
-        torch._foreach_lerp_(averaged, [p.detach() for p in parameters], 1 - decay)
-    return float(norm)
+    part = orders.batch // orders.accumulation
+    parts = []
+    for start in range(first, first + orders.batch, part):
+        errors = loss(start, part)
+        (errors.loss / orders.accumulation).backward()  # type: ignore[no-untyped-call]
+        parts.append(errors)
+    norm = nn.utils.clip_grad_norm_(parameters, orders.clip)
+    total = torch.stack([errors.loss.detach() for errors in parts]).mean()
+    # The one moment at which the accelerator is waited for.
+    value, length = torch.stack([total, norm]).tolist()
+    applied = guard.accepts(value, length)
+    if applied:
+        for group in optimizer.param_groups:
+            group["lr"] = orders.learning_rate
+        optimizer.step()
+        averages.update(first // orders.batch)
+    return Taken(value, length, applied, parts)
 
 
 def learning_rate_at(peak: float, images_seen: int, total: int, warmup: float) -> float:

@@ -1,43 +1,46 @@
-"""Ray, and nothing else of Ray in Atoll: a local head when none is given, and jobs through its API.
+"""Ray's Jobs API over HTTP, and nothing else of Ray: submit, ask, read, stop.
 
-A head of ours is a child of this process with a token, ports of its own, an empty folder to start
-in (a job's working directory is its head's, and a clone there would be imported) and a temporary
-folder that goes with it. It ends when this process ends, also by kill -9.
+Every call has a time limit, which Ray's own client has not: a cluster that is stopped in its tracks
+accepts a connection and never answers. No redirection is followed, which would carry the token to a
+stranger, and no variable that leads Ray's client elsewhere is read.
+Source: https://docs.ray.io/en/latest/cluster/running-applications/job-submission/rest.html
 """
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
-import os
-import secrets
+import hashlib
+import io
+import json
 import shlex
-import shutil
-import signal
-import socket
-import subprocess
-import sys
-import tempfile
-import time
+import ssl
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from dataclasses import dataclass
+import zipfile
+from dataclasses import dataclass, field
+from email.message import Message
 from pathlib import Path
+from typing import IO, Any
+from urllib.parse import quote, urlsplit
 
-from atoll.core.errors import Failed, MissingError, UsageError
+import atoll
+import atoll.core
+import atoll.islands
+from atoll.core.errors import Failed
 from atoll.core.journal import log
-from atoll.islands.job import SUBMISSION_VARIABLE
+from atoll.core.places import Island
+from atoll.islands.signs import SUBMISSION_VARIABLE
 
-_START_SECONDS = 90.0
-_STOP_SECONDS = 20.0
-# What would make a client talk to another cluster than the one it was given.
-_REDIRECTS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS")
-_PORTS = (
-    "--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port",
-    "--dashboard-agent-grpc-port", "--metrics-export-port", "--runtime-env-agent-port",
-    "--node-manager-port", "--object-manager-port",
-)  # fmt: skip
+# What would make a client of Ray's talk to another cluster than the one it was given.
+REDIRECTS = ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS", "RAY_JOB_HEADERS")
+_ANSWER_SECONDS = 5.0
+_SUBMIT_SECONDS = 60.0
+ENDED = {"SUCCEEDED", "FAILED", "STOPPED"}
+# An island runs these and nothing else of ours; the layering test holds them to it.
+_SHIPPED = (atoll, atoll.core, atoll.islands)
+
+
+class Unreachable(Failed):
+    """A cluster that does not answer, or not now."""
 
 
 @dataclass(frozen=True)
@@ -45,168 +48,208 @@ class Cluster:
     """Where jobs are submitted: the address of the Jobs API and the token it asks for."""
 
     address: str
-    token: str
-    python: str = "python"  # the interpreter there that has atoll
+    token: str = field(repr=False)
+    name: str = "cluster"
+    python: str = "python"  # the interpreter there
+    ship: bool = False  # whether our code is sent along
+    ca: str | None = None
+    verify: bool = True
 
 
-def remote_cluster(address: str) -> Cluster:
-    """A cluster that is already there; its token comes from the environment alone."""
-    token = os.environ.get("RAY_AUTH_TOKEN", "")
-    path = os.environ.get("RAY_AUTH_TOKEN_PATH", "")
-    if not token and path:
-        try:
-            token = Path(path).read_text().strip()
-        except OSError as error:
-            raise MissingError(f"The token file of RAY_AUTH_TOKEN_PATH: {error}") from error
-    if not address.startswith(("http://", "https://")):
-        raise UsageError(
-            f"'{address}' is not an address of a Ray Jobs API",
-            allowed="http://HOST:PORT or https://HOST:PORT",
-        )
-    return Cluster(address, token)
-
-
-@contextlib.contextmanager
-def local_head(cpus: int, gpus: int = 0) -> Iterator[Cluster]:
-    """Start a Ray head on this machine, and end it with everything it started."""
-    # Short: the path of a socket below it must stay under 108 bytes.
-    folder = Path(tempfile.mkdtemp(prefix="atoll-ray-", dir="/tmp"))
-    token = secrets.token_hex(32)
-    token_file = folder / "token"
-    token_file.touch(mode=0o600)
-    token_file.write_text(token)
-    (folder / "empty").mkdir()
-    ports = dict(zip(_PORTS, _free_ports(len(_PORTS)), strict=True))
-    command = [
-        sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block",
-        "--num-cpus", str(cpus), "--num-gpus", str(gpus), "--disable-usage-stats",
-        "--temp-dir", str(folder / "ray"), "--object-store-memory", str(96 << 20),
-        "--include-dashboard", "true", "--dashboard-host", "127.0.0.1",
-        *(text for flag, port in ports.items() for text in (flag, str(port))),
-    ]  # fmt: skip
-    environment = {
-        **{k: v for k, v in os.environ.items() if k not in _REDIRECTS},
-        "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN_PATH": str(token_file),
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
-    }
-    environment.pop("RAY_AUTH_TOKEN", None)
-    with (folder / "head.log").open("wb") as out:
-        head = subprocess.Popen(
-            command, env=environment, cwd=folder / "empty", stdout=out, stderr=out,
-            stdin=subprocess.DEVNULL, start_new_session=True, preexec_fn=_die_with_parent,
-        )  # fmt: skip
-    try:
-        cluster = Cluster(
-            f"http://127.0.0.1:{ports['--dashboard-port']}", token, python=sys.executable
-        )
-        _wait_for(cluster, head, folder / "head.log")
-        log.debug("a local Ray head answers at %s", cluster.address)
-        yield cluster
-    finally:
-        _end(head)
-        shutil.rmtree(folder, ignore_errors=True)
+def remote_cluster(island: Island) -> Cluster:
+    """A cluster that is already there."""
+    assert island.address is not None
+    return Cluster(
+        island.address.rstrip("/"), island.token(), name=island.name, python=island.python,
+        ship=island.ship, ca=island.tls.ca, verify=island.tls.verify,
+    )  # fmt: skip
 
 
 class Jobs:
-    """The Jobs API of one cluster."""
+    """One cluster's Jobs API; `Unreachable` where it does not answer, `Failed` where it refuses."""
 
-    def __init__(self, cluster: Cluster) -> None:
-        self._python = cluster.python
-        from ray.exceptions import RayError
-        from ray.job_submission import JobSubmissionClient
+    def __init__(self, cluster: Cluster, *, ask: bool = True) -> None:
+        self._cluster = cluster
+        self._code: tuple[str, bytes] | None = None
+        handlers: list[urllib.request.BaseHandler] = [_NoRedirect()]
+        if urlsplit(cluster.address).hostname in ("127.0.0.1", "localhost", "::1"):
+            handlers.append(urllib.request.ProxyHandler({}))
+        if cluster.address.startswith("https:"):
+            handlers.append(urllib.request.HTTPSHandler(context=_tls(cluster)))
+        self._opener = urllib.request.build_opener(*handlers)
+        if ask:
+            self.check()
 
-        for name in _REDIRECTS:
-            os.environ.pop(name, None)
-        headers = {"Authorization": f"Bearer {cluster.token}"} if cluster.token else {}
-        try:
-            self._client = JobSubmissionClient(cluster.address, headers=headers)
-        except (ConnectionError, RuntimeError, RayError) as error:
-            raise Failed(
-                f"The Ray cluster at {cluster.address} does not answer as it should: {error}",
-                cure="check the address, and RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH",
-            ) from error
+    def check(self) -> None:
+        """Raise where the cluster does not answer, or does not take the token."""
+        self.version()
+        self._json("GET", "/api/jobs/")
+
+    def version(self) -> str:
+        """Ray's version there, and a sign that it answers."""
+        return str(self._json("GET", "/api/version").get("ray_version", ""))
 
     def submit(
-        self, run_uri: str, shard: str, *, submission_id: str, threads: int, gpus: int
-    ) -> str:
-        """Start an island's job in a process of its own, with processors of its own."""
+        self,
+        run_uri: str,
+        shard: str,
+        *,
+        submission_id: str,
+        threads: int,
+        cpus: int,
+        gpus: int,
+        memory_gib: float | None = None,
+    ) -> str | None:
+        """Start an island's job in a process of its own; the sha256 of the code that was sent."""
+        environment = {
+            "OMP_NUM_THREADS": str(threads),
+            "MKL_NUM_THREADS": str(threads),
+            SUBMISSION_VARIABLE: submission_id,
+        }
+        runtime: dict[str, Any] = {"env_vars": environment}
+        sha256 = None
+        if self._cluster.ship:
+            runtime["py_modules"] = [self._send_code()]
+            assert self._code is not None
+            sha256 = self._code[0]
         # `exec` lets the process die with its raylet; -P keeps the working directory off the path.
-        program = "-P -m atoll.islands.job"
-        command = f"exec {shlex.quote(self._python)} {program}"
-        threads_text = str(threads)
-        return str(
-            self._client.submit_job(
-                entrypoint=f"{command} {shlex.quote(run_uri)} {shlex.quote(shard)}",
-                submission_id=submission_id,
-                entrypoint_num_cpus=threads,
-                entrypoint_num_gpus=gpus,
-                runtime_env={
-                    "env_vars": {
-                        "OMP_NUM_THREADS": threads_text,
-                        "MKL_NUM_THREADS": threads_text,
-                        SUBMISSION_VARIABLE: submission_id,
-                    }
-                },
-            )
-        )
+        program = f"exec {shlex.quote(self._cluster.python)} -P -m atoll.islands.job"
+        order: dict[str, Any] = {
+            "entrypoint": f"{program} {shlex.quote(run_uri)} {shlex.quote(shard)}",
+            "submission_id": submission_id,
+            "entrypoint_num_cpus": cpus,
+            "entrypoint_num_gpus": gpus,
+            "runtime_env": runtime,
+        }
+        if memory_gib is not None:
+            order["entrypoint_memory"] = int(memory_gib * 2**30)
+        try:
+            self._json("POST", "/api/jobs/", order, seconds=_SUBMIT_SECONDS)
+        except Failed as error:
+            # The first try may have arrived and its answer not.
+            if "already exists" not in str(error):
+                raise
+        return sha256
 
-    def ended(self, submission_id: str) -> bool:
-        """Whether the job is over, as far as Ray knows: a hint, `exit.json` is the word."""
-        return bool(self._client.get_job_status(submission_id).is_terminal())
+    def details(self, submission_id: str) -> dict[str, Any]:
+        """What Ray knows of a job: `status`, `driver_exit_code`, `entrypoint` and more."""
+        return dict(self._json("GET", f"/api/jobs/{quote(submission_id)}"))
+
+    def status(self, submission_id: str) -> str:
+        """PENDING, RUNNING, or one of `ENDED`: a hint, `exit.json` is the word."""
+        return str(self.details(submission_id)["status"])
 
     def logs(self, submission_id: str) -> str:
         """What the job wrote."""
-        return str(self._client.get_job_logs(submission_id))
+        text = str(self._json("GET", f"/api/jobs/{quote(submission_id)}/logs").get("logs") or "")
+        return text.replace(self._cluster.token, "***") if self._cluster.token else text
 
     def stop(self, submission_id: str) -> None:
-        """SIGTERM, on which a job commits and leaves."""
-        with contextlib.suppress(RuntimeError):
-            self._client.stop_job(submission_id)
-
-
-def _free_ports(count: int) -> list[int]:
-    """Ports that were free together a moment ago."""
-    with contextlib.ExitStack() as stack:
-        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
-        for each in sockets:
-            each.bind(("", 0))
-        return [int(each.getsockname()[1]) for each in sockets]
-
-
-def _die_with_parent() -> None:
-    """Linux: SIGTERM to the head when this process is gone (PR_SET_PDEATHSIG = 1)."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGTERM)
-
-
-def _wait_for(cluster: Cluster, head: subprocess.Popen[bytes], log_file: Path) -> None:
-    deadline = time.monotonic() + _START_SECONDS
-    request = urllib.request.Request(
-        f"{cluster.address}/api/version", headers={"Authorization": f"Bearer {cluster.token}"}
-    )
-    while time.monotonic() < deadline and head.poll() is None:
+        """SIGTERM, on which a job commits and leaves; one that is gone is fine."""
         try:
-            with urllib.request.urlopen(request, timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.2)
-    tail = log_file.read_text(errors="replace")[-2000:]
-    raise Failed(
-        f"The local Ray head did not start within {_START_SECONDS:.0f} s. Its last words:\n{tail}",
-        cure="free memory or ports, or give --address of a running cluster",
-    )
+            self._json("POST", f"/api/jobs/{quote(submission_id)}/stop")
+        except Unreachable:
+            raise
+        except Failed as error:
+            log.debug("%s was not stopped: %s", submission_id, error)
+
+    def _send_code(self) -> str:
+        """Upload our code where it is not there yet; Ray's name of it.
+
+        Not the wheel: Ray installs a wheel with pip, its dependencies too, torch first of all.
+        """
+        if self._code is None:
+            data = shipped_code()
+            self._code = hashlib.sha256(data).hexdigest(), data
+        sha256, data = self._code
+        name = f"_ray_pkg_{sha256[:32]}.zip"
+        try:
+            self._ask("GET", f"/api/packages/gcs/{name}")
+        except Unreachable:
+            raise
+        except Failed:
+            self._ask("PUT", f"/api/packages/gcs/{name}", data, seconds=_SUBMIT_SECONDS)
+        return f"gcs://{name}"
+
+    def _json(
+        self, method: str, path: str, value: Any = None, *, seconds: float | None = None
+    ) -> Any:
+        data = None if value is None else json.dumps(value).encode()
+        answer = self._ask(method, path, data, seconds=seconds)
+        try:
+            return json.loads(answer)
+        except ValueError:
+            raise Unreachable(f"{self._said} with something else than JSON") from None
+
+    def _ask(
+        self, method: str, path: str, data: bytes | None = None, *, seconds: float | None = None
+    ) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self._cluster.token:
+            headers["Authorization"] = f"Bearer {self._cluster.token}"
+        request = urllib.request.Request(
+            f"{self._cluster.address}{path}", data=data, headers=headers, method=method
+        )
+        try:
+            with self._opener.open(request, timeout=seconds or _ANSWER_SECONDS) as answer:
+                return bytes(answer.read())
+        except urllib.error.HTTPError as error:
+            words = error.read(2000).decode(errors="replace").strip()
+            what = f"{self._said} as it should: {error.code} {words or error.reason}"
+            if error.code in (408, 425, 429, 502, 503, 504) or "try again later" in words:
+                raise Unreachable(what, cure="wait, or check the address") from None
+            cure = "check the address"
+            if error.code in (401, 403):
+                cure = "check the address and the token: token_env or token_file of the island, "
+                cure += "or RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
+            raise Failed(what, cure=cure) from None
+        except (OSError, ValueError) as error:  # refused, timed out, cut off, no certificate
+            reason = getattr(error, "reason", error)
+            raise Unreachable(
+                f"{self._said}: {reason}", cure="check the address, and tls where it is https"
+            ) from None
+
+    @property
+    def _said(self) -> str:
+        return f"The Ray cluster '{self._cluster.name}' at {self._cluster.address} does not answer"
 
 
-def _end(head: subprocess.Popen[bytes]) -> None:
-    if head.poll() is None:
-        head.send_signal(signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            head.wait(timeout=_STOP_SECONDS)
-    # What is left of the session that we started, and of nobody else's.
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(head.pid, signal.SIGKILL)
-    head.wait()
+def shipped_code() -> bytes:
+    """The part of Atoll that an island runs, as the zip that `py_modules` takes; the same bytes."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
+        for package in _SHIPPED:
+            folder = Path(package.__path__[0])
+            for file in sorted(folder.iterdir()):
+                if file.suffix == ".py" or file.name == "py.typed":
+                    info = zipfile.ZipInfo(f"{package.__name__.replace('.', '/')}/{file.name}")
+                    info.external_attr = 0o644 << 16
+                    archive.writestr(info, file.read_bytes(), zipfile.ZIP_DEFLATED)
+    return buffer.getvalue()
+
+
+class _NoRedirect(urllib.request.HTTPRedirectHandler):
+    def redirect_request(
+        self,
+        req: urllib.request.Request,
+        fp: IO[bytes],
+        code: int,
+        msg: str,
+        headers: Message,
+        newurl: str,
+    ) -> None:
+        return None
+
+
+def _tls(cluster: Cluster) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=cluster.ca)
+    except OSError as error:
+        raise Failed(
+            f"The CA file of island '{cluster.name}' cannot be read: {error.strerror or error}",
+            cure="correct tls.ca",
+        ) from None
+    if not cluster.verify:
+        context.check_hostname = False
+        context.verify_mode = ssl.CERT_NONE
+    return context

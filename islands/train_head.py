@@ -20,8 +20,9 @@ from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.head import Band, GateHead
 from atoll.core.journal import log
 from atoll.core.pack import Pack
+from atoll.islands.data import drop
 from atoll.islands.settings import HeadTraining
-from atoll.islands.step import Loss, drop
+from atoll.islands.step import Errors, Loss
 
 _PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
 _DRAWS = 512  # noised records of each side that a band is fitted and measured on
@@ -78,7 +79,7 @@ def head_loss(
     stream = f"head-{head.config.shard}"
     device = next(head.parameters()).device
 
-    def loss(first: int, count: int) -> Tensor:
+    def loss(first: int, count: int) -> Errors:
         order = seeds.order(seed, stream, "order", first=first, count=count, n=len(pack.train))
         rows = torch.from_numpy(order)
         x_data, cond = pack.x_data(rows), pack.cond(rows)
@@ -93,9 +94,11 @@ def head_loss(
         x_t = flow.interpolate(torch.cat([x_data, other]), x_noise, t).to(device)
         t, both, dropped = t.to(device), both.to(x_t), dropped.to(x_t)
         is_shard = (torch.arange(2 * count) < count).float().to(device)
-        picture = functional.binary_cross_entropy_with_logits(head.raw(x_t, t, dropped), is_shard)
+        picture = functional.binary_cross_entropy_with_logits(
+            head.raw(x_t, t, dropped), is_shard, reduction="none"
+        )
         text = functional.binary_cross_entropy_with_logits(head.raw_text(both), is_shard)
-        return picture + text
+        return Errors(picture.mean() + text, picture.detach(), t)
 
     return loss
 

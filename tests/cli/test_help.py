@@ -14,7 +14,8 @@ from atoll.cli.main import app
 from tests.cli.conftest import atoll, done
 
 COMMANDS = [
-    ("demo",), ("partition",), ("base",), ("train",), ("assemble",), ("sample",), ("evaluate",),
+    ("demo",), ("partition",), ("base",), ("train",), ("status",), ("logs",), ("stop",),
+    ("resume",), ("assemble",), ("sample",), ("evaluate",),
     ("unlearn",), ("verify",), ("soup", "create"), ("soup", "add"), ("soup", "remove"),
     ("soup", "verify"), ("soup", "show"),
 ]  # fmt: skip
@@ -98,6 +99,8 @@ def test_help_imports_nothing_heavy() -> None:
         (["partition", "a", "b", "--fit-on", "al"], "fit-on"),
         (["partition", "a"], "RUN"),
         (["verify"], "RUN|CERTIFICATE"),
+        (["logs", "x"], "SHARD"),
+        (["status", "x", "--every", "0"], "every"),
     ],
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )

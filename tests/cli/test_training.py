@@ -101,11 +101,11 @@ def test_minutes_become_passes_once(partitioned, tmp_path, monkeypatch) -> None:
     passes = json.loads((run / "base-training/atoll.config.json").read_text())["training"]["passes"]
     assert passes > 0
 
-    def no_head(*_cpus: int) -> None:
+    def no_head(*_orders: object) -> None:
         raise Failed("Ray does not start")
 
     # The plan is written before any island starts, so it outlives what goes wrong then.
-    monkeypatch.setattr("atoll.islands.supervise.local_head", no_head)
+    monkeypatch.setattr("atoll.islands.sites.local_heads", no_head)
     assert atoll("train", run, "--minutes=0.01", "--json").error["what"] == "Ray does not start"
     planned = plans(run)
     assert all(planned.values())
@@ -201,7 +201,7 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
 def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
-    long = ["--shard=shard-02", *TRAIN, "--passes=250", "--set", "training.checkpoints=100"]
+    long = ["--shard=shard-02", *TRAIN, "--passes=100", "--set", "training.checkpoints=50"]
     here = run / "islands/shard-02"
     said = interrupted(["train", str(run), *long], lambda: count(here / "commits") > 1)
     assert said.code == 6, said

@@ -80,6 +80,20 @@ def test_what_is_set_aside_holds_only_clocks(made: Path) -> None:
             assert set(json.loads(line)) <= keys
 
 
+def test_an_island_that_was_for_this_shard_alone_goes_with_it(fresh: Path) -> None:
+    saved = fresh / "islands/atoll.config.json"
+    config = json.loads(saved.read_text())
+    before = dict(config)
+    pins = {"a": [], "b": [SHARD], "c": [SHARD, OTHERS[0]]}
+    config["islands"] = [{"name": n, "local": True, "shards": s} for n, s in pins.items()]
+    saved.write_text(json.dumps(config))
+    done("unlearn", fresh, SHARD)
+    after = json.loads(saved.read_text())
+    assert {i["name"]: i["shards"] for i in after["islands"]} == {"a": [], "c": [OTHERS[0]]}
+    assert SHARD not in saved.read_text()
+    assert {**after, "islands": []} == before
+
+
 def test_nothing_else_is_touched(fresh: Path) -> None:
     (fresh / "evaluation").mkdir()
     (fresh / "evaluation/metrics.json").write_text("{}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
@@ -101,16 +102,18 @@ def test_zombie_is_refused_and_changes_nothing(storage: Storage) -> None:
 def test_writer_overtaken_between_payload_and_record_makes_no_commit(storage: Storage) -> None:
     zombie = writer_of(storage)
     commit(zombie, 8)
-    write = storage.write_bytes
+    writing = storage.writing
 
-    def overtaken(name: str, data: bytes) -> None:
-        write(name, data)
+    @contextlib.contextmanager
+    def overtaken(name: str) -> Iterator[Path]:
+        with writing(name) as path:
+            yield path
         writer_of(storage)
 
-    storage.write_bytes = overtaken  # type: ignore[method-assign]
+    storage.writing = overtaken  # type: ignore[method-assign]
     with pytest.raises(Fenced):
         commit(zombie, 16)
-    storage.write_bytes = write  # type: ignore[method-assign]
+    storage.writing = writing  # type: ignore[method-assign]
     assert_is(Checkpoints(storage, PLACE).latest(), 8)
 
 

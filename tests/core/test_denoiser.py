@@ -11,7 +11,7 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from diffusers import PixArtTransformer2DModel, UNet2DConditionModel
+from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -19,7 +19,6 @@ from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import (
     CARD_NAME,
-    FAMILIES,
     Card,
     Denoiser,
     load_network,
@@ -27,14 +26,17 @@ from atoll.core.denoiser import (
     read_card,
     write_card,
 )
+from atoll.core.dit import DiT
 from atoll.core.errors import AtollError, ExitCode, MissingError, Refused, UsageError
+from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
-from atoll.core.recipes import RECIPES, build
+from atoll.core.recipes import RECIPES, build, network_config
 from atoll.core.storage import sha256_folder
+from atoll.core.uvit import UViT
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
-TINY = {"unet": "unet-tiny", "pixart": "pixart-tiny"}
+TINY = {family: f"{family}-tiny" for family in FAMILIES}
 MakeCond = Callable[..., Conditioning]
 
 
@@ -55,7 +57,7 @@ def card(family: str = "unet", **changes: Any) -> Card:
 def denoiser(family: str, *, seed: int = 0, **changes: Any) -> Denoiser:
     network = build(RECIPES[TINY[family]], Picture(channels=1, height=8, width=8), 8, seed=seed)
     torch.manual_seed(seed)
-    with torch.no_grad():  # PixArt begins at a zero output
+    with torch.no_grad():  # transformers begin at a zero output
         for parameter in network.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
     return Denoiser(network.eval(), card(family, **changes))
@@ -184,6 +186,54 @@ def test_pixart_adapter_is_the_bare_diffusers_call(cond: MakeCond) -> None:
         assert not torch.equal(FAMILIES["pixart"].adapter(network, x_t, t.flip(0), c), ours)
 
 
+def test_sd3_adapter_is_the_diffusers_call_with_silent_padding(cond: MakeCond) -> None:
+    network = denoiser("sd3").network
+    assert isinstance(network, SD3Transformer2DModel)
+    x_t, t = batch()
+    c = cond(3)
+    with torch.no_grad():
+        ours = FAMILIES["sd3"].adapter(network, x_t, t, c)
+        theirs = network(
+            x_t,
+            encoder_hidden_states=c.tokens,
+            pooled_projections=c.pooled * 8**0.5,
+            timestep=t * 1000,
+        ).sample
+        torch.testing.assert_close(ours, theirs)
+        noisy = Conditioning(
+            torch.where(c.mask[:, :, None], c.tokens, 9.0), c.mask, c.pooled, c.is_null
+        )
+        assert torch.equal(FAMILIES["sd3"].adapter(network, x_t, t, noisy), ours)
+        for other in (
+            Conditioning(cond(4).tokens[1:], c.mask, c.pooled, c.is_null),
+            Conditioning(c.tokens, c.mask, c.pooled.flip(0), c.is_null),
+        ):
+            assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, t, other), ours)
+        assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, t.flip(0), c), ours)
+
+
+def test_pixart_that_puts_out_a_variance_too_is_read_without_it(cond: MakeCond) -> None:
+    config = network_config(RECIPES["pixart-tiny"], Picture(channels=1, height=8, width=8), 8)
+    network = new_network("pixart", {**config, "out_channels": 2}, seed=0)
+    torch.nn.init.ones_(network.proj_out.bias)  # type: ignore[union-attr,arg-type]
+    x_t, t = batch()
+    assert FAMILIES["pixart"].adapter(network, x_t, t, cond(3)).shape == x_t.shape
+
+
+def test_gradient_checkpointing_changes_no_gradient(family: str, cond: MakeCond) -> None:
+    network: Any = denoiser(family).network.train()
+    x_t, t = batch()
+    gradients = []
+    for checkpointing in (False, True):
+        if checkpointing:
+            network.enable_gradient_checkpointing()
+        network.zero_grad()
+        FAMILIES[family].adapter(network, x_t, t, cond(3)).square().mean().backward()
+        gradients.append([p.grad.clone() for p in network.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
+    assert sum(g.abs().sum() for g in gradients[0]) > 0
+
+
 def test_rows_do_not_see_each_other(family: str, cond: MakeCond) -> None:
     made = denoiser(family)
     x_t, t = batch()
@@ -244,7 +294,8 @@ def test_no_card_is_no_denoiser(tmp_path: Path) -> None:
         {"prediction": "noise"},
         {"images_seen": "many"},
         {"name": None},
-        {"family": "dit"},
+        {"family": "dit"},  # a family, and not this one
+        {"family": "flux"},
         {"family": "os.system"},
     ],
 )
@@ -329,6 +380,8 @@ def test_pickled_weights_are_never_opened(saved: Path) -> None:
     assert not (saved / "exploded").exists()
 
 
-def test_families_are_diffusers_classes() -> None:
+def test_families_are_classes_of_diffusers_or_models_of_ours() -> None:
     for row in FAMILIES.values():
-        assert getattr(diffusers, row.network.__name__) is row.network
+        theirs = getattr(diffusers, row.network.__name__, None)
+        assert theirs is row.network or row.network in (UViT, DiT)
+        assert issubclass(row.network, diffusers.ModelMixin)

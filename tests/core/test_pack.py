@@ -124,6 +124,18 @@ def test_joined_packs_have_all_training_rows_and_no_held_out(
     assert torch.equal(joined.null.tokens, one.null.tokens)
 
 
+def test_rows_of_several_files_come_in_the_order_they_are_asked_for(folder: Path) -> None:
+    """Files of 5 and 4 rows; every pair of rows, and the empty batch."""
+    pack = Pack(folder)
+    each = torch.cat([pack.x_data(torch.tensor([row])) for row in range(9)])
+    for a in range(9):
+        for b in range(9):
+            assert torch.equal(pack.x_data(torch.tensor([a, b, a])), each[[a, b, a]])
+    assert pack.x_data(torch.tensor([], dtype=torch.long)).shape == (0, *each.shape[1:])
+    with pytest.raises(IndexError):
+        pack.x_data(torch.tensor([9]))
+
+
 def test_card_round_trip(folder: Path) -> None:
     card = read_shard_card(folder)
     write_shard_card(folder, card)

@@ -298,6 +298,13 @@ def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -
     ]  # fmt: skip
 
 
+def test_listings_are_never_remembered(storage: Storage) -> None:
+    assert not storage._fs.dircache.use_listings_cache
+    assert storage.list("gen") == []
+    Storage(storage.uri).create("gen/000001.json", b"{}")
+    assert storage.list("gen") == ["gen/000001.json"]
+
+
 def test_a_staged_copy_never_holds_what_was_removed_since(storage: Storage) -> None:
     storage.write_bytes("x/a", b"1")
     storage.write_bytes("x/b", b"2")

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
 
 from atoll.core.checkpoint import Checkpoints
-from atoll.core.errors import Failed, Fenced, Interrupted, Refused
+from atoll.core.errors import ConfigError, Failed, Fenced, Interrupted, Refused
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
 from atoll.islands.loop import Course, Loop
+from atoll.islands.settings import GuardConfig
+from atoll.islands.step import Errors, Loss
 
 COURSE = Course(
     plan=Plan(batch=4, images_seen=400),
@@ -23,7 +27,7 @@ COURSE = Course(
     betas=(0.9, 0.99),
     warmup=0.1,
     clip=1.0,
-    ema_decay=0.9,
+    ema_decays=(0.9,),
     checkpoints=7,
 )
 
@@ -35,16 +39,21 @@ def module() -> torch.nn.Module:
 
 def loss_of(
     network: torch.nn.Module, at: int | None = None, event: Callable[[], object] | None = None
-) -> Callable[[int, int], torch.Tensor]:
+) -> Callable[[int, int], Errors]:
     """A regression whose batches are functions of images_seen; `event` happens before one."""
 
-    def loss(first: int, count: int) -> torch.Tensor:
+    def loss(first: int, count: int) -> Errors:
         if first == at and event is not None:
             event()
-        x = torch.randn(count, 3, generator=torch.Generator().manual_seed(first))
-        return (network(x)[:, 0] - x.sum(1)).square().mean()
+        x = torch.cat([torch.randn(1, 3, generator=_seeded(first + i)) for i in range(count)])
+        each = (network(x)[:, 0] - x.sum(1)).square()
+        return Errors(each.mean(), each.detach(), torch.linspace(0.01, 0.99, count))
 
     return loss
+
+
+def _seeded(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
 
 
 def weights(network: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -102,7 +111,7 @@ def test_the_weights_at_the_end_are_the_average(storage: Storage) -> None:
     latest = Checkpoints(storage, "straight").latest()
     assert latest is not None
     for name, value in averaged.items():
-        assert torch.equal(value, latest.tensors[f"average/{name}"])
+        assert torch.equal(value, latest.tensors[f"average-0/{name}"])
         assert not torch.equal(value, latest.tensors[f"weights/{name}"])
 
 
@@ -119,25 +128,179 @@ def test_a_writer_that_was_succeeded_is_fenced(storage: Storage) -> None:
     assert all(torch.equal(v, straight(storage)[n]) for n, v in weights(network).items())
 
 
-def test_a_loss_that_is_not_finite_stops_before_the_update(storage: Storage) -> None:
+def poisoned(network: torch.nn.Module, *at: int, value: float = float("nan")) -> Loss:
+    """The regression with batches that must not reach the weights."""
+
+    def loss(first: int, count: int) -> Errors:
+        errors = loss_of(network)(first, count)
+        return replace(errors, loss=errors.loss * value) if first in at else errors
+
+    return loss
+
+
+def skipping(storage: Storage, name: str, *ranges: tuple[int, int]) -> dict[str, torch.Tensor]:
+    """What a training comes to that passes over these images without learning from them."""
     network = module()
+    loop = Loop(storage, name, network, COURSE, name=name)
+    for first, end in ranges:
+        loop._guard._skipped.append({"first": first, "end": end, "commit": -1})
+    loop.run(loss_of(network))
+    return weights(network)
 
-    def poison(first: int, count: int) -> torch.Tensor:
-        value = loss_of(network)(first, count)
-        return value * float("nan") if first == 200 else value
 
-    with pytest.raises(Failed, match="after 200 images"):
-        Loop(storage, "run", network, COURSE, name="run").run(poison)
-    assert all(torch.isfinite(p).all() for p in network.parameters())
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
+def test_a_poisoned_batch_is_gone_back_from_and_skipped(storage: Storage, value: float) -> None:
+    expected = skipping(storage, "straight", (200, 204))
+    network = module()
+    Loop(storage, "run", network, COURSE, name="run").run(poisoned(network, 200, value=value))
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+    assert storage.read_bytes("run/metrics.jsonl") == storage.read_bytes("straight/metrics.jsonl")
+    lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
+    assert [line["event"] for line in lines] == ["skipped", "trained"]
+    assert (lines[0]["first"], lines[0]["end"]) == (200, 204)
     latest = Checkpoints(storage, "run").latest()
     assert latest is not None
-    assert latest.images_seen < 200
+    assert latest.facts["guard"]["skipped"] == [{"first": 200, "end": 204, "commit": 168}]
+
+
+def test_what_is_to_be_skipped_outlives_a_kill(storage: Storage) -> None:
+    expected = skipping(storage, "straight", (200, 204))
+
+    def die() -> None:
+        raise RuntimeError
+
+    network = module()
+
+    def loss(first: int, count: int) -> Errors:
+        if first == 280:  # the next commit is behind it, and knows
+            die()
+        return poisoned(network, 200)(first, count)
+
+    with pytest.raises(RuntimeError):
+        Loop(storage, "run", network, COURSE, name="run").run(loss)
+    network = module()
+    # Not poisoned any more: what was decided before stands.
+    Loop(storage, "run", network, COURSE, name="run").run(loss_of(network))
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+
+
+def test_a_second_refusal_skips_more_before_it_and_then_the_training_gives_up(
+    storage: Storage,
+) -> None:
+    network = module()
+    generous = replace(COURSE, guard=GuardConfig(attempts=3, share=1))
+    Loop(storage, "run", network, generous, name="run").run(poisoned(network, 180, 192))
+    lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
+    skipped = [(line["first"], line["end"]) for line in lines if line["event"] == "skipped"]
+    assert skipped == [(180, 184), (188, 196)]
+
+    network = module()
+    with pytest.raises(Failed, match=r"3 attempts from 168 on") as caught:
+        Loop(storage, "bad", network, generous, name="bad").run(
+            poisoned(network, *range(180, 400, 4))
+        )
+    assert "learning_rate" in str(caught.value)
+    assert all(torch.isfinite(p).all() for p in network.parameters())
+    sparing = replace(COURSE, guard=GuardConfig(attempts=100, share=0.02))
+    network = module()
+    with pytest.raises(Failed, match="would be skipped"):
+        Loop(storage, "much", network, sparing, name="much").run(
+            poisoned(network, 100, 200, 300, 340)
+        )
+
+
+def test_without_a_spike_guard_only_what_is_not_finite_is_refused(storage: Storage) -> None:
+    network = module()
+    course = replace(COURSE, guard=GuardConfig(spike=None))
+    Loop(storage, "run", network, course, name="run").run(poisoned(network, 200, value=1e6))
+    lines = [json.loads(x) for x in storage.read_bytes("run/journal.jsonl").splitlines()]
+    assert [line["event"] for line in lines] == ["trained"]
+
+
+@pytest.mark.parametrize("accumulation", [2, 4])
+def test_a_batch_in_parts_is_the_batch(storage: Storage, accumulation: int) -> None:
+    expected = straight(storage)
+    network = module()
+    course = replace(COURSE, accumulation=accumulation)
+    Loop(storage, "parts", network, course, name="parts").run(loss_of(network))
+    for name, value in weights(network).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+    with pytest.raises(ConfigError, match="in 3 parts"):
+        Loop(storage, "x", module(), replace(COURSE, accumulation=3), name="x")
+
+
+def test_both_kernels_of_the_optimiser_agree(storage: Storage) -> None:
+    expected = straight(storage)
+    network = module()
+    Loop(storage, "x", network, replace(COURSE, kernel="foreach"), name="x").run(loss_of(network))
+    for name, value in weights(network).items():
+        torch.testing.assert_close(value, expected[name], rtol=1e-4, atol=1e-5)
+
+
+def test_of_several_averages_the_best_on_held_out_records_is_published(storage: Storage) -> None:
+    network = module()
+    losses = iter([3.0, 1.0, 2.0])
+    course = replace(COURSE, ema_decays=(0.5, 0.9, 0.99))
+    Loop(storage, "run", network, course, name="run").run(
+        loss_of(network), held_out=lambda: next(losses)
+    )
+    expected = straight(storage)  # of decay 0.9
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+    line = json.loads(storage.read_bytes("run/journal.jsonl").splitlines()[-1])
+    assert line["held_out_loss"] == {"0.5": 3.0, "0.9": 1.0, "0.99": 2.0}
+    # Where nothing is held out, the first one.
+    network = module()
+    Loop(storage, "none", network, replace(course, ema_decays=(0.9, 0.5)), name="none").run(
+        loss_of(network)
+    )
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+
+
+def test_commits_by_the_clock_come_besides(storage: Storage) -> None:
+    network = module()
+    course = replace(COURSE, checkpoints=1, checkpoint_seconds=1e-6)
+    made: list[int] = []
+    loop = Loop(storage, "run", network, course, name="run")
+    commit = loop._checkpoints.commit
+    loop._checkpoints.commit = lambda seen, *rest: (made.append(seen), commit(seen, *rest))  # type: ignore
+    loop.run(loss_of(network))
+    assert made[0] == 0
+    assert made[-1] == 400
+    assert len(made) > 4
+    expected = straight(storage)
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ECONNRESET])
+def test_a_store_that_is_away_for_a_while_delays_no_step_and_loses_nothing(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    expected = straight(storage)
+    write, away, failed = Storage.write_bytes, [False], []
+
+    def perhaps(self: Storage, name: str, data: bytes) -> None:
+        if away[0] and name.startswith("run/"):
+            failed.append(name)
+            raise OSError(number, os.strerror(number))
+        write(self, name, data)
+
+    monkeypatch.setattr(Storage, "write_bytes", perhaps)
+    network = module()
+
+    def loss(first: int, count: int) -> Errors:
+        away[0] = 100 <= first < 396  # back before the end
+        return loss_of(network)(first, count)
+
+    Loop(storage, "run", network, COURSE, name="run").run(loss)
+    assert failed
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+    assert storage.read_bytes("run/metrics.jsonl") == storage.read_bytes("straight/metrics.jsonl")
 
 
 def test_resuming_otherwise_is_refused(storage: Storage) -> None:
     straight(storage)
     network = module()
-    other = Course(**{**vars(COURSE), "plan": Plan(batch=8, images_seen=400)})
+    other = replace(COURSE, plan=Plan(batch=8, images_seen=400))
     with pytest.raises(Refused, match="made otherwise"):
         Loop(storage, "straight", network, other, name="straight").run(loss_of(network))
 
@@ -154,8 +317,8 @@ def test_resuming_under_other_versions_needs_leave_and_is_journalled(
     monkeypatch.setattr(torch, "__version__", "9.9")
     with pytest.raises(Refused, match="--allow-inexact-resume"):
         Loop(storage, "run", module(), COURSE, name="run").run(loss_of(network))
-    leave = Course(**{**vars(COURSE), "bitwise_resume": False})
-    elsewhere = Course(**{**vars(leave), "plan": Plan(batch=8, images_seen=400)})
+    leave = replace(COURSE, bitwise_resume=False)
+    elsewhere = replace(leave, plan=Plan(batch=8, images_seen=400))
     with pytest.raises(Refused, match="made otherwise"):  # another plan is another training
         Loop(storage, "run", module(), elsewhere, name="run").run(loss_of(network))
     network = module()
@@ -174,8 +337,11 @@ def test_metrics_have_no_clock_and_the_journal_has(storage: Storage) -> None:
     straight(storage)
     lines = [json.loads(x) for x in storage.read_bytes("straight/metrics.jsonl").splitlines()]
     assert lines[-1]["images_seen"] == 400
-    assert all(set(line) == {"images_seen", "loss", "gradient_norm"} for line in lines)
-    assert lines[-1]["loss"] < lines[0]["loss"] / 5
+    keys = {"images_seen", "loss", "gradient_norm", "error_by_t"}
+    assert all(set(line) == keys for line in lines)
+    assert all(len(line["error_by_t"]) == 8 for line in lines)
+    losses = [line["loss"] for line in lines]
+    assert sum(losses[-10:]) < sum(losses[:10]) / 5
     beat = storage.read_json("straight/heartbeat.json")
     assert (beat["images_seen"], beat["of"], beat["generation"]) == (400, 400, 1)
     journal = json.loads(storage.read_bytes("straight/journal.jsonl").splitlines()[-1])

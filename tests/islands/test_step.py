@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import copy
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 
-from atoll.core import seeds
+from atoll.core import flow, seeds
 from atoll.core.denoiser import Denoiser
 from atoll.core.flow import Prediction
+from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.core.recipes import RECIPES
-from atoll.islands.settings import DenoiserTraining, TimeConfig, plan_for
-from atoll.islands.step import flow_matching, learning_rate_at, take_step, times
+from atoll.islands.data import Ahead, Batches, times
+from atoll.islands.ema import Averages
+from atoll.islands.guard import Guard
+from atoll.islands.settings import (
+    DenoiserTraining,
+    GuardConfig,
+    TimeConfig,
+    WeightConfig,
+    plan_for,
+)
+from atoll.islands.step import (
+    Errors,
+    Loss,
+    Orders,
+    flow_matching,
+    held_out_loss,
+    learning_rate_at,
+    prepare,
+    take_step,
+    weigh,
+)
 
 
 @pytest.fixture(scope="module")
@@ -21,15 +43,25 @@ def base(made: Path) -> tuple[Denoiser, Pack]:
     return Denoiser.load(made / "base"), Pack(made / "shards" / "shard-00")
 
 
+def loss_of(denoiser: Denoiser, pack: Pack, config: DenoiserTraining, *, seed: int = 0) -> Loss:
+    """The loss on the training rows, as an island has it."""
+    device = torch.device("cpu")
+    batches = Batches(pack, config, rows=pack.train, seed=seed, stream="s", device=device)
+    return flow_matching(denoiser, batches, config)
+
+
+@pytest.mark.parametrize("kind", ["none", "cosmap", "min-snr"])
 @pytest.mark.parametrize("prediction", list(Prediction))
 def test_loss_is_the_mean_square_of_what_the_network_missed(
-    base: tuple[Denoiser, Pack], prediction: Prediction
+    base: tuple[Denoiser, Pack], prediction: Prediction, kind: str
 ) -> None:
     denoiser, pack = base
-    config = DenoiserTraining(prediction=prediction, condition_dropout=0.5)
-    loss = flow_matching(denoiser, pack, config, seed=3, stream="s")(40, 8)
+    config = DenoiserTraining(
+        prediction=prediction, condition_dropout=0.5, weight=WeightConfig(kind=kind)
+    )
+    errors = loss_of(denoiser, pack, config, seed=3)(40, 8)
 
-    total = 0.0
+    expected = []
     for i in range(40, 48):  # one record at a time, from the definitions
         row = torch.from_numpy(seeds.order(3, "s", "order", first=i, count=1, n=pack.card.records))
         x_data, cond = pack.x_data(row), pack.cond(row)
@@ -44,16 +76,50 @@ def test_loss_is_the_mean_square_of_what_the_network_missed(
         }[prediction]
         with torch.no_grad():
             output = denoiser.output((1 - t) * x_data + t * x_noise, t, cond)
-        total += float(((output - wanted) ** 2).mean()) / 8
-    assert float(loss.detach()) == pytest.approx(total, rel=1e-5)
+        expected.append(float(((output - wanted) ** 2).mean()))
+        assert float(errors.t[i - 40]) == pytest.approx(float(t))
+    assert errors.each.tolist() == pytest.approx(expected, rel=1e-5)
+    weights = weigh(config.weight, errors.t, prediction)
+    assert float(errors.loss.detach()) == pytest.approx(
+        float((weights * torch.tensor(expected)).mean()), rel=1e-5
+    )
 
 
 def test_a_batch_is_the_same_however_it_was_reached(base: tuple[Denoiser, Pack]) -> None:
     denoiser, pack = base
-    loss = flow_matching(denoiser, pack, DenoiserTraining(), seed=0, stream="s")
+    loss = loss_of(denoiser, pack, DenoiserTraining())
     with torch.no_grad():
-        assert float(loss(64, 8)) == float(loss(64, 8))
-        assert float(loss(64, 8)) != float(loss(72, 8))
+        assert float(loss(64, 8).loss) == float(loss(64, 8).loss)
+        assert float(loss(64, 8).loss) != float(loss(72, 8).loss)
+        halves = torch.cat([loss(64, 4).each, loss(68, 4).each])
+        torch.testing.assert_close(halves, loss(64, 8).each)
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_min_snr_weighs_the_error_of_x_data_whatever_is_predicted(prediction: Prediction) -> None:
+    t = torch.linspace(0.01, 0.99, 50).double()
+    config = WeightConfig(kind="min-snr", gamma=5.0)
+    v, wrong = torch.randn(50).double(), torch.randn(50).double()
+    x_t = torch.randn(50).double()
+    to = {
+        Prediction.VELOCITY: lambda v: v,
+        Prediction.EPSILON: lambda v: flow.velocity_to_epsilon(v, x_t, t),
+        Prediction.X_DATA: lambda v: flow.velocity_to_x_data(v, x_t, t),
+    }[prediction]
+    x_data_error = (t * (wrong - v)).square()
+    expected = (((1 - t) / t) ** 2).clamp(max=5) * x_data_error
+    torch.testing.assert_close(
+        weigh(config, t, prediction) * (to(wrong) - to(v)).square(), expected
+    )
+    if prediction is Prediction.EPSILON:  # as the paper states it, eq. 8
+        snr = ((1 - t) / t) ** 2
+        torch.testing.assert_close(weigh(config, t, prediction), snr.clamp(max=5) / snr)
+
+
+def test_cosmap_is_a_density_over_t() -> None:
+    t = torch.linspace(0, 1, 100_001).double()
+    density = weigh(WeightConfig(kind="cosmap"), t, Prediction.VELOCITY)
+    assert float(torch.trapezoid(density, t)) == pytest.approx(1, abs=1e-9)
 
 
 def test_uniform_and_logit_normal_times() -> None:
@@ -63,6 +129,13 @@ def test_uniform_and_logit_normal_times() -> None:
     moved = times(TimeConfig(mean=1.0, std=0.5), 0, "s", first=0, count=20_000)
     assert float(moved.median()) == pytest.approx(float(torch.sigmoid(torch.tensor(1.0))), abs=0.01)
     assert bool(((moved > 0) & (moved < 1)).all())
+    mode = times(TimeConfig(sampling="mode", scale=1.29), 0, "s", first=0, count=20_000)
+    assert bool(((mode > 0) & (mode < 1)).all())
+    # At u = 1/2 both uniform and mode are 1/2, and there mode is the denser the larger its scale.
+    near = ((mode - 0.5).abs() < 0.01).float().mean()
+    assert float(near) == pytest.approx(0.02 / (1 + 1.29 * (1 - torch.pi / 2)), rel=0.1)
+    flat = times(TimeConfig(sampling="mode", scale=0.0), 0, "s", first=0, count=20_000)
+    torch.testing.assert_close(flat, 1 - uniform)
 
 
 def test_a_step_is_clipped_adamw_and_an_exponential_average() -> None:
@@ -70,16 +143,21 @@ def test_a_step_is_clipped_adamw_and_an_exponential_average() -> None:
     ours, reference = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
     reference.load_state_dict(ours.state_dict())
     parameters = list(ours.parameters())
-    averaged = [p.detach().clone() for p in parameters]
     expected = [p.detach().clone() for p in parameters]
+    averages = Averages(parameters, (0.9,))
+    guard = Guard(GuardConfig(), Plan(batch=7, images_seen=35), "x")
     optimizer = torch.optim.AdamW(parameters, lr=1.0, weight_decay=0.1, fused=True)
     plain = torch.optim.AdamW(reference.parameters(), lr=1e-2, weight_decay=0.1)
+    orders = Orders(batch=7, accumulation=1, clip=0.5, learning_rate=1e-2)
     for step in range(5):
         x = torch.randn(7, 5)
-        norm = take_step(
-            ours(x).square().sum(), parameters, optimizer, averaged,
-            learning_rate=1e-2, clip=0.5, ema_decay=0.9, step=step,
-        )  # fmt: skip
+
+        def loss(first: int, count: int, x: torch.Tensor = x) -> Errors:
+            return Errors(ours(x).square().sum(), torch.zeros(count), torch.zeros(count))
+
+        taken = take_step(loss, parameters, optimizer, averages, guard, orders, first=7 * step)
+        assert taken.applied
+        norm = taken.norm
         plain.zero_grad()
         reference(x).square().sum().backward()
         grads = torch.cat([p.grad.flatten() for p in reference.parameters()])
@@ -92,9 +170,10 @@ def test_a_step_is_clipped_adamw_and_an_exponential_average() -> None:
             decay * e + (1 - decay) * p.detach()
             for e, p in zip(expected, ours.parameters(), strict=True)
         ]
-    for p, q in zip(ours.parameters(), reference.parameters(), strict=True):
+    for p, q in zip(parameters, reference.parameters(), strict=True):
         assert torch.allclose(p, q, atol=1e-6)
-    for a, e in zip(averaged, expected, strict=True):
+    averages.publish(0)
+    for a, e in zip(parameters, expected, strict=True):
         assert torch.allclose(a, e, atol=1e-6)
 
 
@@ -114,3 +193,86 @@ def test_a_plan_follows_from_the_records_alone() -> None:
     assert (plan.batch, plan.images_seen) == (16, 304)  # 19 whole batches hold 300 images
     defaults = plan_for(DenoiserTraining(), recipe, 4, base=True)
     assert (defaults.batch, defaults.images_seen) == (recipe.batch, recipe.batch)
+
+
+def test_what_is_made_ahead_is_what_would_be_made() -> None:
+    made: list[tuple[int, int]] = []
+
+    def make(first: int, count: int) -> tuple[int, int]:
+        made.append((first, count))
+        return first, count
+
+    ahead = Ahead(make)
+    asked = [(0, 4), (4, 4), (8, 4), (20, 4), (24, 2), (26, 2), (0, 4)]  # going back and skipping
+    assert [ahead(*position) for position in asked] == asked
+    ahead.close()
+    assert made.count((8, 4)) == 1  # guessed right: once
+
+
+def test_what_went_wrong_ahead_is_raised_where_it_is_asked_for() -> None:
+    def make(first: int, count: int) -> int:
+        if first == 4:
+            raise ValueError("a broken pack")
+        return first
+
+    ahead = Ahead(make)
+    assert ahead(0, 4) == 0
+    with pytest.raises(ValueError, match="broken"):
+        ahead(4, 4)
+    ahead.close()
+
+
+@pytest.mark.parametrize("how", ["gradient_checkpointing", "compile"])
+def test_checkpointing_and_compiling_change_no_gradient(
+    base: tuple[Denoiser, Pack], how: str
+) -> None:
+    if how == "compile" and shutil.which("c++") is None:
+        pytest.skip("no compiler")
+    denoiser, pack = base
+    results = []
+    for config in (DenoiserTraining(), DenoiserTraining(**{how: True})):
+        trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
+        prepare(trial, config, torch.device("cpu"))
+        loss_of(trial, pack, config)(0, 8).loss.backward()
+        results.append([p.grad for p in trial.network.parameters()])
+    for ours, plain in zip(*results, strict=True):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-6)
+
+
+def test_bfloat16_is_the_networks_arithmetic_alone(base: tuple[Denoiser, Pack]) -> None:
+    denoiser, pack = base
+    full = loss_of(denoiser, pack, DenoiserTraining())(0, 32)
+    low = loss_of(denoiser, pack, DenoiserTraining(precision="bfloat16"))(0, 32)
+    assert low.each.dtype == low.loss.dtype == torch.float32
+    assert not torch.equal(low.each, full.each)
+    torch.testing.assert_close(low.each, full.each, rtol=0.05, atol=0.01)
+    low.loss.backward()
+    assert all(
+        p.grad is None or p.grad.dtype == torch.float32 for p in denoiser.network.parameters()
+    )
+    denoiser.network.zero_grad(set_to_none=True)
+
+
+def test_held_out_loss_is_of_held_out_records_and_the_same_again(
+    base: tuple[Denoiser, Pack],
+) -> None:
+    denoiser, pack = base
+    config = DenoiserTraining()
+    asked: list[torch.Tensor] = []
+    x_data = pack.x_data
+
+    class Spy(Pack):
+        def __init__(self) -> None:
+            self.__dict__.update(pack.__dict__)
+
+        def x_data(self, rows: torch.Tensor) -> torch.Tensor:
+            asked.append(rows)
+            return x_data(rows)
+
+    others = Batches(
+        Spy(), config, rows=pack.held_out, seed=0, stream="held-out", device=torch.device("cpu")
+    )
+    measured = held_out_loss(denoiser, others, config)
+    assert measured() == measured()
+    rows = torch.cat(asked)
+    assert set(rows.tolist()) == set(pack.held_out)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import urllib.error
 import urllib.request
+import venv
 from pathlib import Path
 
 import pytest
@@ -17,9 +20,11 @@ import pytest
 from atoll.core.errors import ExitCode, Failed, Refused, UsageError
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
+from atoll.core.places import Island
 from atoll.core.storage import Storage
+from atoll.islands.heads import local_head, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining
-from atoll.islands.submit import Jobs, local_head, remote_cluster
+from atoll.islands.submit import ENDED, Cluster, Jobs, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import RESULTS, finish, order
@@ -27,9 +32,20 @@ from tests.islands.test_job import RESULTS, finish, order
 CLOCKS = ("heartbeat.json", "journal.jsonl")
 
 
-def journal(run: Storage, shard: str, event: str) -> list[dict[str, object]]:
-    lines = run.read_bytes(f"islands/{shard}/journal.jsonl").decode().splitlines()
+def journal(
+    run: Storage, shard: str, event: str, name: str = "journal.jsonl"
+) -> list[dict[str, object]]:
+    lines = run.read_bytes(f"islands/{shard}/{name}").decode().splitlines()
     return [entry for line in lines if (entry := json.loads(line))["event"] == event]
+
+
+def ended_job(cluster: Cluster, submitted: dict[str, object]) -> dict[str, object]:
+    """What Ray says of a job once its process has ended, a moment after its `exit.json`."""
+    jobs, deadline = Jobs(cluster), time.monotonic() + 60
+    while jobs.status(str(submitted["submission_id"])) not in ENDED:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    return jobs.details(str(submitted["submission_id"]))
 
 
 def ray_processes(marker: str) -> list[str]:
@@ -75,7 +91,7 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh) -> None:
 
 
 def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
-    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=300, checkpoints=60)})
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
     run, manifest = fresh()
     shard = "shard-00"
     killer = subprocess.Popen(
@@ -151,9 +167,11 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
                 status = error.code
             assert status == expected
         assert "127.0.0.1" in cluster.address
-        folder = next(
+        port = cluster.address.rsplit(":", 1)[1]
+        folder = next(  # ours, whatever other heads there are
             line.split("--temp-dir ")[1].split()[0]
-            for line in ray_processes("--temp-dir /tmp/atoll")
+            for line in ray_processes(f"--dashboard-port {port} ")
+            if "--temp-dir " in line
         )
         token_file = Path(folder).parent / "token"
         assert token_file.stat().st_mode & 0o077 == 0
@@ -166,23 +184,30 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
 def test_a_head_dies_with_its_controller() -> None:
     script = (
         "import os, sys, time\n"
-        "from atoll.islands.submit import local_head\n"
-        "with local_head(1) as cluster:\n"
-        "    print('up', flush=True)\n"
+        "from atoll.islands.heads import HeadOrder, local_heads\n"
+        "with local_heads([HeadOrder('a', 1)]) as (head,):\n"
+        "    print(head.folder, flush=True)\n"
         "    time.sleep(600)\n"
     )
     controller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert controller.stdout is not None
-    assert controller.stdout.readline().strip() == b"up"
-    children = [
-        line.split("--temp-dir ")[1].split()[0] for line in ray_processes("--temp-dir /tmp/atoll")
-    ]
+    folder = Path(controller.stdout.readline().decode().strip())
+    assert ray_processes(str(folder))
     controller.kill()
     controller.wait()
     deadline = time.monotonic() + 90  # Ray drains a node for up to 30 s before it ends it
-    while any(ray_processes(folder) for folder in children):
+    while ray_processes(str(folder)):
         assert time.monotonic() < deadline
         time.sleep(0.2)
+    # Its folder is left; the next start removes it, once nothing has moved there for a while.
+    assert folder.exists()
+    remove_dead_folders()
+    assert folder.exists()
+    for path in [folder, *folder.rglob("*")]:
+        if not path.is_symlink():
+            os.utime(path, (0, 0))
+    remove_dead_folders()
+    assert not folder.exists()
 
 
 def test_the_plan_is_written_before_the_first_job_and_does_not_move(fresh) -> None:
@@ -207,33 +232,90 @@ def test_what_is_refused_before_anything_starts(fresh) -> None:
     with pytest.raises(UsageError, match="processes of their own"):
         train(Storage("memory://run"), manifest, TRAIN)
     with pytest.raises(UsageError, match="not an address"):
-        remote_cluster("my-cluster")
+        Island(name="cluster", address="my-cluster")
     baseless = manifest.model_copy(update={"base": None})
     with pytest.raises(Exception, match="no base yet"):
         train(run, baseless, TRAIN)
     assert not run.exists("islands")
 
 
-def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch) -> None:
+def without_atoll(folder: Path) -> Path:
+    """A python with our dependencies, and not our checkout."""
+    venv.create(folder / "bare", with_pip=False, symlinks=True)
+    base = {"base": str(folder / "bare"), "platbase": str(folder / "bare")}
+    site = Path(sysconfig.get_paths(vars=base)["purelib"])
+    # The folders named in a .pth are searched; the .pth files in them are not run.
+    places = [place for place in sys.path if place.endswith("site-packages")]
+    (site / "dependencies.pth").write_text("".join(f"{place}\n" for place in places))
+    python = folder / "bare/bin/python"
+    assert subprocess.run([python, "-P", "-c", "import torch"]).returncode == 0
+    assert subprocess.run([python, "-P", "-c", "import atoll"], capture_output=True).returncode
+    return python
+
+
+def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None:
+    """Killed with all that it started; the shard goes on at the next generation, bitwise."""
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
+    shard = "shard-01"
+    straight, manifest = fresh("straight")
+    order(straight, manifest, shard, config)
+    expected = finish(straight, shard)
+
+    run, manifest = fresh("run")
+    here = run.local(f"islands/{shard}")
+    killer = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import json, os, pathlib, psutil, sys, time\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
+            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
+            "above = psutil.Process(json.loads(line)['process'])\n"
+            "while '--head' not in above.cmdline(): above = above.parent()\n"
+            "for each in [above, *above.children(recursive=True)]: each.kill()\n",
+            str(here),
+        ]
+    )  # fmt: skip
+    try:
+        assert train(run, manifest, config, shards=[shard]) == [shard]
+        assert killer.wait(timeout=10) == 0
+    finally:
+        killer.kill()
+    assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
+    submitted = journal(run, shard, "submitted", "controller-journal.jsonl")
+    assert [line["generation"] for line in submitted] == [1, 2]
+
+
+def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_path: Path) -> None:
     """By its address and a token from the environment; it is left running, and left as it was."""
     shard = "shard-01"
     here, manifest = fresh("here")
     order(here, manifest, shard)
     expected = finish(here, shard)
-    # The interpreter there is found on the cluster's own path.
-    monkeypatch.setenv("PATH", f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    # The interpreter there is found on the cluster's own path, and has nothing of ours.
+    bare = without_atoll(tmp_path)
+    monkeypatch.setenv("PATH", f"{bare.parent}:{os.environ['PATH']}")
     run, manifest = fresh("run")
     with local_head(1) as cluster:
+        mounted = tmp_path / "mounted"  # the run as that cluster reaches it
+        mounted.symlink_to(run.uri)
+        away = Island(name="away", address="http://127.0.0.1:1", token_env="AWAY", jobs=1)
+        monkeypatch.setenv("AWAY", "1" * 64)
+        there = Island(name="there", address=cluster.address, prefix=str(mounted))
+        config = TRAIN.model_copy(update={"islands": (away, there)})
         monkeypatch.setenv("RAY_AUTH_TOKEN", "0" * 64)
         with pytest.raises(Failed, match="RAY_AUTH_TOKEN"):
-            train(run, manifest, TRAIN, shards=[shard], address=cluster.address)
+            train(run, manifest, config, shards=[shard])
         monkeypatch.setenv("RAY_AUTH_TOKEN", cluster.token)
         # What would lead the client elsewhere is of no effect.
         monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
-        assert train(run, manifest, TRAIN, shards=[shard], address=cluster.address) == [shard]
+        assert train(run, manifest, config, shards=[shard]) == [shard]
         assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
-        submitted = journal(run, shard, "started")[-1]["submission_id"]
-        assert Jobs(cluster).ended(str(submitted))
+        (began,) = journal(run, shard, "submitted", "controller-journal.jsonl")
+        assert began["code_sha256"] == hashlib.sha256(shipped_code()).hexdigest()
+        details = ended_job(cluster, began)
+        assert details["driver_exit_code"] == 0
+        assert details["entrypoint"].endswith(f"{mounted} {shard}")
 
 
 def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:

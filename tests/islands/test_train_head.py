@@ -66,7 +66,7 @@ def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  #
         betas=(0.9, 0.99),
         warmup=0.05,
         clip=1.0,
-        ema_decay=0.99,
+        ema_decays=(0.99,),
         checkpoints=1,
     )
     loss = head_loss(trained, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0)

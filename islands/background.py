@@ -1,0 +1,111 @@
+"""A training's storage work, in order, in one thread, so that no step waits for it.
+
+An outage of the store or a full disk is ridden out: the work at the head of the queue is tried
+again with growing pauses while the training goes on, and whatever has waited follows in order, so
+that a commit is never visible before the lines of metrics that belong to it.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+
+from atoll.core.errors import AtollError, Failed
+from atoll.core.journal import log
+
+_LONGEST_PAUSE = 30.0
+GRACE_SECONDS = 60.0  # that an ending training gives to an outage
+
+
+class Background:
+    """The thread and its queue. `patience` is how many seconds an outage may last."""
+
+    def __init__(self, *, patience: float = 3600.0, pause: float = 0.5) -> None:
+        self._patience = patience
+        self._pause = pause
+        self._work: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
+        self._error: BaseException | None = None
+        self._hurry = threading.Event()  # ends a pause at once
+        self._away = threading.Event()  # set while an outage lasts
+        self._thread = threading.Thread(target=self._loop, name="storage", daemon=True)
+        self._thread.start()
+
+    def submit(self, what: str, work: Callable[[], None]) -> None:
+        """Queue some work; raises what earlier work has failed with for good."""
+        self.check()
+        self._work.put((what, work))
+
+    def check(self) -> None:
+        """Raise what earlier work has failed with for good: `Fenced`, or an outage too long."""
+        if self._error is not None:
+            raise self._error
+
+    def settle(self) -> None:
+        """Wait until all is done, unless storage is away: then go on at once."""
+        with self._work.all_tasks_done:
+            while self._work.unfinished_tasks and not self._away.is_set() and not self._error:
+                self._work.all_tasks_done.wait(0.05)
+
+    @property
+    def idle(self) -> bool:
+        """Whether nothing is queued or at work."""
+        return self._work.unfinished_tasks == 0
+
+    def drain(self, *, patience: float | None = None) -> None:
+        """Wait until all is done; outages may last `patience` seconds from now on."""
+        if patience is not None:
+            self._patience = patience
+            self._hurry.set()
+        self._work.join()
+        self.check()
+
+    def close(self) -> None:
+        """Finish what is queued, if storage takes it in a last while, and let the thread go."""
+        self._patience = min(self._patience, GRACE_SECONDS)
+        self._hurry.set()
+        self._work.put(None)
+        self._thread.join()
+
+    def _loop(self) -> None:
+        while (item := self._work.get()) is not None:
+            try:
+                if self._error is None:
+                    self._persist(*item)
+            except BaseException as error:  # handed to the training, which is told at its next step
+                self._error = error
+            finally:
+                self._work.task_done()
+
+    def _persist(self, what: str, work: Callable[[], None]) -> None:
+        """Do it, and again until it is done or the outage has lasted too long."""
+        began, pause = time.monotonic(), self._pause
+        while True:
+            try:
+                work()
+                return self._away.clear()
+            except Exception as error:
+                lasted = time.monotonic() - began
+                if not _is_outage(error):
+                    raise
+                if lasted + pause > self._patience:
+                    raise Failed(
+                        f"Storage has not taken {what} for {lasted:.0f} s: {error}",
+                        cure="make storage reachable, with room, and run the same command again",
+                    ) from error
+                self._away.set()
+                log.warning(
+                    "storage did not take %s, tried again in %.1f s: %s", what, pause, error
+                )
+                self._hurry.wait(pause)
+                self._hurry.clear()
+                pause = min(2 * pause, _LONGEST_PAUSE)
+
+
+def _is_outage(error: Exception) -> bool:
+    """Whether trying again may help: the system's errors, no space, and those of store clients."""
+    if isinstance(error, AtollError):
+        return isinstance(error, Failed)
+    home = type(error).__module__.partition(".")[0]
+    return isinstance(error, OSError) or home not in ("builtins", "atoll", "safetensors", "torch")

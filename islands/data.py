@@ -1,0 +1,131 @@
+"""Batches of an island: rows of its pack, noised, as functions of (seed, stream, images_seen).
+
+Nothing is carried from batch to batch, so a resumed training, any number of workers and any part of
+a batch see the very numbers that an undisturbed run would. All is drawn on the CPU, so that it is
+the same for every device; `Ahead` does it while the accelerator is busy with the batch before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+import torch
+from torch import Tensor
+
+from atoll.core import flow, seeds
+from atoll.core.conditioning import Conditioning
+from atoll.core.pack import Pack
+from atoll.islands.settings import DenoiserTraining, TimeConfig
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Points of the path and what a network should put out there.
+
+    `x_t` and `wanted` `(batch, channel, height, width)`, `t` `(batch,)` in (0, 1).
+    """
+
+    x_t: Tensor
+    t: Tensor
+    cond: Conditioning
+    wanted: Tensor
+
+
+def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int) -> Tensor:
+    """Training times `(count,)` in (0, 1) of records `first` onwards of a stream."""
+    if config.sampling == "logit-normal":
+        normal = seeds.normal(seed, stream, "time", first=first, count=count)
+        return flow.logit_normal(normal, mean=config.mean, std=config.std)
+    uniform = seeds.uniform(seed, stream, "time", first=first, count=count)[:, 0]
+    if config.sampling == "mode":
+        uniform = flow.mode(uniform, scale=config.scale)
+    return uniform.float()
+
+
+def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -> Conditioning:
+    """Condition dropout (Ho & Salimans 2022, arXiv 2207.12598, algorithm 1)."""
+    return cond.dropped(uniform[:, 0] < rate, null)
+
+
+class Batches:
+    """The noised batches of some rows of a pack, by position."""
+
+    def __init__(
+        self,
+        pack: Pack,
+        config: DenoiserTraining,
+        *,
+        rows: range,
+        seed: int,
+        stream: str,
+        device: torch.device,
+    ) -> None:
+        self._pack = pack
+        self._config = config
+        self._rows = rows
+        self._seed = seed
+        self._stream = stream
+        self._device = device
+
+    def __call__(self, first: int, count: int) -> Batch:
+        """Records `first` to `first + count - 1` of the stream, on the device."""
+        pack, seed, stream = self._pack, self._seed, self._stream
+        where = {"first": first, "count": count}
+        order = seeds.order(seed, stream, "order", n=len(self._rows), **where)
+        rows = torch.from_numpy(order) + self._rows.start
+        x_data = pack.x_data(rows)
+        uniform = seeds.uniform(seed, stream, "dropout", **where)
+        cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)
+        t = times(self._config.time, seed, stream, **where)
+        x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
+        x_t = flow.interpolate(x_data, x_noise, t).to(self._device, non_blocking=True)
+        return Batch(
+            x_t=x_t,
+            t=t.to(x_t),
+            cond=cond.to(x_t),
+            wanted=flow.target(x_data, x_noise, self._config.prediction).to(x_t),
+        )
+
+
+class Ahead(Generic[T]):
+    """Makes the next batch in a thread while this one is learnt from.
+
+    What comes next is guessed, never decided: any position may be asked for, at the same result.
+    """
+
+    def __init__(self, make: Callable[[int, int], T]) -> None:
+        self._make = make
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
+        self._guessed: tuple[int, int] | None = None
+        self._coming: Future[T] | None = None
+
+    def __call__(self, first: int, count: int) -> T:
+        """The batch at a position; the one behind it is begun."""
+        coming, guessed = self._coming, self._guessed
+        made = coming.result() if coming is not None and guessed == (first, count) else None
+        self._guessed = (first + count, count)
+        self._coming = self._thread.submit(self._make, *self._guessed)
+        return self._make(first, count) if made is None else made
+
+    def close(self) -> None:
+        """Let the thread go."""
+        self._thread.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def ahead(make: Callable[[int, int], T], device: torch.device) -> Iterator[Callable[[int, int], T]]:
+    """`make`, ahead of its time where that costs the training no processor."""
+    if device.type == "cpu":
+        yield make
+        return
+    coming = Ahead(make)
+    try:
+        yield coming
+    finally:
+        coming.close()

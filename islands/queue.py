@@ -1,0 +1,377 @@
+"""The queue of shards and the islands that work it off, watched from storage.
+
+A job's word is its `exit.json`; Ray's is a hint. A shard whose job died, or gives no sign of life,
+or whose island went away, is started again at the next generation, elsewhere where there is an
+elsewhere; what it left behind is fenced. One that refuses is not started again. A stop request in
+storage is obeyed, by the job itself and here.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from atoll.core.errors import (
+    AtollError,
+    ConfigError,
+    DataError,
+    ExitCode,
+    Failed,
+    Fenced,
+    Interrupted,
+    MissingError,
+    Refused,
+)
+from atoll.core.journal import Advance, log, progress
+from atoll.core.storage import Storage
+from atoll.islands.curves import Curves
+from atoll.islands.settings import TrainConfig
+from atoll.islands.signs import (
+    exit_code,
+    island_folder,
+    newest_generation,
+    process_heartbeat,
+    read_object,
+    signs_of_life,
+    stop_request,
+    write_journal,
+    write_log,
+)
+from atoll.islands.sites import Site
+from atoll.islands.submit import ENDED, Unreachable
+
+_POLL_SECONDS = 0.5
+_FAR_POLL_SECONDS = 3.0  # where storage is not local
+_LOG_SECONDS = 5.0
+_LEAVE_SECONDS = 30.0
+_BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
+# An island's own exit code is the command's, where all that failed agree on it.
+_AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
+    kind.exit_code: kind for kind in (ConfigError, DataError, MissingError, Refused, Fenced)
+}
+_RETRIED = (None, ExitCode.FAILED, ExitCode.INTERRUPTED, ExitCode.FENCED)
+
+
+@dataclass
+class _Work:
+    """One shard's attempts."""
+
+    shard: str
+    total: int
+    site: Site | None = None
+    submission_id: str = ""
+    attempts: int = 0
+    not_before: float = 0.0
+    said: int = 0  # images that the progress bar has been told of
+    started_at: float = 0.0
+    signs: object = None
+    alive_at: float = 0.0  # by our clock: when its signs of life last changed
+    logged_at: float = 0.0
+    failed_at: list[str] = field(default_factory=list)  # islands, with repetition
+    reasons: list[str] = field(default_factory=list)
+    code: ExitCode | None = None  # how the last attempt ended
+
+    def rank(self, site: Site) -> tuple[int, int]:
+        """Where to go next: where it failed least, then where least is going on."""
+        return self.failed_at.count(site.island.name), site.running
+
+
+class Queue:
+    """Keeps the sites busy until every shard is collected, stopped or given up."""
+
+    def __init__(
+        self,
+        run: Storage,
+        config: TrainConfig,
+        sites: Sequence[Site],
+        collect: Callable[[str], None],
+        curves: Curves,
+    ) -> None:
+        self._run = run
+        self._config = config
+        self._sites = sites
+        self._collect = collect
+        self._curves = curves
+        self._poll = _POLL_SECONDS if run.is_local else _FAR_POLL_SECONDS
+        self._waiting: list[_Work] = []
+        self._running: list[_Work] = []
+        self._stopped: list[_Work] = []
+        self._given_up: list[_Work] = []
+        self._left_behind: list[tuple[Site, str]] = []  # to be stopped, once their island answers
+
+    def work(self, plans: dict[str, int]) -> None:
+        """Train every shard, by name -> images_seen; raises at the end for those not finished."""
+        self._waiting = [_Work(shard, total) for shard, total in plans.items()]
+        try:
+            with progress("training the islands", sum(plans.values())) as advance:
+                while self._waiting or self._running:
+                    self._turn(advance)
+                    if self._waiting or self._running:
+                        time.sleep(self._poll)
+        except KeyboardInterrupt:
+            raise self._interrupted() from None
+        finally:
+            self._stop_left_behind()
+        if self._given_up:
+            raise self._failed(len(plans))
+        if self._stopped:
+            names = ", ".join(work.shard for work in self._stopped)
+            raise Interrupted(
+                f"Stopped as asked: {names}; what was trained is committed",
+                cure=f"`atoll resume {self._run.uri}` goes on",
+            )
+
+    def _turn(self, advance: Advance) -> None:
+        for site in self._sites:
+            site.ask_again()
+        self._stop_left_behind()
+        self._heed_requests()
+        for work in list(self._waiting):
+            self._place(work)
+        for work in list(self._running):
+            self._look_at(work, advance)
+        self._curves.update()
+
+    # -- what waits ------------------------------------------------------------------------------
+
+    def _heed_requests(self) -> None:
+        """Hold what is asked to stop, and take it up again when the request is gone."""
+        for work in list(self._waiting):
+            if self._run.exists(stop_request(work.shard)):
+                self._waiting.remove(work)
+                self._stopped.append(work)
+        for work in list(self._stopped):
+            if not self._run.exists(stop_request(work.shard)):
+                self._stopped.remove(work)
+                self._waiting.append(work)
+
+    def _place(self, work: _Work) -> None:
+        """Start it on the best island that is free; give it up where none will ever take it."""
+        islands = self._config.islands
+        fitting = [site for site in self._sites if site.island.takes(work.shard, islands)]
+        patience = self._config.watch.unreachable_seconds
+        alive = [site for site in fitting if not site.lost(patience)]
+        if not alive and any(site.revive() for site in fitting):
+            return  # to be placed in the next turn
+        if not alive:
+            names = ", ".join(site.island.name for site in fitting) or "none"
+            work.reasons.append(f"no island is left for it; those that take it: {names}")
+            self._waiting.remove(work)
+            self._given_up.append(work)
+            return
+        free = [s for s in alive if s.running < s.at_once and s.silent_since is None]
+        if free and time.monotonic() >= work.not_before:
+            self._start(work, min(free, key=work.rank))
+
+    def _start(self, work: _Work, site: Site) -> None:
+        run, island = self._run, site.island
+        generation = newest_generation(run, island_folder(work.shard)) + 1
+        run_name = hashlib.sha256(run.uri.encode()).hexdigest()[:12]
+        run.remove(f"{island_folder(work.shard)}/exit.json")
+        here = str(run.local("").resolve()) if run.is_local else run.uri
+        identity = f"{run_name}-{work.shard}-{generation}-{secrets.token_hex(4)}"
+        try:
+            code = site.jobs.submit(
+                island.prefix or here,
+                work.shard,
+                submission_id=identity,
+                threads=self._config.threads,
+                cpus=site.cpus,
+                gpus=site.gpus,
+                memory_gib=island.resources.memory_gib,
+            )
+        except Unreachable as error:
+            # It may have arrived all the same: what comes of it is stopped, or fenced.
+            site.missed(error)
+            self._left_behind.append((site, identity))
+            return
+        except Failed as error:
+            self._waiting.remove(work)
+            work.attempts += 1
+            work.code = None
+            self._again_or_not(work, site, str(error), retried=True)
+            return
+        self._waiting.remove(work)
+        self._running.append(work)
+        site.running += 1
+        work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
+        work.started_at = work.alive_at = work.logged_at = time.monotonic()
+        work.signs = signs_of_life(self._run, work.shard)
+        self._journal(
+            work, "submitted", island=island.name, price=island.price, labels=island.labels,
+            generation=generation, code_sha256=code,
+        )  # fmt: skip
+        log.debug("%s is generation %d on island %s", work.shard, generation, island.name)
+
+    # -- what runs -------------------------------------------------------------------------------
+
+    def _look_at(self, work: _Work, advance: Advance) -> None:
+        site = work.site
+        assert site is not None
+        now = time.monotonic()
+        self._advance(work, advance)
+        ended = exit_code(self._run, work.shard) is not None
+        if not ended and site.answers() and not site.gone():
+            try:
+                status = site.jobs.status(work.submission_id)
+                site.heard()
+                ended = status in ENDED
+                if self._begins(work, status):
+                    work.alive_at = now
+                if ended or now - work.logged_at > _LOG_SECONDS:
+                    self._keep_log(work)
+            except Failed as error:  # where it knows the job no more, its signs of life end too
+                site.missed(error)
+        signs = signs_of_life(self._run, work.shard)
+        if signs != work.signs:
+            work.signs, work.alive_at = signs, now
+        silence = now - work.alive_at
+        if ended:
+            self._finish(work)
+        elif site.gone():
+            self._leave(work, f"island {site.island.name} has ended")
+        elif silence > self._config.watch.dead_seconds:
+            self._leave(work, f"no sign of life from island {site.island.name} for {silence:.0f} s")
+
+    def _begins(self, work: _Work, status: str) -> bool:
+        """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
+        if status == "PENDING":
+            return True
+        spoke = read_object(self._run, process_heartbeat(work.shard)).get("submission_id")
+        slow = time.monotonic() - work.started_at > _BEGIN_SECONDS
+        return status == "RUNNING" and spoke != work.submission_id and not slow
+
+    def _advance(self, work: _Work, advance: Advance) -> None:
+        beat = read_object(self._run, f"{island_folder(work.shard)}/heartbeat.json")
+        seen = int(beat.get("images_seen", 0))
+        if seen > work.said:
+            advance(seen - work.said, note=work.shard)
+            work.said = seen
+
+    def _leave(self, work: _Work, reason: str) -> None:
+        """Give a job up that may yet wake: the next generation fences it."""
+        assert work.site is not None
+        if not work.site.gone():
+            self._left_behind.append((work.site, work.submission_id))
+        self._end(work, None, reason)
+
+    def _finish(self, work: _Work) -> None:
+        """A job is over, by its own word or by Ray's."""
+        code = exit_code(self._run, work.shard)
+        reason = ""
+        if code is ExitCode.DONE:
+            self._collect(work.shard)
+        elif code is None:
+            reason = "its process died"
+            if words := self._keep_log(work):
+                reason += f"; its last words: {words[-1]}"
+        else:
+            name = f"{island_folder(work.shard)}/exit.json"
+            reason = str(self._run.read_json(name)["reason"])
+        self._end(work, code, reason)
+
+    def _end(self, work: _Work, code: ExitCode | None, reason: str) -> None:
+        """Free the site; what is not done is stopped, started again or given up."""
+        site = work.site
+        assert site is not None
+        site.running -= 1
+        self._running.remove(work)
+        self._keep_log(work)
+        self._journal(work, "ended", code=None if code is None else int(code), reason=reason)
+        work.code = code
+        if code is ExitCode.DONE:
+            return
+        if code in (None, ExitCode.INTERRUPTED) and self._run.exists(stop_request(work.shard)):
+            self._stopped.append(work)
+            log.info("%s has stopped as asked", work.shard)
+            return
+        self._again_or_not(work, site, reason, retried=code in _RETRIED)
+
+    def _again_or_not(self, work: _Work, site: Site, reason: str, *, retried: bool) -> None:
+        """Queue what failed once more, after a pause, or give it up."""
+        work.reasons.append(reason)
+        work.failed_at.append(site.island.name)
+        again = retried and work.attempts <= self._config.retries
+        log.warning("%s: %s%s", work.shard, reason, "; started again" if again else "")
+        if again:
+            pause = self._config.watch.backoff_seconds * 2 ** min(5, work.attempts - 1)
+            work.not_before = time.monotonic() + pause
+            self._waiting.insert(0, work)
+        else:
+            self._given_up.append(work)
+
+    # -- how it ends -----------------------------------------------------------------------------
+
+    def _stop_left_behind(self) -> None:
+        for site, submission_id in list(self._left_behind):
+            if site.silent_since is None and site.answers() and not site.gone():
+                try:
+                    site.jobs.stop(submission_id)
+                except Unreachable as error:
+                    site.missed(error)
+                    continue
+                self._left_behind.remove((site, submission_id))
+
+    def _interrupted(self) -> Interrupted:
+        """Ctrl-C: every job commits and leaves."""
+        for work in self._running:
+            assert work.site is not None
+            with contextlib.suppress(Unreachable):
+                work.site.jobs.stop(work.submission_id)
+        deadline = time.monotonic() + _LEAVE_SECONDS
+        left = list(self._running)
+        while left and time.monotonic() < deadline:
+            time.sleep(_POLL_SECONDS)
+            left = [work for work in left if not self._has_left(work)]
+        for work in self._running:
+            code = exit_code(self._run, work.shard)
+            value = None if code is None else int(code)
+            self._journal(work, "ended", code=value, reason="interrupted")
+        names = ", ".join(work.shard for work in left)
+        said = f"; {names} did not answer and lost at most one interval" if left else ""
+        return Interrupted(
+            f"Stopped; the islands have committed{said}",
+            cure="run the same command again, it resumes",
+        )
+
+    def _has_left(self, work: _Work) -> bool:
+        assert work.site is not None
+        try:
+            return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
+        except Failed:
+            return exit_code(self._run, work.shard) is not None
+
+    def _failed(self, total: int) -> AtollError:
+        first = self._given_up[0]
+        kinds = {work.code for work in self._given_up}
+        kind = _AS_RAISED.get(kinds.pop(), Failed) if len(kinds) == 1 else Failed
+        return kind(
+            f"{len(self._given_up)} of {total} islands did not finish: "
+            f"{', '.join(work.shard for work in self._given_up)}. "
+            f"{first.shard}: {first.reasons[-1]}",
+            cure="the others are done and kept; run the same command again for these",
+        )
+
+    # -- what is written -------------------------------------------------------------------------
+
+    def _journal(self, work: _Work, event: str, **facts: Any) -> None:
+        write_journal(self._run, work.shard, event, work.submission_id, **facts)
+
+    def _keep_log(self, work: _Work) -> list[str]:
+        """Copy what the job said into storage, where it outlives its island."""
+        site = work.site
+        assert site is not None
+        work.logged_at = time.monotonic()
+        if site.silent_since is not None or site.gone():
+            return []
+        try:
+            lines = site.jobs.logs(work.submission_id).strip().splitlines()
+        except Failed:
+            return []
+        write_log(self._run, work.shard, work.submission_id, site.island.name, lines)
+        return lines

@@ -1,0 +1,177 @@
+"""What an island and its controller leave in storage for each other and for whoever watches.
+
+Below `islands/SHARD`: `process-heartbeat.json` (the job lives), `heartbeat.json` (training goes
+on), `stop.json` (somebody asks the job to commit and leave), `controller-journal.jsonl` (where and
+when it was submitted) and `log-journal.jsonl` (what it said). All of it is observation: nothing
+that is trained follows from it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from atoll.core.errors import ExitCode, Refused
+from atoll.core.storage import Storage
+
+SCHEMA_VERSION = 1
+# How a job learns which submission it is, to write it down beside its process id.
+SUBMISSION_VARIABLE = "ATOLL_SUBMISSION_ID"
+SIGN_SECONDS = 2.0
+HEAD_TRAINING = "gate_head_training"
+_LOG_LINES = 2000  # kept of one attempt
+
+
+def island_folder(shard: str) -> str:
+    """Where an island writes, relative to the run."""
+    return f"islands/{shard}"
+
+
+def process_heartbeat(shard: str) -> str:
+    return f"{island_folder(shard)}/process-heartbeat.json"
+
+
+def stop_request(shard: str) -> str:
+    return f"{island_folder(shard)}/stop.json"
+
+
+def controller_journal(shard: str) -> str:
+    return f"{island_folder(shard)}/controller-journal.jsonl"
+
+
+def log_journal(shard: str) -> str:
+    return f"{island_folder(shard)}/log-journal.jsonl"
+
+
+def ask_to_stop(run: Storage, shard: str) -> None:
+    """Ask a shard's job, and the controller that may start it again, to leave it alone."""
+    request = {"schema_version": SCHEMA_VERSION, "unix_seconds": round(time.time(), 3)}
+    run.write_json(stop_request(shard), request)
+
+
+def read_lines(run: Storage, name: str) -> list[dict[str, Any]]:
+    """The whole lines of a journal; a torn last one is skipped."""
+    try:
+        text = run.read_bytes(name).decode(errors="replace")
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    found = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            if isinstance(entry := json.loads(line), dict):
+                found.append(entry)
+    return found
+
+
+def read_object(run: Storage, name: str) -> dict[str, Any]:
+    """A small JSON file that another process replaces; empty where it is not there."""
+    try:
+        found = run.read_json(name)
+    except (FileNotFoundError, NotADirectoryError, Refused):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def exit_code(run: Storage, shard: str) -> ExitCode | None:
+    """How an island's last attempt ended, if it did: its own word."""
+    name = f"{island_folder(shard)}/exit.json"
+    return ExitCode(int(run.read_json(name)["code"])) if run.exists(name) else None
+
+
+def signs_of_life(run: Storage, shard: str) -> list[dict[str, Any]]:
+    """What changes while a job lives; compared with an earlier look, so that no clock matters."""
+    here = island_folder(shard)
+    beats = (f"{here}/heartbeat.json", f"{here}/{HEAD_TRAINING}/heartbeat.json")
+    return [read_object(run, name) for name in (process_heartbeat(shard), *beats)]
+
+
+def write_journal(run: Storage, shard: str, event: str, submission_id: str, **facts: Any) -> None:
+    """A line of the controller's journal, by its own clock."""
+    line = {"event": event, "submission_id": submission_id, **facts}
+    line["unix_seconds"] = round(time.time(), 3)
+    run.append_line(controller_journal(shard), json.dumps(line))
+
+
+def write_log(
+    run: Storage, shard: str, submission_id: str, island: str, lines: Sequence[str]
+) -> None:
+    """The last lines of one attempt in place of those that were written of it before."""
+    name = log_journal(shard)
+    kept = [line for line in read_lines(run, name) if line.get("submission_id") != submission_id]
+    facts = {"submission_id": submission_id, "island": island}
+    kept += [{**facts, "line": line} for line in lines[-_LOG_LINES:]]
+    run.write_bytes(name, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
+
+
+def newest_generation(run: Storage, folder: str) -> int:
+    """The newest generation that a writer has claimed at a place; 0 before the first."""
+    names = (name.rsplit("/", 1)[1][:6] for name in run.list(f"{folder}/gen"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+class Process:
+    """A job's sign of life, and its ear for a request to stop, beside the training.
+
+    A training claims one generation when it starts; when there are more than that, another writer
+    has taken over, and this process says nothing more.
+    """
+
+    def __init__(self, run: Storage, shard: str) -> None:
+        self._run = run
+        self._shard = shard
+        here = island_folder(shard)
+        self._found = {
+            place: newest_generation(run, place) for place in (here, f"{here}/{HEAD_TRAINING}")
+        }
+        self._stage = "starting"
+        self._ended = threading.Event()
+
+    def overtaken(self) -> bool:
+        """Whether a later writer has claimed one of the places of this one."""
+        return any(newest_generation(self._run, p) > n + 1 for p, n in self._found.items())
+
+    def enter(self, stage: str) -> None:
+        """Say what is being worked on."""
+        self._stage = stage
+        if not self.overtaken():
+            self._beat()
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Beat and listen in a thread until the block ends."""
+        self._beat()
+        thread = threading.Thread(target=self._watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            self._ended.set()
+            thread.join(timeout=30)
+
+    def _watch(self) -> None:
+        while not self._ended.wait(SIGN_SECONDS):
+            # A store that does not answer for a moment costs a sign of life, not the training.
+            with contextlib.suppress(OSError):
+                if self.overtaken():
+                    return
+                self._beat()
+                if self._run.exists(stop_request(self._shard)):
+                    os.kill(os.getpid(), signal.SIGTERM)
+
+    def _beat(self) -> None:
+        self._run.write_json(
+            process_heartbeat(self._shard),
+            {
+                "schema_version": SCHEMA_VERSION,
+                "submission_id": os.environ.get(SUBMISSION_VARIABLE),
+                "process": os.getpid(),
+                "name": self._stage,
+                "unix_seconds": round(time.time(), 3),
+            },
+        )

@@ -1,0 +1,214 @@
+"""Islands that are open for work: heads of ours that were started, clusters that were reached.
+
+A site that does not answer is asked again ever more rarely, and gets no shard meanwhile.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from atoll.core.errors import ConfigError, Failed
+from atoll.core.journal import log
+from atoll.core.places import Island
+from atoll.islands.heads import Head, HeadOrder, local_heads
+from atoll.islands.settings import TrainConfig
+from atoll.islands.submit import Jobs, Unreachable, remote_cluster
+
+# What a small island takes beside its share of Ray: 0.75 GiB were measured on the digits.
+_ISLAND_BYTES = 1 << 30
+_ASK_AGAIN_SECONDS = 30.0  # at most
+
+
+@dataclass
+class Site:
+    """One island at work: its Jobs API, how much it takes, and whether it answers."""
+
+    island: Island
+    jobs: Jobs
+    at_once: int
+    cpus: int  # of one job
+    gpus: int  # of one job
+    head: Head | None = None
+    running: int = 0
+    silent_since: float | None = None
+    _revivals: int = 2
+    _ask_at: float = 0.0
+    _pause: float = 0.5
+
+    def answers(self) -> bool:
+        """Whether it is worth asking now; a silent one is left in peace ever longer."""
+        return time.monotonic() >= self._ask_at
+
+    def heard(self) -> None:
+        """It answered."""
+        if self.silent_since is not None:
+            log.warning("island %s answers again", self.island.name)
+        self.silent_since, self._pause, self._ask_at = None, 0.5, 0.0
+
+    def missed(self, error: Failed) -> None:
+        """It did not answer; asked again after a pause that doubles."""
+        now = time.monotonic()
+        if self.silent_since is None:
+            self.silent_since = now
+            log.warning("island %s: %s", self.island.name, error.what)
+        self._ask_at, self._pause = now + self._pause, min(_ASK_AGAIN_SECONDS, self._pause * 2)
+
+    def gone(self) -> bool:
+        """Whether it can never come back: the process of a head of ours has ended."""
+        return self.head is not None and not self.head.alive()
+
+    def revive(self) -> bool:
+        """Start a head of ours anew that has ended; false where there is none, or it keeps ending.
+
+        Only for shards that no other island takes: elsewhere one can be done without.
+        """
+        if self.head is None or self.head.alive() or self._revivals == 0:
+            return False
+        self._revivals -= 1
+        log.warning(
+            "the head of island %s has ended and is started again; its last words: %s",
+            self.island.name, self.head.last_words(),
+        )  # fmt: skip
+        self.head.restart()
+        self.jobs = Jobs(self.head.cluster)
+        self.heard()
+        return True
+
+    def lost(self, seconds: float) -> bool:
+        """Gone, or silent for so long."""
+        if self.gone():
+            return True
+        return self.silent_since is not None and time.monotonic() - self.silent_since > seconds
+
+    def ask_again(self) -> None:
+        """Ask a silent site whether it is back."""
+        if self.silent_since is not None and not self.gone() and self.answers():
+            try:
+                self.jobs.check()
+            except Failed as error:
+                self.missed(error)
+            else:
+                self.heard()
+
+
+@contextlib.contextmanager
+def open_sites(config: TrainConfig, shards: int) -> Iterator[list[Site]]:
+    """Start the heads and reach the clusters; `Failed` when not one of the clusters answers."""
+    islands = config.islands or (Island(name="local", local=True, jobs=slots_here(config)),)
+    plans = _plans(islands, config, shards)
+    ours = [
+        HeadOrder(i.name, plan.cpus, plan.devices, i.memory_gib)
+        for i, plan in zip(islands, plans, strict=True)
+        if i.local
+    ]
+    # First those that only have to be asked: what is wrong there is known before a head starts.
+    remote = {i.name: Jobs(remote_cluster(i), ask=False) for i in islands if not i.local}
+    away = _away(remote, alone=not ours)
+    with local_heads(ours) as heads:
+        by_name = {head.cluster.name: head for head in heads}
+        sites = []
+        for island, plan in zip(islands, plans, strict=True):
+            head = by_name.get(island.name)
+            jobs = remote[island.name] if head is None else Jobs(head.cluster)
+            site = Site(island, jobs, plan.jobs, plan.job_cpus, plan.job_gpus, head)
+            if island.name in away:  # it may come later
+                site.missed(away[island.name])
+            sites.append(site)
+        yield sites
+
+
+def _away(remote: dict[str, Jobs], *, alone: bool) -> dict[str, Unreachable]:
+    """The clusters that do not answer now; to be refused is an error, and so is to reach none."""
+    away = {}
+    for name, jobs in remote.items():
+        try:
+            jobs.check()
+        except Unreachable as error:
+            away[name] = error
+    if alone and remote and len(away) == len(remote):
+        raise next(iter(away.values()))
+    return away
+
+
+@dataclass(frozen=True)
+class _SitePlan:
+    """How many jobs at once, what each takes, and what a head of ours has to offer for that."""
+
+    jobs: int
+    job_cpus: int
+    job_gpus: int
+    cpus: int = 0
+    devices: tuple[str, ...] = ()
+
+
+def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[_SitePlan]:
+    free = [] if config.device == "cpu" else _devices()
+    local = sum(island.local for island in islands)
+    share = len(free) // local if local else 0
+    plans = []
+    for island in islands:
+        cpus = island.resources.cpus or config.threads
+        if not island.local:
+            gpus = island.resources.gpus
+            gpus = int(config.device == "cuda") if gpus is None else gpus
+            # How much a cluster of somebody's holds is not for us to guess: one, or as told.
+            jobs = island.jobs or config.slots or 1
+            plans.append(_SitePlan(min(jobs, shards), cpus, gpus))
+            continue
+        wanted = share if island.gpus is None else island.gpus
+        if wanted > len(free):
+            raise ConfigError(
+                f"Island '{island.name}' is to have {wanted} GPUs, and {len(free)} are left here",
+                cure="lower gpus in the islands' file",
+            )
+        devices, free = tuple(free[:wanted]), free[wanted:]
+        gpus = min(1, wanted) if island.resources.gpus is None else island.resources.gpus
+        if gpus > wanted:
+            raise ConfigError(
+                f"A job of island '{island.name}' is to have {gpus} GPUs of its {wanted}",
+                cure="raise gpus or lower resources.gpus",
+            )
+        jobs = island.jobs or config.slots or (len(devices) // gpus if gpus else 0)
+        jobs = jobs or (island.cpus // cpus if island.cpus else 1) or 1
+        jobs = min(jobs, shards, len(devices) // gpus if gpus else jobs)
+        if island.cpus is not None and island.cpus < cpus:
+            raise ConfigError(
+                f"A job of island '{island.name}' takes {cpus} CPUs and it has {island.cpus}",
+                cure="raise cpus, or lower resources.cpus or threads",
+            )
+        plans.append(_SitePlan(jobs, cpus, gpus, island.cpus or jobs * cpus, devices))
+    return plans
+
+
+def slots_here(config: TrainConfig) -> int:
+    """Islands at once here: a GPU each where there is any, else what processors and memory hold."""
+    if config.slots:
+        return config.slots
+    gpus = 0 if config.device == "cpu" else len(_devices())
+    processors = len(os.sched_getaffinity(0)) // config.threads
+    return gpus or max(1, min(processors, _available_bytes() // _ISLAND_BYTES))
+
+
+def _devices() -> list[str]:
+    """CUDA's names of the GPUs that this process may use."""
+    count = torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    named = [name.strip() for name in visible.split(",")] if visible else []
+    return named[:count] if len(named) >= count > 0 else [str(n) for n in range(count)]
+
+
+def _available_bytes() -> int:
+    """Memory that can be had without swapping, as Linux says; no bound elsewhere."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) << 10
+    return sys.maxsize

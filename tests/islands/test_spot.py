@@ -1,0 +1,171 @@
+"""Spot notices: three clouds' metadata services, as a real server on this machine plays them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+import pytest
+
+from atoll.core.checkpoint import Checkpoints
+from atoll.core.errors import Interrupted
+from atoll.core.storage import Storage
+from atoll.islands import spot
+from atoll.islands.loop import Loop
+from tests.islands.test_loop import COURSE, loss_of, module, straight, weights
+
+NOTICE = json.dumps({"action": "terminate", "time": "2026-11-20T08:22:00Z"})
+
+
+class Cloud:
+    """What the services say, and what they were asked."""
+
+    def __init__(self) -> None:
+        self.notice = False
+        self.broken = False
+        self.asked: list[str] = []
+
+    def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
+        self.asked.append(f"{method} {path}")
+        if self.broken:
+            return 500, "{"
+        if path == "/latest/api/token":
+            assert method == "PUT"
+            assert headers["X-Aws-Ec2-Metadata-Token-Ttl-Seconds"] == "60"
+            return 200, "secret"
+        if path == "/latest/meta-data/spot/instance-action":
+            if headers.get("X-Aws-Ec2-Metadata-Token") != "secret":
+                return 401, ""
+            return (200, NOTICE) if self.notice else (404, "")
+        if path == "/computeMetadata/v1/instance/preempted":
+            if headers.get("Metadata-Flavor") != "Google":
+                return 403, ""
+            return 200, "TRUE" if self.notice else "FALSE"
+        assert path == "/metadata/scheduledevents?api-version=2020-07-01"
+        if headers.get("Metadata") != "true":
+            return 400, ""
+        events = [{"EventType": "Reboot"}]
+        if self.notice:
+            events.append({"EventType": "Preempt"})
+        return 200, json.dumps({"Events": events})
+
+
+@pytest.fixture
+def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
+    played = Cloud()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            headers = {name.title(): value for name, value in self.headers.items()}
+            code, text = played.answer(self.command, self.path, headers)
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(text.encode())
+
+        do_PUT = do_GET
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    place = f"127.0.0.1:{server.server_address[1]}"
+    for name in ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "AZURE_METADATA_SERVICE_ENDPOINT"):
+        monkeypatch.setenv(name, f"http://{place}/")
+    monkeypatch.setenv("GCE_METADATA_HOST", place)
+    # A proxy that the environment names is not the machine's own metadata service.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    yield played
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.mark.parametrize("name", spot.NOTICES)
+def test_each_cloud_is_silent_until_it_takes_the_machine_back(cloud: Cloud, name: str) -> None:
+    assert spot.NOTICES[name]() == ""
+    cloud.notice = True
+    assert spot.NOTICES[name]()
+
+
+@pytest.mark.parametrize("name", spot.NOTICES)
+def test_a_notice_becomes_a_commit_and_the_rest_is_bitwise(
+    cloud: Cloud, tmp_path, name: spot.Cloud
+) -> None:
+    run = Storage(tmp_path)
+    expected = straight(run)
+
+    def notice() -> None:
+        cloud.notice = True
+        deadline = time.monotonic() + 20
+        while not told and time.monotonic() < deadline:
+            time.sleep(0.01)
+
+    told: list[int] = []
+    network = module()
+    loop = Loop(run, "run", network, COURSE, name="run")
+    before = signal.getsignal(signal.SIGTERM)
+
+    def loss(first: int, count: int):  # type: ignore[no-untyped-def]
+        if first == 200:
+            handler = signal.getsignal(signal.SIGTERM)
+            signal.signal(signal.SIGTERM, lambda *given: (told.append(1), handler(*given)))  # type: ignore
+            notice()
+        return loss_of(network)(first, count)
+
+    with pytest.raises(Interrupted), spot.heeding(name, poll_seconds=0.02):
+        loop.run(loss)
+    assert told == [1]
+    signal.signal(signal.SIGTERM, before)
+    latest = Checkpoints(run, "run").latest()
+    assert latest is not None
+    assert latest.images_seen == 204
+    network = module()
+    Loop(run, "run", network, COURSE, name="run").run(loss_of(network))
+    assert all((value == expected[key]).all() for key, value in weights(network).items())
+
+
+def test_a_service_that_does_not_answer_is_asked_again(cloud: Cloud) -> None:
+    cloud.broken = True
+    stopped = threading.Event()
+    before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    try:
+        with spot.heeding("azure", poll_seconds=0.02):
+            deadline = time.monotonic() + 20
+            while len(cloud.asked) < 3 and time.monotonic() < deadline:
+                time.sleep(0.01)
+            assert len(cloud.asked) >= 3
+            assert not stopped.is_set()
+            cloud.broken, cloud.notice = False, True
+            while not stopped.is_set() and time.monotonic() < deadline:
+                time.sleep(0.01)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    assert stopped.is_set()
+
+
+@pytest.mark.parametrize(
+    ("vendor", "found"),
+    [
+        ("Amazon EC2\n", "aws"),
+        ("Google\n", "gcp"),
+        ("Microsoft Corporation\n", "azure"),
+        ("QEMU", None),
+    ],
+)
+def test_the_firmware_says_which_cloud_it_is(tmp_path, monkeypatch, vendor, found) -> None:
+    (tmp_path / "sys_vendor").write_text(vendor)
+    monkeypatch.setattr(spot, "_VENDOR", tmp_path / "sys_vendor")
+    assert spot.cloud_here("auto") == found
+    assert spot.cloud_here("off") is None
+    assert spot.cloud_here("gcp") == "gcp"
+
+
+def test_on_no_cloud_nothing_is_asked(cloud: Cloud, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr(spot, "_VENDOR", tmp_path / "not there")
+    with spot.heeding("auto", poll_seconds=0.01):
+        time.sleep(0.1)
+    assert cloud.asked == []
