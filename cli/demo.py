@@ -11,7 +11,6 @@ finished it. A finished demo is left as it is.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import shutil
 import time
@@ -281,10 +280,8 @@ def _make_soup(run: Storage, manifest: Manifest) -> None:
 def _seconds(place: Storage) -> dict[str, float]:
     """What each stage took, over all sittings; a line that a kill has torn is left out."""
     seconds: dict[str, float] = {}
-    for text in place.read_bytes(_JOURNAL).decode(errors="replace").splitlines():
-        with contextlib.suppress(ValueError, KeyError, TypeError):
-            line = json.loads(text)
-            seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + float(line["seconds"])
+    for line in place.read_lines(_JOURNAL):
+        seconds[line["stage"]] = seconds.get(line["stage"], 0.0) + line["seconds"]
     return seconds
 
 

@@ -42,11 +42,11 @@ def register(app: typer.Typer) -> None:
         lines: Annotated[int, typer.Option(min=1, help="At most so many, the last ones.")] = 200,
     ) -> Result:
         """What a shard's jobs said, as far as it has been copied into storage."""
-        from atoll.islands.signs import log_journal, read_lines
+        from atoll.islands.signs import log_journal
 
         storage, manifest = opened(run)
         manifest.shard(shard)
-        found = read_lines(storage, log_journal(shard))[-lines:]
+        found = storage.read_lines(log_journal(shard))[-lines:]
         text = "\n".join(str(line.get("line", "")) for line in found)
         return {"run": run, "shard": shard, "lines": found, "text": text or "nothing yet"}
 

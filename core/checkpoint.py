@@ -39,6 +39,12 @@ class Checkpoint:
     facts: dict[str, Any]
 
 
+def newest_generation(storage: Storage, folder: str) -> int:
+    """The newest generation that a writer has claimed below a folder; 0 before the first."""
+    names = (PurePosixPath(name).stem for name in storage.list(f"{folder}/gen"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
+
+
 class Checkpoints:
     """The checkpoints of one island (or of the base) below a folder of the run."""
 
@@ -51,7 +57,7 @@ class Checkpoints:
     def claim(self) -> int:
         """Become the one writer of this place; every earlier writer is fenced from now on."""
         while True:
-            generation = self._newest_generation() + 1
+            generation = newest_generation(self._storage, self._folder) + 1
             try:
                 self._storage.create(
                     f"{self._folder}/gen/{generation:06d}.json",
@@ -64,7 +70,7 @@ class Checkpoints:
 
     def check_fence(self) -> None:
         """Raise `Fenced` when a newer generation has been claimed."""
-        newest = self._newest_generation()
+        newest = newest_generation(self._storage, self._folder)
         if newest != self.generation:
             raise Fenced(
                 f"Generation {newest} has taken over {self._folder} from {self.generation}",
@@ -121,10 +127,6 @@ class Checkpoints:
         if hashlib.sha256(payload).hexdigest() != record["sha256"]:
             raise Refused(f"{record['file']} does not have the sha256 of its commit record")
         return Checkpoint(record["images_seen"], load(payload), record["facts"])
-
-    def _newest_generation(self) -> int:
-        claimed = self._storage.list(f"{self._folder}/gen")
-        return max((int(name.rsplit("/", 1)[1][:6]) for name in claimed), default=0)
 
     def _prune(self) -> None:
         """Delete what lies below the newest commits, payloads last, committed or not.

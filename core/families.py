@@ -27,7 +27,7 @@ _TIMESTEPS = 1000.0
 Adapter = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 
 
-def _unet(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def _with_tokens(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = network(
         x_t,
         t * _TIMESTEPS,
@@ -50,17 +50,6 @@ def _pixart(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> T
     )[0]
     # Published PixArts put out a variance as well, in as many channels again.
     return output[:, : x_t.shape[1]]
-
-
-def _uvit(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    output: Tensor = network(
-        x_t,
-        t * _TIMESTEPS,
-        encoder_hidden_states=cond.tokens,
-        encoder_attention_mask=cond.mask,
-        return_dict=False,
-    )[0]
-    return output
 
 
 def _dit(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
@@ -113,7 +102,7 @@ FAMILIES: dict[str, Family] = {
     # Rombach et al. 2022, arXiv 2112.10752.
     "unet": Family(
         UNet2DConditionModel,
-        _unet,
+        _with_tokens,
         tokens="cross_attention_dim",
         divides_by=lambda config: 2 ** (len(config["block_out_channels"]) - 1),
     ),
@@ -122,7 +111,7 @@ FAMILIES: dict[str, Family] = {
         PixArtTransformer2DModel, _pixart, tokens="caption_channels", squares_only=True
     ),
     # Bao et al. 2022, arXiv 2209.12152.
-    "uvit": Family(UViT, _uvit, tokens="joint_attention_dim"),
+    "uvit": Family(UViT, _with_tokens, tokens="joint_attention_dim"),
     # Peebles & Xie 2022, arXiv 2212.09748.
     "dit": Family(DiT, _dit, pooled="pooled_projection_dim"),
     # Esser et al. 2024, arXiv 2403.03206.

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -203,6 +203,19 @@ class Storage:
             self._fs.makedirs(os.path.dirname(path), exist_ok=True)
             with self._fs.open(path, "ab") as file:
                 file.write(line.encode() + b"\n")
+
+    def read_lines(self, name: str) -> Sequence[dict[str, Any]]:
+        """The JSON objects of a journal, a line each; torn lines are skipped, no file has none."""
+        try:
+            text = self.read_bytes(name).decode(errors="replace")
+        except (FileNotFoundError, NotADirectoryError):
+            return []
+        found = []
+        for line in text.splitlines():
+            with contextlib.suppress(ValueError):
+                if isinstance(entry := json.loads(line), dict):
+                    found.append(entry)
+        return found
 
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""

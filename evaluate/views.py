@@ -7,7 +7,7 @@ strangers (captions, owners' names): it is escaped when the page is made, never 
 
 from __future__ import annotations
 
-import json
+import contextlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -175,12 +175,9 @@ class ReportData:
 def read_curve(run: Storage, name: str, file: str) -> Curve:
     """A training's `metrics.jsonl` as a curve; a torn last line is skipped."""
     points: dict[int, float] = {}
-    for line in run.read_bytes(file).decode(errors="replace").splitlines():
-        try:
-            values = json.loads(line)
+    for values in run.read_lines(file):
+        with contextlib.suppress(ValueError, KeyError, TypeError):
             points[int(values["images_seen"])] = float(values["loss"])
-        except (ValueError, KeyError, TypeError):
-            continue
     return Curve(name, tuple(sorted(points.items())))
 
 

@@ -16,7 +16,7 @@ from typing import Any, Protocol
 from atoll.core.errors import MissingError
 from atoll.core.journal import log
 from atoll.core.storage import Storage
-from atoll.islands.signs import HEAD_TRAINING, island_folder, read_lines
+from atoll.islands.signs import HEAD_TRAINING, island_folder
 
 _EVERY_SECONDS = 10.0
 # TensorBoard takes any file with this in its name.
@@ -54,7 +54,7 @@ def points(run: Storage, shard: str) -> list[Point]:
     """All that the metrics of a shard say so far."""
     found: list[Point] = []
     for part, below in _PLACES.items():
-        for line in read_lines(run, f"{island_folder(shard)}{below}/metrics.jsonl"):
+        for line in run.read_lines(f"{island_folder(shard)}{below}/metrics.jsonl"):
             seen = line.get("images_seen")
             if isinstance(seen, int):
                 found += [

@@ -162,13 +162,6 @@ def local_heads(orders: Sequence[HeadOrder]) -> Iterator[list[Head]]:
             head.end()
 
 
-@contextlib.contextmanager
-def local_head(cpus: int) -> Iterator[Cluster]:
-    """One head, by the cluster that it is."""
-    with local_heads([HeadOrder("local", cpus)]) as (head,):
-        yield head.cluster
-
-
 def remove_dead_folders(parent: Path = Path("/tmp")) -> None:
     """Remove what heads left whose controller was killed: nobody holds the lock, nothing moves."""
     for folder in parent.glob(f"{_PREFIX}*"):

@@ -150,9 +150,7 @@ class Loop:
             while seen < total:
                 self._background.check()
                 self._pulse.check()
-                if self._guard.skips(seen):
-                    taken = None
-                else:
+                if not self._guard.skips(seen):
                     taken = self._step(loss, seen)
                     if not taken.applied:
                         committed = self._go_back(seen, taken)

@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from atoll.core.checkpoint import newest_generation
 from atoll.core.errors import (
     AtollError,
     ConfigError,
@@ -34,7 +35,6 @@ from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import (
     exit_code,
     island_folder,
-    newest_generation,
     process_heartbeat,
     read_object,
     signs_of_life,

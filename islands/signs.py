@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from atoll.core.checkpoint import newest_generation
 from atoll.core.errors import ExitCode, Refused
 from atoll.core.storage import Storage
 
@@ -55,20 +56,6 @@ def ask_to_stop(run: Storage, shard: str) -> None:
     run.write_json(stop_request(shard), request)
 
 
-def read_lines(run: Storage, name: str) -> list[dict[str, Any]]:
-    """The whole lines of a journal; a torn last one is skipped."""
-    try:
-        text = run.read_bytes(name).decode(errors="replace")
-    except (FileNotFoundError, NotADirectoryError):
-        return []
-    found = []
-    for line in text.splitlines():
-        with contextlib.suppress(ValueError):
-            if isinstance(entry := json.loads(line), dict):
-                found.append(entry)
-    return found
-
-
 def read_object(run: Storage, name: str) -> dict[str, Any]:
     """A small JSON file that another process replaces; empty where it is not there."""
     try:
@@ -103,16 +90,10 @@ def write_log(
 ) -> None:
     """The last lines of one attempt in place of those that were written of it before."""
     name = log_journal(shard)
-    kept = [line for line in read_lines(run, name) if line.get("submission_id") != submission_id]
+    kept = [line for line in run.read_lines(name) if line.get("submission_id") != submission_id]
     facts = {"submission_id": submission_id, "island": island}
     kept += [{**facts, "line": line} for line in lines[-_LOG_LINES:]]
     run.write_bytes(name, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
-
-
-def newest_generation(run: Storage, folder: str) -> int:
-    """The newest generation that a writer has claimed at a place; 0 before the first."""
-    names = (name.rsplit("/", 1)[1][:6] for name in run.list(f"{folder}/gen"))
-    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 class Process:

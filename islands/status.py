@@ -18,9 +18,11 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+from atoll.core.checkpoint import newest_generation
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
@@ -28,9 +30,7 @@ from atoll.islands.signs import (
     HEAD_TRAINING,
     controller_journal,
     island_folder,
-    newest_generation,
     process_heartbeat,
-    read_lines,
     read_object,
     stop_request,
 )
@@ -98,7 +98,7 @@ def _read_shard(run: Storage, manifest: Manifest, shard: str, now: float) -> Sha
     beat = read_object(run, f"{here}/heartbeat.json")
     head_beat = read_object(run, f"{here}/{HEAD_TRAINING}/heartbeat.json")
     ended = read_object(run, f"{here}/exit.json")
-    attempts = read_lines(run, controller_journal(shard))
+    attempts = run.read_lines(controller_journal(shard))
     submitted = [line for line in attempts if line.get("event") == "submitted"]
     latest = submitted[-1] if submitted else {}
     times = [_number(each.get("unix_seconds")) for each in (process, beat, head_beat, latest)]
@@ -118,7 +118,7 @@ def _read_shard(run: Storage, manifest: Manifest, shard: str, now: float) -> Sha
     eta = None
     if state in ("running", "straggler") and of is not None and speed:
         eta = round((of - seen) / speed, 1)
-    metrics = read_lines(run, f"{here}/metrics.jsonl")
+    metrics = run.read_lines(f"{here}/metrics.jsonl")
     return ShardStatus(
         shard=shard,
         state=state,
@@ -144,7 +144,7 @@ def _state(
     manifest: Manifest,
     shard: str,
     ended: dict[str, Any],
-    attempts: list[dict[str, Any]],
+    attempts: Sequence[dict[str, Any]],
     process: dict[str, Any],
     silent: float | None,
 ) -> tuple[str, str | None]:
@@ -170,7 +170,7 @@ def _state(
 def _speed(run: Storage, here: str, beat: dict[str, Any], *, done: bool) -> float | None:
     """Of the training that goes on, or of the last one that ended."""
     if done:
-        lines = read_lines(run, f"{here}/journal.jsonl")
+        lines = run.read_lines(f"{here}/journal.jsonl")
         trained = [
             ln for ln in lines if ln.get("event") == "trained" and ln.get("images_per_second")
         ]
@@ -201,7 +201,7 @@ def _committed(run: Storage, here: str) -> int | None:
 
 
 def _cost(
-    attempts: list[dict[str, Any]],
+    attempts: Sequence[dict[str, Any]],
     process: dict[str, Any],
     last_sign: float,
     *,

@@ -298,6 +298,15 @@ def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -
     ]  # fmt: skip
 
 
+def test_lines_are_read_back_but_for_torn_ones(storage: Storage) -> None:
+    assert list(storage.read_lines("journal.jsonl")) == []
+    for number in range(3):
+        storage.append_line("journal.jsonl", json.dumps({"n": number}))
+    torn = storage.read_bytes("journal.jsonl") + b'[1]\n{"n": 3, "half\xff'
+    storage.write_bytes("journal.jsonl", torn)
+    assert [line["n"] for line in storage.read_lines("journal.jsonl")] == [0, 1, 2]
+
+
 def test_listings_are_never_remembered(storage: Storage) -> None:
     assert not storage._fs.dircache.use_listings_cache
     assert storage.list("gen") == []

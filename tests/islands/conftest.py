@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -18,7 +19,9 @@ from atoll.core.embedding import FitConfig
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
 from atoll.islands.base import train_base
+from atoll.islands.heads import HeadOrder, local_heads
 from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
+from atoll.islands.submit import Cluster
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
 
@@ -77,3 +80,10 @@ def fresh(made: Path, tmp_path: Path) -> Callable[[str], tuple[Storage, Manifest
         return run, Manifest.load(run)
 
     return copy
+
+
+@contextlib.contextmanager
+def local_head(cpus: int) -> Iterator[Cluster]:
+    """One head, by the cluster that it is."""
+    with local_heads([HeadOrder("local", cpus)]) as (head,):
+        yield head.cluster

@@ -15,6 +15,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from atoll.core.checkpoint import newest_generation
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.places import Island
@@ -22,7 +23,6 @@ from atoll.core.storage import Storage
 from atoll.islands.curves import EVENTS
 from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import DenoiserTraining, TrainConfig, WatchConfig
-from atoll.islands.signs import newest_generation
 from atoll.islands.status import ShardStatus, read_status
 from atoll.islands.supervise import train
 from tests.islands.conftest import TRAIN

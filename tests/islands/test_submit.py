@@ -22,8 +22,8 @@ import pytest
 from atoll.core.errors import Failed
 from atoll.core.places import Island
 from atoll.islands import submit
-from atoll.islands.heads import local_head
 from atoll.islands.submit import Cluster, Jobs, Unreachable, remote_cluster, shipped_code
+from tests.islands.conftest import local_head
 
 TOKEN = "7f3a9c0d1e2b4a5968778695a4b3c2d1"
 

@@ -22,11 +22,11 @@ from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.places import Island
 from atoll.core.storage import Storage
-from atoll.islands.heads import local_head, remove_dead_folders
+from atoll.islands.heads import remove_dead_folders
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.submit import ENDED, Cluster, Jobs, shipped_code
 from atoll.islands.supervise import plan_islands, train
-from tests.islands.conftest import TRAIN
+from tests.islands.conftest import TRAIN, local_head
 from tests.islands.test_job import RESULTS, finish, order
 
 CLOCKS = ("heartbeat.json", "journal.jsonl")
