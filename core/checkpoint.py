@@ -24,9 +24,10 @@ from safetensors.torch import load, save_file
 from torch import Tensor
 
 from atoll.core.errors import Fenced, Refused
+from atoll.core.manifest import check_schema
 from atoll.core.storage import Storage, canonical_json, sha256_file
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1 knew no guard and one average
 _log = logging.getLogger("atoll")
 
 
@@ -43,6 +44,13 @@ def newest_generation(storage: Storage, folder: str) -> int:
     """The newest generation that a writer has claimed below a folder; 0 before the first."""
     names = (PurePosixPath(name).stem for name in storage.list(f"{folder}/gen"))
     return max((int(name) for name in names if name.isdigit()), default=0)
+
+
+def newest_commit(storage: Storage, folder: str) -> int | None:
+    """images_seen of the newest commit below a folder, which its name says; None before one."""
+    names = storage.list(f"{folder}/commits")
+    digits = _stem(names[-1]).rsplit("-", 1)[-1] if names else ""
+    return int(digits) if digits.isdigit() else None
 
 
 class Checkpoints:
@@ -101,12 +109,19 @@ class Checkpoints:
         self._prune()
 
     def latest(self) -> Checkpoint | None:
-        """The newest state that verifies, or None; each one passed over is named in the log."""
+        """The newest state that verifies, or None; each one passed over is named in the log.
+
+        Raises `Refused` where a sound one was made by a version of Atoll with another schema.
+        """
         for name in reversed(self._storage.list(f"{self._folder}/commits")):
             try:
-                return self._load(name)
+                record = self._record(name)
+                if record["schema_version"] == SCHEMA_VERSION:
+                    return self._load(record)
             except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
                 _log.warning("%s is passed over, the one before it is used: %s", name, error)
+                continue
+            check_schema(record, SCHEMA_VERSION, f"{self._storage.uri}/{name}")
         return None
 
     def _seal(self, name: str, sealed: bytes) -> None:
@@ -117,12 +132,15 @@ class Checkpoints:
             if self._storage.read_bytes(name) != sealed:
                 raise Refused(f"{name} is there and says something else") from None
 
-    def _load(self, name: str) -> Checkpoint:
+    def _record(self, name: str) -> dict[str, Any]:
         record = self._storage.read_json(name)
         if not isinstance(record, dict) or record.pop("record_sha256", "") != _record_sha256(
             record
         ):
             raise Refused(f"{name} does not have the sha256 that it names")
+        return record
+
+    def _load(self, record: dict[str, Any]) -> Checkpoint:
         payload = self._storage.read_bytes(f"{self._folder}/{record['file']}")
         if hashlib.sha256(payload).hexdigest() != record["sha256"]:
             raise Refused(f"{record['file']} does not have the sha256 of its commit record")

@@ -138,6 +138,8 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
 
 def _check_unchanged(run: Storage, manifest: Manifest, config: BaseConfig) -> None:
     """A base that is trained stays: refuse to be asked for another."""
+    if config.recipe is not None:
+        recipes.recipe_of(config.recipe)  # a name that is none is told so
     if config.recipe not in (None, manifest.recipe):
         raise ConfigError(
             f"This run's base is of recipe {manifest.recipe}, not {config.recipe}",

@@ -33,6 +33,7 @@ from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import (
+    committed,
     exit_code,
     island_folder,
     process_heartbeat,
@@ -65,7 +66,8 @@ class _Work:
     total: int
     site: Site | None = None
     submission_id: str = ""
-    attempts: int = 0
+    attempts: int = 0  # since one that got further
+    committed: int = 0  # images in storage when the last attempt ended
     not_before: float = 0.0
     said: int = 0  # images that the progress bar has been told of
     started_at: float = 0.0
@@ -296,6 +298,10 @@ class Queue:
         """Queue what failed once more, after a pause, or give it up."""
         work.reasons.append(reason)
         work.failed_at.append(site.island.name)
+        reached = committed(self._run, work.shard)
+        if reached > work.committed:
+            # A machine that is taken back now and then is no crash loop.
+            work.committed, work.attempts = reached, min(1, work.attempts)
         again = retried and work.attempts <= self._config.retries
         log.warning("%s: %s%s", work.shard, reason, "; started again" if again else "")
         if again:

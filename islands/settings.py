@@ -136,7 +136,7 @@ class TrainConfig(Config):
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
-    retries: int = Field(default=3, ge=0)  # new generations after a death, per island
+    retries: int = Field(default=3, ge=0)  # new generations of a shard, none of which got further
     spot: Cloud = "auto"  # whose notices that a machine is taken back are heeded
     training: DenoiserTraining = DenoiserTraining()
     head: HeadTraining = HeadTraining()

@@ -17,7 +17,7 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from atoll.core.checkpoint import newest_generation
+from atoll.core.checkpoint import newest_commit, newest_generation
 from atoll.core.errors import ExitCode, Refused
 from atoll.core.storage import Storage
 
@@ -69,6 +69,12 @@ def exit_code(run: Storage, shard: str) -> ExitCode | None:
     """How an island's last attempt ended, if it did: its own word."""
     name = f"{island_folder(shard)}/exit.json"
     return ExitCode(int(run.read_json(name)["code"])) if run.exists(name) else None
+
+
+def committed(run: Storage, shard: str) -> int:
+    """Images of the newest commits, of the expert's and of the gate head's training together."""
+    here = island_folder(shard)
+    return sum(newest_commit(run, place) or 0 for place in (here, f"{here}/{HEAD_TRAINING}"))
 
 
 def signs_of_life(run: Storage, shard: str) -> list[dict[str, Any]]:

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from atoll.core.checkpoint import newest_generation
+from atoll.core.checkpoint import newest_commit, newest_generation
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
@@ -132,7 +132,7 @@ def _read_shard(run: Storage, manifest: Manifest, shard: str, now: float) -> Sha
         percent=None,
         loss=_number(metrics[-1].get("loss")) if metrics else None,
         eta_seconds=eta,
-        committed_images_seen=_committed(run, here),
+        committed_images_seen=newest_commit(run, here),
         silent_seconds=None if state in (*ENDED, "planned") else silent,
         cost=_cost(attempts, process, max(known, default=now), living=state == "running", now=now),
         reason=reason,
@@ -191,13 +191,6 @@ def _compared(row: ShardStatus, rows: list[ShardStatus]) -> ShardStatus:
     share = row.images_per_second / statistics.median(others)
     slow = row.state == "running" and row.stage == "expert" and share < STRAGGLER_SHARE
     return replace(row, percent=round(100 * share, 1), state="straggler" if slow else row.state)
-
-
-def _committed(run: Storage, here: str) -> int | None:
-    """images_seen of the newest commit, which its name says: GENERATION-IMAGES.json."""
-    names = run.list(f"{here}/commits")
-    digits = names[-1].rsplit("-", 1)[-1].removesuffix(".json") if names else ""
-    return int(digits) if digits.isdigit() else None
 
 
 def _cost(

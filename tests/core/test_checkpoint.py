@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import random
@@ -16,8 +17,8 @@ import pytest
 import torch
 
 from atoll.core.checkpoint import Checkpoint, Checkpoints
-from atoll.core.errors import ExitCode, Fenced
-from atoll.core.storage import Storage
+from atoll.core.errors import ExitCode, Fenced, Refused
+from atoll.core.storage import Storage, canonical_json
 
 PLACE = "islands/s0"
 
@@ -65,6 +66,22 @@ def test_newest_commit_comes_back_bitwise(storage: Storage) -> None:
     for images_seen in (8, 16, 1000, 10_000):
         commit(writer, images_seen)
         assert_is(Checkpoints(storage, PLACE).latest(), images_seen)
+
+
+def test_a_checkpoint_of_another_version_is_refused_and_stays(storage: Storage) -> None:
+    writer = writer_of(storage)
+    commit(writer, 8)
+    (name,) = storage.list(f"{PLACE}/commits")
+    record = storage.read_json(name)
+    del record["record_sha256"]
+    record["schema_version"] = 1
+    sealed = {**record, "record_sha256": hashlib.sha256(canonical_json(record)).hexdigest()}
+    storage.write_bytes(name, canonical_json(sealed))
+    before = storage.sha256(PLACE)
+    with pytest.raises(Refused, match="schema version 1") as refused:
+        writer.latest()
+    assert "version of Atoll that wrote it" in str(refused.value.cure)
+    assert storage.sha256(PLACE) == before
 
 
 def test_facts_with_numbers_as_keys_still_verify(storage: Storage) -> None:

@@ -23,7 +23,7 @@ from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.places import Island
 from atoll.core.storage import Storage
 from atoll.islands.heads import remove_dead_folders
-from atoll.islands.settings import DenoiserTraining
+from atoll.islands.settings import DenoiserTraining, WatchConfig
 from atoll.islands.submit import ENDED, Cluster, Jobs, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import TRAIN, local_head
@@ -90,8 +90,15 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh) -> None:
     assert train(together, manifest, TRAIN) == []  # nothing is left to do, and no head is started
 
 
-def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
-    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
+def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(fresh) -> None:
+    """Three kills and one retry: an attempt that got further is none."""
+    config = TRAIN.model_copy(
+        update={
+            "training": DenoiserTraining(passes=60, checkpoints=30),
+            "retries": 1,
+            "watch": WatchConfig(backoff_seconds=0),
+        }
+    )
     run, manifest = fresh()
     shard = "shard-00"
     killer = subprocess.Popen(
@@ -99,9 +106,11 @@ def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
             sys.executable, "-c",
             "import json, os, pathlib, signal, sys, time\n"
             "here = pathlib.Path(sys.argv[1])\n"
-            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
-            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
-            "os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
+            "for generation in (1, 2, 3):\n"
+            "    mine = f'{generation:06d}-*'\n"
+            "    while len(list((here / 'commits').glob(mine))) < 2: time.sleep(0.02)\n"
+            "    line = (here / 'journal.jsonl').read_text().splitlines()[generation - 1]\n"
+            "    os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
             str(run.local(f"islands/{shard}")),
         ]
     )  # fmt: skip
@@ -111,10 +120,10 @@ def test_a_killed_job_is_started_again_and_resumes(fresh) -> None:
     finally:
         killer.kill()
     started = journal(run, shard, "started")
-    assert len(started) == 2
-    assert len({entry["submission_id"] for entry in started}) == 2
+    assert len(started) == 4
+    assert len({entry["submission_id"] for entry in started}) == 4
     resumed = journal(run, shard, "trained")[0]
-    assert resumed["generation"] == 2
+    assert resumed["generation"] == 4
     assert resumed["from_images_seen"] > 0
 
     undisturbed, manifest = fresh("undisturbed")
