@@ -34,6 +34,7 @@ def straight(based: Path, place: Path) -> dict[str, str]:
     """The same training without Ray and without a stop; its files by name -> sha256."""
     from atoll.core.config import apply_overrides
     from atoll.core.manifest import Manifest
+    from atoll.islands.job import run_island
     from atoll.islands.settings import TrainConfig
     from atoll.islands.supervise import plan_islands, write_order
 
@@ -44,8 +45,7 @@ def straight(based: Path, place: Path) -> dict[str, str]:
     manifest = Manifest.load(run)
     plan_islands(run, manifest, config)
     write_order(run, manifest, config, SHARD)
-    job = [sys.executable, "-P", "-m", "atoll.islands.job", str(place), SHARD]
-    subprocess.run(job, check=True, capture_output=True)
+    run_island(run.uri, SHARD)
     return results(place)
 
 

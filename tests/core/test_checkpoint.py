@@ -281,6 +281,7 @@ def test_training_killed_at_random_moments_loses_one_interval_at_most(tmp_path: 
     told = tmp_path / "told"
     newest = 0
     for _ in range(15):
+        told.unlink(missing_ok=True)
         child = os.fork()
         if child == 0:
             writer = writer_of(storage)
@@ -290,16 +291,18 @@ def test_training_killed_at_random_moments_loses_one_interval_at_most(tmp_path: 
                 images_seen += 8
                 commit(writer, images_seen)
                 told.write_text(str(images_seen))
-        time.sleep(random_.uniform(0.02, 0.08))
+        while not told.exists():
+            time.sleep(0.001)
+        time.sleep(random_.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
-        promised = int(told.read_text() or newest) if told.exists() else newest
+        promised = int(told.read_text() or newest)  # empty where it was killed while it told
         found = Checkpoints(storage, PLACE).latest()
         newest = found.images_seen if found else 0
         assert newest in (promised, promised + 8) or newest > promised
         if found:
             assert_is(found, newest)
-    assert newest > 8 * 15
+    assert newest >= 8 * 15
 
 
 def _claim_many(uri: str, rounds: int, start: Any, won: Any) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pyarrow as pa
@@ -19,7 +19,7 @@ from atoll.core.embedding import FitConfig
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
 from atoll.islands.base import train_base
-from atoll.islands.heads import HeadOrder, local_heads
+from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
 from atoll.islands.submit import Cluster
 from atoll.partitioner.pipeline import partition
@@ -87,3 +87,16 @@ def local_head(cpus: int) -> Iterator[Cluster]:
     """One head, by the cluster that it is."""
     with local_heads([HeadOrder("local", cpus)]) as (head,):
         yield head.cluster
+
+
+@contextlib.contextmanager
+def finding(heads: Sequence[Head]) -> Iterator[None]:
+    """`train` finds these heads instead of starting others."""
+
+    @contextlib.contextmanager
+    def given(orders: Sequence[HeadOrder]) -> Iterator[list[Head]]:
+        yield [next(h for h in heads if h.cluster.name == order.name) for order in orders]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("atoll.islands.sites.local_heads", given)
+        yield

@@ -9,7 +9,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
@@ -25,8 +25,8 @@ from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import DenoiserTraining, TrainConfig, WatchConfig
 from atoll.islands.status import ShardStatus, read_status
 from atoll.islands.supervise import train
-from tests.islands.conftest import TRAIN
-from tests.islands.test_job import RESULTS, finish, order
+from tests.islands.conftest import TRAIN, finding
+from tests.islands.test_job import finish_here, order, results
 from tests.islands.test_supervise import ended_job, journal
 
 NAMES = ("a", "b", "c")
@@ -45,14 +45,9 @@ def heads() -> Iterator[list[Head]]:
 
 
 @pytest.fixture
-def on_these(heads: list[Head], monkeypatch) -> None:
-    """`train` finds these heads instead of starting others."""
-
-    @contextlib.contextmanager
-    def given(orders: Sequence[HeadOrder]) -> Iterator[list[Head]]:
-        yield [next(h for h in heads if h.cluster.name == order.name) for order in orders]
-
-    monkeypatch.setattr("atoll.islands.sites.local_heads", given)
+def on_these(heads: list[Head]) -> Iterator[None]:
+    with finding(heads):
+        yield
 
 
 def answer(address: str, token: str | None) -> int:
@@ -186,7 +181,7 @@ def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie
     shard = "shard-00"
     straight, manifest = fresh("straight")
     order(straight, manifest, shard, LONG)
-    expected = finish(straight, shard)
+    expected = finish_here(straight, shard)
 
     run, manifest = fresh("run")
     told: TrainConfig = LONG.model_copy(update={"islands": islands(a={}, b={}, c={})})
@@ -196,7 +191,7 @@ def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie
         assert train(run, manifest, told, shards=[shard]) == [shard]
         disturbance.join()
         assert disturbance.error is None, disturbance.error
-        assert {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS} == expected
+        assert results(run, shard) == expected
         submitted = journal(run, shard, "submitted", CONTROLLER)
         assert [line["generation"] for line in submitted] == [1, 2, 3]
         assert sorted(str(line["island"]) for line in submitted) == list(NAMES)
