@@ -7,7 +7,8 @@ own; and deletes only what lies below the newest commits. Names start with the g
 a writer that had to go back further than its predecessor is the newer one all the same. Resuming
 takes the newest commit that verifies, else the one before it. Payloads are safetensors, records
 JSON; nothing is pickled. Where several processes hold a part of every tensor each, each writes its
-own payload and one seals them all; whoever reads them, in whatever number, gets the rows it asks for.
+own payload and one seals them all; whoever reads them, in whatever number, gets the rows it asks
+for.
 """
 
 from __future__ import annotations

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -35,6 +35,12 @@ class Group:
     def leads(self) -> bool:
         """Whether this is the rank that writes and speaks for all."""
         return self.rank == 0
+
+    def alone(self) -> Group:
+        """This process by itself, asked to stop by the same flag."""
+        group = Group()
+        group.leave = self.leave
+        return group
 
     def share(self, first: int, count: int) -> tuple[int, int]:
         """This rank's part of the images `first` to `first + count - 1`: its first, and how many.
@@ -70,8 +76,7 @@ class Ranks(Group):
         self.world = dist.get_world_size()
         # Words go by gloo, whatever gradients go by; a group each for two threads, since the calls
         # of one group must come in the same order on all ranks.
-        self._words = dist.new_group(backend="gloo", timeout=_PATIENCE)
-        self._files = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        self._words, self._files = _gloo(), _gloo()
 
     def sum(self, value: Tensor) -> Tensor:
         value = value.clone()
@@ -84,12 +89,19 @@ class Ranks(Group):
         return tuple(bool(flag) for flag in told.tolist())
 
     def gather(self, value: T) -> list[T]:
-        return self._gather(value, self._words)
+        return _gathered(value, self._words)
 
     def gather_files(self, value: T) -> list[T]:
-        return self._gather(value, self._files)
+        return _gathered(value, self._files)
 
-    def _gather(self, value: T, group: dist.ProcessGroup) -> list[T]:
-        values: list[T | None] = [None] * self.world
-        dist.all_gather_object(values, value, group=group)
-        return values  # type: ignore[return-value]  # all of them are there now
+
+def _gloo() -> dist.ProcessGroup:
+    group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    assert isinstance(group, dist.ProcessGroup)  # all ranks are in it
+    return group
+
+
+def _gathered(value: T, group: dist.ProcessGroup) -> list[T]:
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

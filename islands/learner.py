@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -44,7 +44,7 @@ class Learner:
         loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, limit: float) -> Tensor:
-        """Scale the gradients to a norm of at most `limit`; the norm before, the same everywhere."""
+        """Scale the gradients to a norm of at most `limit`; the norm before, of all ranks."""
         return nn.utils.clip_grad_norm_(self.parameters, limit)
 
     def whole(self) -> nn.Module:
@@ -70,7 +70,8 @@ class Replica(Learner):
         self._buckets = _buckets(self.parameters[::-1])
         for bucket in self._buckets:
             for parameter in bucket.parameters:
-                parameter.register_post_accumulate_grad_hook(self._told(bucket))
+                told: Any = parameter
+                told.register_post_accumulate_grad_hook(self._ready(bucket))
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
         self._last = last
@@ -81,13 +82,13 @@ class Replica(Learner):
                 bucket.receive()
             self._next = 0
 
-    def _told(self, bucket: _Bucket) -> Callable[[Tensor], None]:
-        def ready(_parameter: Tensor) -> None:
+    def _ready(self, bucket: _Bucket) -> Callable[[Tensor], None]:
+        def count(_parameter: Tensor) -> None:
             if self._last:
                 bucket.waits_for -= 1
                 self._send()
 
-        return ready
+        return count
 
     def _send(self, *, all_of_them: bool = False) -> None:
         while self._next < len(self._buckets):
@@ -116,7 +117,7 @@ class _Bucket:
         self.waits_for = len(self.parameters)
         if self._gradients:
             self._work.wait()
-            parts = self._flat.split([gradient.numel() for gradient in self._gradients])
+            parts = torch.split(self._flat, [gradient.numel() for gradient in self._gradients])
             for gradient, part in zip(self._gradients, parts, strict=True):
                 gradient.copy_(part.view_as(gradient))
         del self._gradients

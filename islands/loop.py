@@ -106,8 +106,8 @@ class Loop:
         part = course.plan.batch // course.accumulation
         if part < self._group.world:
             raise ConfigError(
-                f"{part} images are not to be had in {self._group.world} parts, one for each worker",
-                cure="choose fewer workers, or less training.accumulation",
+                f"{part} images are too few for {self._group.world} workers",
+                cure="choose fewer workers, a larger batch or less training.accumulation",
             )
         self._storage = storage
         self._folder = folder
@@ -200,7 +200,9 @@ class Loop:
                     self._beat(seen, (seen - first) / max(beat - started, 1e-9))
                 if stop and seen < total:
                     self._background.drain(patience=GRACE_SECONDS)
-                    self._group.any(stop)  # a launcher ends all ranks with the first one that leaves
+                    self._group.any(
+                        stop
+                    )  # a launcher ends all ranks with the first one that leaves
                     raise Interrupted(
                         f"Stopped {self._name} at {seen} of {total} images, committed",
                         cure="run the same command again, it resumes",
@@ -330,7 +332,7 @@ class Loop:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {facts}",
                 allowed=f"{self._facts()}",
-                cure="use the same plan, workers, threads and versions; where only the plan is the same, "
+                cure="use the same plan, workers, threads and versions; where the plan is the same, "
                 "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
             )
         log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)

@@ -145,8 +145,8 @@ def take_step(
     value, length = torch.stack([total, norm]).tolist()
     applied = guard.accepts(value, length)
     if applied:
-        for group in optimizer.param_groups:
-            group["lr"] = orders.learning_rate
+        for settings in optimizer.param_groups:
+            settings["lr"] = orders.learning_rate
         optimizer.step()
         averages.update(first // orders.batch)
     return Taken(value, length, applied, parts)
