@@ -332,7 +332,7 @@ class Loop:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {facts}",
                 allowed=f"{self._facts()}",
-                cure="use the same plan, workers, threads and versions; where the plan is the same, "
+                cure="use the same plan, workers, threads and versions; if the plan is the same, "
                 "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
             )
         log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)

@@ -89,8 +89,8 @@ def launch(run_uri: str, shard: str, workers: int, each: Each) -> None:
 def _work(given: dict[str, Any]) -> None:
     """One worker's part, in a thread of its process; the first one gives signs of life for all."""
     order = _Order(**given)
-    set_verbosity(0)
     group = Ranks()
+    set_verbosity(0 if group.leads else -1)
     if not group.leads:
         return run_island(order.run, order.shard, group=group)
     own = Storage(order.run).scoped(read=[], write=[island_folder(order.shard)])
