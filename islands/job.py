@@ -211,15 +211,16 @@ def main(arguments: list[str] | None = None) -> int:
     code, reason = ExitCode.DONE, ""
     process = Process(own, given.shard)
     try:
-        if given.workers > 1:
-            # Imported here: an island of one process has no use for Ray.
-            from atoll.islands.workers import Each, launch
+        with _leaving_on_sigterm():
+            if given.workers > 1:
+                # Imported here: an island of one process has no use for Ray.
+                from atoll.islands.workers import Each, launch
 
-            each = Each(given.worker_cpus, given.worker_gpus, given.worker_memory)
-            launch(given.run, given.shard, given.workers, each)
-        else:
-            with _leaving_on_sigterm(), process.watching():
-                run_island(given.run, given.shard, enter=process.enter)
+                each = Each(given.worker_cpus, given.worker_gpus, given.worker_memory)
+                launch(given.run, given.shard, given.workers, each)
+            else:
+                with process.watching():
+                    run_island(given.run, given.shard, enter=process.enter)
     except AtollError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:  # the controller must learn of a bug too

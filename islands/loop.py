@@ -171,8 +171,8 @@ class Loop:
         self._committed_at = time.monotonic()
         started, first, beat = time.time(), seen, 0.0
         due = False
-        leave = self._group.leave
-        with progress(self._name, total, done=seen) as advance, stop_on_sigterm(leave):
+        stopping = stop_on_sigterm(self._group.leave)
+        with progress(self._name, total, done=seen) as advance, stopping:
             while seen < total:
                 if not self._guard.skips(seen):
                     taken = self._step(loss, seen)
@@ -183,7 +183,7 @@ class Loop:
                         continue
                     self._means.add(taken)
                 seen += batch
-                stop, late = self._agree(leave)
+                stop, late = self._agree()
                 advance(batch, note=f"loss {self._means.loss:.3f}")
                 if self._metrics.due(seen):
                     self._write_metrics(seen)
@@ -200,22 +200,22 @@ class Loop:
                     self._beat(seen, (seen - first) / max(beat - started, 1e-9))
                 if stop and seen < total:
                     self._background.drain(patience=GRACE_SECONDS)
-                    self._group.any(
-                        stop
-                    )  # a launcher ends all ranks with the first one that leaves
+                    # Together: a launcher ends all ranks with the first one that raises.
+                    self._group.any(stop)
                     raise Interrupted(
                         f"Stopped {self._name} at {seen} of {total} images, committed",
                         cure="run the same command again, it resumes",
                     )
         return seen
 
-    def _agree(self, leave: threading.Event) -> tuple[bool, bool]:
+    def _agree(self) -> tuple[bool, bool]:
         """Whether any rank is to stop or thinks a commit is due; raises what any has failed with.
 
         Every rank asks at every step, so that all do the same at the same one.
         """
         error = self._background.error or self._pulse.error
-        stop, late, failed = self._group.any(leave.is_set(), self._long_ago(), error is not None)
+        leave = self._group.leave.is_set()
+        stop, late, failed = self._group.any(leave, self._long_ago(), error is not None)
         if failed:
             raise next(each for each in self._group.gather(error) if each is not None)
         return stop, late

@@ -69,22 +69,25 @@ class _Bucket:
     def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
         self.parameters = list(parameters)
         self.waits_for = len(self.parameters)
+        self._sent: tuple[list[Tensor], Tensor, dist.Work] | None = None
 
     def send(self) -> None:
         # A parameter that this loss does not reach has no gradient, on any rank.
-        self._gradients = [p.grad for p in self.parameters if p.grad is not None]
-        if self._gradients:
-            self._flat = torch.cat([gradient.flatten() for gradient in self._gradients])
-            self._work = dist.all_reduce(self._flat, async_op=True)
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        if gradients:
+            flat = torch.cat([gradient.flatten() for gradient in gradients])
+            self._sent = gradients, flat, dist.all_reduce(flat, async_op=True)
 
     def receive(self) -> None:
         self.waits_for = len(self.parameters)
-        if self._gradients:
-            self._work.wait()
-            parts = torch.split(self._flat, [gradient.numel() for gradient in self._gradients])
-            for gradient, part in zip(self._gradients, parts, strict=True):
-                gradient.copy_(part.view_as(gradient))
-        del self._gradients
+        if self._sent is None:
+            return
+        gradients, flat, work = self._sent
+        work.wait()
+        parts = torch.split(flat, [gradient.numel() for gradient in gradients])
+        for gradient, part in zip(gradients, parts, strict=True):
+            gradient.copy_(part.view_as(gradient))
+        self._sent = None
 
 
 def _buckets(parameters: Sequence[nn.Parameter]) -> list[_Bucket]:

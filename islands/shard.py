@@ -43,8 +43,8 @@ class Shard(Learner):
         self.parameters = [nn.Parameter(_local(p).detach()) for p in self._sharded]
 
     def backward(self, loss: Tensor, *, last: bool) -> None:
-        assert isinstance(self.module, FSDPModule)
-        self.module.set_requires_gradient_sync(last)
+        # Summed with every part of a batch: a whole gradient that waits for the last part would
+        # take the memory that sharding is for.
         super().backward(loss, last=last)
         if last:
             for own, sharded in zip(self.parameters, self._sharded, strict=True):

@@ -17,7 +17,7 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-from atoll.core.errors import AtollError, Failed
+from atoll.core.errors import AtollError, Failed, MissingError
 from atoll.core.journal import set_verbosity
 from atoll.core.storage import Storage
 from atoll.islands.group import Ranks
@@ -55,17 +55,22 @@ def launch(run_uri: str, shard: str, workers: int, each: Each) -> None:
 
     SIGTERM is passed on to them. Raises what a worker raised, `Failed` when one died.
     """
-    import ray
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
-    from ray.train.torch import TorchTrainer
-    from ray.train.v2.api.exceptions import TrainingFailedError
-
+    try:
+        import ray
+        from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError
+        from ray.train.torch import TorchTrainer
+    except ImportError as error:
+        raise MissingError(
+            f"Several workers are launched by Ray Train, which is not there: {error}",
+            cure="install ray[train] on the island, or train with one worker",
+        ) from None
     own = Storage(run_uri).scoped(read=[], write=[island_folder(shard)])
     own.remove(leave_request(shard))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _LOOK_SECONDS)
-    # Train wants a folder for a state of its own, and we none of it.
+    ray.init()  # by RAY_ADDRESS, which a job finds in its environment
+    # Train wants a folder for a state of its own, and we none of it. Ray's own handler of SIGTERM
+    # is there by now, and replaced.
     with tempfile.TemporaryDirectory() as folder, _passing_sigterm_on(own, shard):
-        ray.init()  # by RAY_ADDRESS, which a job finds in its environment
         try:
             TorchTrainer(
                 _work,
