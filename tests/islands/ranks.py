@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from atoll.islands.group import Ranks
 
-_PATIENCE_SECONDS = 120
+_PATIENCE_SECONDS = 300
 
 
 class Pool:
