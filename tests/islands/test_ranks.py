@@ -49,7 +49,7 @@ def train(
     name: str,
     parallel: Parallel = "ddp",
     course: Course = COURSE,
-    event: Callable[[Group, str, int], None] | None = None,
+    event: Callable[[Group, Checkpoints, int], None] | None = None,
 ) -> Weights:
     """The regression of the loop's tests; `event` may happen before any batch of a rank."""
     network = module()
@@ -58,7 +58,7 @@ def train(
 
     def loss(first: int, count: int) -> Errors:
         if event is not None:
-            event(group, f"{uri}/{name}", first)
+            event(group, Checkpoints(Storage(uri), name), first)
         errors = plain(first, count)
         spoilt = event is poisoned and first == 41
         return replace(errors, loss=errors.loss * float("nan")) if spoilt else errors
@@ -67,18 +67,18 @@ def train(
     return {key: value.numpy() for key, value in learner.whole().state_dict().items()}
 
 
-def stopped(group: Group, _place: str, first: int) -> None:
+def stopped(group: Group, _place: Checkpoints, first: int) -> None:
     """Only the second rank is told to leave."""
     if group.rank == group.world - 1 and 40 <= first < 44:
         group.leave.set()
 
 
-def overtaken(group: Group, place: str, first: int) -> None:
+def overtaken(group: Group, place: Checkpoints, first: int) -> None:
     if group.leads and first == 40:
-        Checkpoints(Storage(place), ".").claim()
+        place.claim()
 
 
-def poisoned(group: Group, _place: str, first: int) -> None:
+def poisoned(group: Group, _place: Checkpoints, first: int) -> None:
     """A marker: one rank's share of one batch is not a number."""
 
 
