@@ -67,7 +67,10 @@ def launch(run_uri: str, shard: str, workers: int, each: Each) -> None:
     own = Storage(run_uri).scoped(read=[], write=[island_folder(shard)])
     own.remove(leave_request(shard))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _LOOK_SECONDS)
-    ray.init()  # by RAY_ADDRESS, which a job finds in its environment
+    # A job finds its cluster in RAY_ADDRESS. Train's helpers have to be told: they look for any on
+    # the machine, where several islands may be.
+    told = {"RAY_ADDRESS": os.environ["RAY_ADDRESS"]}
+    ray.init(runtime_env={"env_vars": told})
     # Train wants a folder for a state of its own, and we none of it. Ray's own handler of SIGTERM
     # is there by now, and replaced.
     with tempfile.TemporaryDirectory() as folder, _passing_sigterm_on(own, shard):
@@ -107,8 +110,7 @@ def _work(given: dict[str, Any]) -> None:
 def _cause(error: Exception) -> AtollError:
     """What went wrong in the workers: our own word for it, where one of them had one."""
     failures: dict[int, Exception] = getattr(error, "worker_failures", {})
-    # Train wraps what a worker raised, to keep its traceback.
-    causes = {rank: getattr(each, "_base_exc", each) for rank, each in sorted(failures.items())}
+    causes = {rank: _unwrapped(each) for rank, each in sorted(failures.items())}
     for cause in causes.values():
         if isinstance(cause, AtollError):
             return cause
@@ -117,6 +119,13 @@ def _cause(error: Exception) -> AtollError:
         f"The workers ended: {'; '.join(said) or _first_line(error)}",
         cure="the next attempt goes on from the last checkpoint",
     )
+
+
+def _unwrapped(error: BaseException) -> BaseException:
+    """Train wraps what a worker raised, to keep its traceback, and how it came to know of a death."""
+    error = getattr(error, "health_check_failure", error)
+    found: BaseException = getattr(error, "_base_exc", error)
+    return found
 
 
 def _first_line(error: BaseException) -> str:
