@@ -122,7 +122,7 @@ def _cause(error: Exception) -> AtollError:
 
 
 def _unwrapped(error: BaseException) -> BaseException:
-    """Train wraps what a worker raised, to keep its traceback, and how it came to know of a death."""
+    """Train wraps what a worker raised, for its traceback, and how it came to know of a death."""
     error = getattr(error, "health_check_failure", error)
     found: BaseException = getattr(error, "_base_exc", error)
     return found
