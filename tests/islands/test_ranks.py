@@ -94,7 +94,7 @@ def transform(group: Group, uri: str, name: str, parallel: Parallel, pack: str) 
         prediction=DenoiserTraining().prediction, latent_space="pixels", images_seen=0,
     )  # fmt: skip
     training = DenoiserTraining(
-        gradient_checkpointing=True, accumulation=2, ema_decays=(0.9, 0.5), checkpoints=1
+        gradient_checkpointing=True, accumulation=2, ema_decays=(0.2, 0.01), checkpoints=1
     )
     trained = train_here(
         Storage(uri), name, Denoiser(network, card), shard, training, learning_rate=1e-3,

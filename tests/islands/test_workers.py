@@ -44,7 +44,7 @@ def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh
             sys.executable, "-c",
             "import json, os, pathlib, signal, sys, time\n"
             "here = pathlib.Path(sys.argv[1])\n"
-            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
+            "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
             "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
             "os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
             str(run.local(f"islands/{SHARD}")),
