@@ -246,7 +246,11 @@ def experts_within(
     except ValueError:
         config = config.model_copy(update={"planned_by_all": True})
         records = sum(shard.records for shard in manifest.shards.values())
-    at_once = sum(i.jobs or 1 for i in config.islands) or slots_here(config)
+    at_once = config.workers * slots_here(config)
+    if config.islands:
+        at_once = sum(
+            (i.jobs or 1) * (i.resources.workers or config.workers) for i in config.islands
+        )
     return _with_passes(
         config, passes_in(minutes, speed=speed, islands_at_once=at_once, records=max(1, records))
     )

@@ -6,7 +6,9 @@ generation has been claimed; exclusively creates the commit record with the payl
 own; and deletes only what lies below the newest commits. Names start with the generation, so that
 a writer that had to go back further than its predecessor is the newer one all the same. Resuming
 takes the newest commit that verifies, else the one before it. Payloads are safetensors, records
-JSON; nothing is pickled.
+JSON; nothing is pickled. Where several processes hold a part of every tensor each, each writes its
+own payload and one seals them all; whoever reads them, in whatever number, gets the rows it asks
+for.
 """
 
 from __future__ import annotations
@@ -14,11 +16,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
@@ -38,6 +41,28 @@ class Checkpoint:
     images_seen: int
     tensors: dict[str, Tensor]
     facts: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Part `index` of `count` of every tensor; by default the whole.
+
+    Of n rows it holds c = ceil(n / count) from `index` * c on, the last ones fewer or none, as
+    torch's `chunk` and `fully_shard` have it. What has no dimension is in every part.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, whole: Tensor) -> Tensor:
+        """This part's rows."""
+        if whole.ndim == 0:
+            return whole
+        rows = -(-len(whole) // self.count)
+        return whole[self.index * rows : (self.index + 1) * rows]
+
+
+WHOLE = Piece()
 
 
 def newest_generation(storage: Storage, folder: str) -> int:
@@ -89,40 +114,61 @@ class Checkpoints:
         self, images_seen: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
     ) -> None:
         """Make a state the newest one; `Fenced` when another writer has taken over."""
-        self.check_fence()  # the second check is the one that counts; this one leaves no payload
-        name = f"{self.generation:06d}-{images_seen:012d}"
-        with self._storage.writing(f"{self._folder}/checkpoints/{name}.safetensors") as path:
+        self.seal(images_seen, [self.write(images_seen, tensors)], facts)
+
+    def write(
+        self, images_seen: int, tensors: Mapping[str, Tensor], piece: Piece = WHOLE
+    ) -> dict[str, Any]:
+        """Write the payload of one part, which is nothing before `seal`; what that has to say."""
+        self.check_fence()  # the check in `seal` is the one that counts; this leaves no payload
+        part = "" if piece == WHOLE else f"-{piece.index}of{piece.count}"
+        file = f"checkpoints/{self._name(images_seen)}{part}.safetensors"
+        with self._storage.writing(f"{self._folder}/{file}") as path:
             save_file(dict(tensors), path)
-            size, sha256 = path.stat().st_size, sha256_file(path)
+            return {"file": file, "bytes": path.stat().st_size, "sha256": sha256_file(path)}
+
+    def seal(
+        self, images_seen: int, files: Sequence[Mapping[str, Any]], facts: Mapping[str, Any]
+    ) -> None:
+        """Commit what `write` gave, in the order of the parts."""
         self.check_fence()
         record = {
             "schema_version": SCHEMA_VERSION,
             "images_seen": images_seen,
             "generation": self.generation,
-            "file": f"checkpoints/{name}.safetensors",
-            "bytes": size,
-            "sha256": sha256,
+            "files": [dict(file) for file in files],
             "facts": dict(facts),
         }
         sealed = canonical_json({**record, "record_sha256": _record_sha256(record)})
-        self._seal(f"{self._folder}/commits/{name}.json", sealed)
+        self._seal(f"{self._folder}/commits/{self._name(images_seen)}.json", sealed)
         self._prune()
 
+    def names(self) -> list[str]:
+        """The commits that are there, the newest one last."""
+        return self._storage.list(f"{self._folder}/commits")
+
     def latest(self) -> Checkpoint | None:
-        """The newest state that verifies, or None; each one passed over is named in the log.
+        """The newest state that verifies, or None."""
+        found = (self.load(name) for name in reversed(self.names()))
+        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+
+    def load(self, name: str, piece: Piece = WHOLE) -> Checkpoint | None:
+        """A part of a committed state, or None where it does not verify: the log says why.
 
         Raises `Refused` where a sound one was made by a version of Atoll with another schema.
         """
-        for name in reversed(self._storage.list(f"{self._folder}/commits")):
-            try:
-                record = self._record(name)
-                if record["schema_version"] == SCHEMA_VERSION:
-                    return self._load(record)
-            except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
-                _log.warning("%s is passed over, the one before it is used: %s", name, error)
-                continue
-            check_schema(record, SCHEMA_VERSION, f"{self._storage.uri}/{name}")
+        try:
+            record = self._record(name)
+            if record["schema_version"] == SCHEMA_VERSION:
+                return self._load(record, piece)
+        except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
+            _log.warning("%s is passed over, the one before it is used: %s", name, error)
+            return None
+        check_schema(record, SCHEMA_VERSION, f"{self._storage.uri}/{name}")
         return None
+
+    def _name(self, images_seen: int) -> str:
+        return f"{self.generation:06d}-{images_seen:012d}"
 
     def _seal(self, name: str, sealed: bytes) -> None:
         """Create the record; one that is there already is ours where a store's answer was lost."""
@@ -140,11 +186,20 @@ class Checkpoints:
             raise Refused(f"{name} does not have the sha256 that it names")
         return record
 
-    def _load(self, record: dict[str, Any]) -> Checkpoint:
-        payload = self._storage.read_bytes(f"{self._folder}/{record['file']}")
-        if hashlib.sha256(payload).hexdigest() != record["sha256"]:
-            raise Refused(f"{record['file']} does not have the sha256 of its commit record")
-        return Checkpoint(record["images_seen"], load(payload), record["facts"])
+    def _load(self, record: dict[str, Any], piece: Piece) -> Checkpoint:
+        files = record["files"]
+        if len(files) == piece.count:
+            tensors = self._payload(files[piece.index])
+        else:
+            parts = [self._payload(file) for file in files]
+            tensors = {name: piece.of(_joined([p[name] for p in parts])) for name in parts[0]}
+        return Checkpoint(record["images_seen"], tensors, record["facts"])
+
+    def _payload(self, file: Mapping[str, Any]) -> dict[str, Tensor]:
+        payload = self._storage.read_bytes(f"{self._folder}/{file['file']}")
+        if hashlib.sha256(payload).hexdigest() != file["sha256"]:
+            raise Refused(f"{file['file']} does not have the sha256 of its commit record")
+        return load(payload)
 
     def _prune(self) -> None:
         """Delete what lies below the newest commits, payloads last, committed or not.
@@ -158,6 +213,11 @@ class Checkpoints:
         for name in self._storage.list(f"{self._folder}/checkpoints"):
             if _stem(name) < oldest:
                 self._storage.remove(name)
+
+
+def _joined(parts: Sequence[Tensor]) -> Tensor:
+    """The whole of which these are the parts."""
+    return parts[0] if parts[0].ndim == 0 or len(parts) == 1 else torch.cat(list(parts))
 
 
 def _stem(name: str) -> str:

@@ -34,8 +34,9 @@ class Tls(Config):
 
 
 class Resources(Config):
-    """What one job asks the island for; None takes what training needs anyway."""
+    """What one job asks the island for, all workers together; None takes what training needs."""
 
+    workers: int | None = Field(default=None, ge=1)  # None: the command's
     cpus: int | None = Field(default=None, ge=1)
     gpus: int | None = Field(default=None, ge=0)
     memory_gib: float | None = Field(default=None, gt=0)

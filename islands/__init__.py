@@ -3,5 +3,6 @@
 In: `islands/SHARD/island.json` (all that a job is told), `shards/SHARD`, `commons` and `base` of
 the run. Out: `islands/SHARD/expert`, `gate_head`, metrics and training states. `base.py` trains the
 common start on the commons by the same loop. Open `step.py` first: it is the whole algorithm. Where
-islands run and who watches them: `supervise.py`, then `queue.py`.
+islands run and who watches them: `supervise.py`, then `queue.py`. One expert in several processes:
+`group.py` and `learner.py`, launched by `workers.py`.
 """

@@ -49,6 +49,11 @@ class Background:
                 self._work.all_tasks_done.wait(0.05)
 
     @property
+    def error(self) -> BaseException | None:
+        """What earlier work has failed with for good."""
+        return self._error
+
+    @property
     def idle(self) -> bool:
         """Whether nothing is queued or at work."""
         return self._work.unfinished_tasks == 0

@@ -21,6 +21,8 @@ from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing
 from atoll.islands.data import Batches, ahead
+from atoll.islands.group import Group
+from atoll.islands.learner import Parallel, learner_of
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching, held_out_loss, prepare
@@ -168,21 +170,28 @@ def train_here(
     threads: int,
     device: Device,
     bitwise_resume: bool = True,
+    group: Group | None = None,
+    parallel: Parallel = "ddp",
 ) -> Denoiser:
-    """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
+    """Train a denoiser in this process, or in this and the others of a group.
+
+    Checkpoints and metrics go to `folder`. What is returned is whole on every rank.
+    """
     with computing(device, threads) as chosen:
+        learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)
         where: dict[str, Any] = {"seed": seed, "device": chosen}
         batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
         others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
-        with ahead(batches, chosen) as coming:
-            Loop(storage, folder, denoiser.network, course, name=stream).run(
+        stride = plan.batch // training.accumulation
+        with ahead(batches, chosen, stride=stride) as coming:
+            Loop(storage, folder, denoiser.network, course, name=stream, learner=learner).run(
                 flow_matching(denoiser, coming, training),
                 held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
             )
-        denoiser.network.to("cpu")
+        network = learner.whole().to("cpu")
     card = denoiser.card.model_copy(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )
-    return Denoiser(denoiser.network, card)
+    return Denoiser(network, card)

@@ -30,7 +30,10 @@ def chosen_device(device: Device) -> torch.device:
         )
     if device == "auto" and there:
         log.info("training on %s", torch.cuda.get_device_name())
-    return torch.device("cpu" if device == "cpu" or not there else "cuda")
+    if device == "cpu" or not there:
+        return torch.device("cpu")
+    # By number: what a thread takes for the current device is the first one, not its process's.
+    return torch.device("cuda", torch.cuda.current_device())
 
 
 def device_name(device: torch.device) -> str:

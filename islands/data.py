@@ -96,20 +96,22 @@ class Batches:
 class Ahead(Generic[T]):
     """Makes the next batch in a thread while this one is learnt from.
 
-    What comes next is guessed, never decided: any position may be asked for, at the same result.
+    What comes next, `stride` positions on, is guessed and never decided: any position may be asked
+    for, at the same result.
     """
 
-    def __init__(self, make: Callable[[int, int], T]) -> None:
+    def __init__(self, make: Callable[[int, int], T], stride: int) -> None:
         self._make = make
+        self._stride = stride
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="batches")
         self._guessed: tuple[int, int] | None = None
         self._coming: Future[T] | None = None
 
     def __call__(self, first: int, count: int) -> T:
-        """The batch at a position; the one behind it is begun."""
+        """The batch at a position; the next one is begun."""
         coming, guessed = self._coming, self._guessed
         made = coming.result() if coming is not None and guessed == (first, count) else None
-        self._guessed = (first + count, count)
+        self._guessed = (first + self._stride, count)
         self._coming = self._thread.submit(self._make, *self._guessed)
         return self._make(first, count) if made is None else made
 
@@ -119,12 +121,14 @@ class Ahead(Generic[T]):
 
 
 @contextmanager
-def ahead(make: Callable[[int, int], T], device: torch.device) -> Iterator[Callable[[int, int], T]]:
+def ahead(
+    make: Callable[[int, int], T], device: torch.device, *, stride: int
+) -> Iterator[Callable[[int, int], T]]:
     """`make`, ahead of its time where that costs the training no processor."""
     if device.type == "cpu":
         yield make
         return
-    coming = Ahead(make)
+    coming = Ahead(make, stride)
     try:
         yield coming
     finally:

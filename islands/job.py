@@ -1,10 +1,10 @@
 """An island's job: one shard and the commons in, an expert and a gate head out.
 
-    python -P -m atoll.islands.job RUN SHARD
+    python -P -m atoll.islands.job RUN SHARD [--workers N --worker-cpus N --worker-gpus N]
 
 Reads `islands/SHARD/island.json`, the only thing it is told, through a handle scoped to its shard,
 the commons and the base; writes below `islands/SHARD` alone; ends with `exit.json`. Ray starts this
-process and is not imported by it.
+process and is not imported by it, unless it is to launch several workers (`workers.py`).
 """
 
 from __future__ import annotations
@@ -27,17 +27,19 @@ from atoll.core import recipes
 from atoll.core.config import Config
 from atoll.core.denoiser import CARD_NAME, Card, Denoiser
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
-from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
+from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.compute import computing
+from atoll.islands.group import Group
+from atoll.islands.learner import Learner
 from atoll.islands.loop import Course, Loop
 from atoll.islands.preview import preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
-from atoll.islands.signs import HEAD_TRAINING, SUBMISSION_VARIABLE, Process, island_folder
+from atoll.islands.signs import HEAD_TRAINING, Process, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
@@ -61,33 +63,44 @@ class IslandOrder(Config):
 
 
 def run_island(
-    run_uri: str, shard: str, *, enter: Callable[[str], None] = lambda _stage: None
+    run_uri: str,
+    shard: str,
+    *,
+    enter: Callable[[str], None] = lambda _stage: None,
+    group: Group | None = None,
 ) -> None:
-    """Train what is not there yet, in this process; `enter` is told of each stage."""
+    """Train what is not there yet, in this process; `enter` is told of each stage.
+
+    Of a group every rank does this. The expert is trained by all, and what is light beside it, its
+    head and its preview, by the first rank alone: bitwise as one process would.
+    """
+    group = group or Group()
     here = island_folder(shard)
     order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
     run = Storage(run_uri).scoped(
         read=[order.shard.path, order.commons.path, order.base.path], write=[here]
     )
-    run.remove(f"{here}/exit.json")
-    started = {
-        "event": "started",
-        "process": os.getpid(),
-        "submission_id": os.environ.get(SUBMISSION_VARIABLE),
-        "unix_seconds": round(time.time(), 3),
-    }
-    run.append_line(f"{here}/journal.jsonl", json.dumps(started))
+    if group.leads:
+        _begin(run, here)
     torch.set_num_threads(order.config.threads)
     for artefact in (order.shard, order.commons, order.base):
         check_artefact(run, artefact)
     pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
-    with heeding(order.config.spot):
+    leave = sigterm if group.world == 1 else group.leave.set
+    with heeding(order.config.spot, leave=leave):
         enter("expert")
-        _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
+        if not group.gather(_is_there(run, here, "expert"))[0]:
+            expert = _expert(run, order, pack, group)
+            if group.leads:
+                _publish(run, here, "expert", expert.save)
+        if not group.leads:
+            return
         enter("gate_head")
-        _once(run, here, "gate_head", lambda folder: _head(run, order, pack, commons, folder))
+        if not _is_there(run, here, "gate_head"):
+            head = _head(run, order, pack, commons, group.alone())
+            _publish(run, here, "gate_head", head.save)
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
@@ -95,15 +108,29 @@ def run_island(
         run.write_bytes(f"{here}/preview.png", picture)
 
 
-def _once(run: Storage, here: str, part: str, make: Callable[[Path], None]) -> None:
-    """Make and publish a part, unless an earlier generation published the whole of it."""
-    if run.exists(f"{here}/{part}/{PARTS[part]}"):
-        return
+def _begin(run: Storage, here: str) -> None:
+    """Forget how the last attempt ended, and write down that there is another."""
+    run.remove(f"{here}/exit.json")
+    started = {
+        "event": "started",
+        "process": os.getpid(),
+        "submission_id": submission(),
+        "unix_seconds": round(time.time(), 3),
+    }
+    run.append_line(f"{here}/journal.jsonl", json.dumps(started))
+
+
+def _is_there(run: Storage, here: str, part: str) -> bool:
+    """Whether an earlier generation published the whole of a part."""
+    return run.exists(f"{here}/{part}/{PARTS[part]}")
+
+
+def _publish(run: Storage, here: str, part: str, save: Callable[[Path], None]) -> None:
     with run.writing_folder(f"{here}/{part}") as folder:
-        make(folder)
+        save(folder)
 
 
-def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
+def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Denoiser:
     base = Denoiser.load(run.local(order.base.path))
     card = Card(
         name=order.name,
@@ -116,7 +143,7 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         images_seen=base.card.images_seen,
     )
     training = order.config.training.model_copy(update={"prediction": base.card.prediction})
-    expert = train_here(
+    return train_here(
         run,
         island_folder(order.name),
         Denoiser(base.network, card),
@@ -129,11 +156,12 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         threads=order.config.threads,
         device=order.config.device,
         bitwise_resume=order.config.bitwise_resume,
+        group=group,
+        parallel=order.config.parallel,
     )
-    expert.save(folder)
 
 
-def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: Path) -> None:
+def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:
     settings = order.config.head
     config = HeadConfig(
         shard=order.name,
@@ -147,8 +175,9 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     course = _head_course(order.config, order.plan)
     with computing(order.config.device, order.config.threads) as device:
         loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
-        Loop(run, place, head, course, name=f"gate head of {order.name}").run(loss)
-    calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed).save(folder)
+        learner = Learner(head, group)
+        Loop(run, place, head, course, name=f"gate head of {order.name}", learner=learner).run(loss)
+    return calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed)
 
 
 def _head_course(config: TrainConfig, expert: Plan) -> Course:
@@ -171,6 +200,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Train one island of a run.")
     parser.add_argument("run")
     parser.add_argument("shard")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--worker-cpus", type=int, default=1)
+    parser.add_argument("--worker-gpus", type=int, default=0)
+    parser.add_argument("--worker-memory", type=int, default=0, help="bytes; 0 asks for none")
     given = parser.parse_args(arguments)
     set_verbosity(0)
     here = island_folder(given.shard)
@@ -178,8 +211,16 @@ def main(arguments: list[str] | None = None) -> int:
     code, reason = ExitCode.DONE, ""
     process = Process(own, given.shard)
     try:
-        with _leaving_on_sigterm(), process.watching():
-            run_island(given.run, given.shard, enter=process.enter)
+        with _leaving_on_sigterm():
+            if given.workers > 1:
+                # Imported here: an island of one process has no use for Ray.
+                from atoll.islands.workers import Each, launch
+
+                each = Each(given.worker_cpus, given.worker_gpus, given.worker_memory)
+                launch(given.run, given.shard, given.workers, each)
+            else:
+                with process.watching():
+                    run_island(given.run, given.shard, enter=process.enter)
     except AtollError as error:
         code, reason = error.exit_code, str(error)
     except Exception as error:  # the controller must learn of a bug too

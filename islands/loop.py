@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ from atoll.islands.background import GRACE_SECONDS, Background
 from atoll.islands.compute import device_name
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
+from atoll.islands.learner import Learner
 from atoll.islands.metrics import Means, Metrics
 from atoll.islands.settings import GuardConfig
 from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
@@ -59,39 +61,61 @@ class Course:
 
 
 @contextmanager
-def stop_on_sigterm() -> Iterator[list[bool]]:
-    """A flag that SIGTERM sets: the loop then commits and leaves as interrupted."""
-    flag = [False]
+def stop_on_sigterm(leave: threading.Event) -> Iterator[None]:
+    """Inside, SIGTERM sets the flag: the loop then commits and leaves as interrupted.
+
+    In a launcher's thread no signal arrives; whoever launched it sets the flag.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        flag[0] = True
+        leave.set()
 
     before = signal.signal(signal.SIGTERM, handle)
     try:
-        yield flag
+        yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
 class Loop:
-    """One training at one place of the run, `folder`, by the one writer that claimed it."""
+    """One training at one place of the run, `folder`, by the one writer that claimed it.
+
+    Of several processes each runs this loop; the first one claims and writes for all.
+    """
 
     def __init__(
-        self, storage: Storage, folder: str, module: nn.Module, course: Course, *, name: str
+        self,
+        storage: Storage,
+        folder: str,
+        module: nn.Module,
+        course: Course,
+        *,
+        name: str,
+        learner: Learner | None = None,
     ) -> None:
         if course.plan.batch % course.accumulation:
             raise ConfigError(
                 f"A batch of {course.plan.batch} is not to be had in {course.accumulation} parts",
                 cure="choose training.accumulation so that it divides the batch",
             )
+        self._learner = learner or Learner(module)
+        self._group = self._learner.group
+        part = course.plan.batch // course.accumulation
+        if part < self._group.world:
+            raise ConfigError(
+                f"{part} images are too few for {self._group.world} workers",
+                cure="choose fewer workers, a larger batch or less training.accumulation",
+            )
         self._storage = storage
         self._folder = folder
         self._course = course
         self._name = name
         self._checkpoints = Checkpoints(storage, folder)
-        named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
-        self._names = [n for n, _ in named]
-        self._parameters = [p for _, p in named]
+        self._names = self._learner.names
+        self._parameters = self._learner.parameters
         self._module = module
         self._averages = Averages(self._parameters, course.ema_decays)
         self._optimizer = torch.optim.AdamW(
@@ -104,7 +128,7 @@ class Loop:
         )
         self._guard = Guard(course.guard, course.plan, name)
         self._metrics = Metrics(storage, folder, course.plan)
-        self._means = Means()
+        self._means = Means(self._group)
         self._committed_at = 0.0
 
     def run(self, loss: Loss, *, held_out: Callable[[], float] | None = None) -> None:
@@ -114,7 +138,8 @@ class Loop:
         (committed), `Fenced` when another writer took over and `Failed` when the loss is no longer
         finite or storage stays away.
         """
-        generation = self._checkpoints.claim()
+        generation = self._group.gather(self._checkpoints.claim() if self._group.leads else 0)[0]
+        self._checkpoints.generation = generation
         seen = self._resume(generation)
         # Two, so that a heart beats while a large commit is on its way.
         self._background, self._pulse = Background(), Background()
@@ -146,10 +171,9 @@ class Loop:
         self._committed_at = time.monotonic()
         started, first, beat = time.time(), seen, 0.0
         due = False
-        with progress(self._name, total, done=seen) as advance, stop_on_sigterm() as stop:
+        stopping = stop_on_sigterm(self._group.leave)
+        with progress(self._name, total, done=seen) as advance, stopping:
             while seen < total:
-                self._background.check()
-                self._pulse.check()
                 if not self._guard.skips(seen):
                     taken = self._step(loss, seen)
                     if not taken.applied:
@@ -159,34 +183,52 @@ class Loop:
                         continue
                     self._means.add(taken)
                 seen += batch
+                stop, late = self._agree()
                 advance(batch, note=f"loss {self._means.loss:.3f}")
                 if self._metrics.due(seen):
                     self._write_metrics(seen)
-                due = due or seen % every == 0 or self._long_ago()
+                due = due or seen % every == 0 or late
                 if due:
                     # The one before is there long since; if not, it is waited for, so that no more
                     # than an interval is ever at risk. Unless storage is away: then it is not.
                     self._background.settle()
-                if seen == total or stop[0] or (due and self._background.idle):
+                if seen == total or stop or (due and self._all_idle()):
                     self._commit(seen)
                     due = False
                 if time.time() - beat > HEARTBEAT_SECONDS or seen == total:
                     beat = time.time()
                     self._beat(seen, (seen - first) / max(beat - started, 1e-9))
-                if stop[0] and seen < total:
+                if stop and seen < total:
                     self._background.drain(patience=GRACE_SECONDS)
+                    # Together: a launcher ends all ranks with the first one that raises.
+                    self._group.any(stop)
                     raise Interrupted(
                         f"Stopped {self._name} at {seen} of {total} images, committed",
                         cure="run the same command again, it resumes",
                     )
         return seen
 
+    def _agree(self) -> tuple[bool, bool]:
+        """Whether any rank is to stop or thinks a commit is due; raises what any has failed with.
+
+        Every rank asks at every step, so that all do the same at the same one.
+        """
+        error = self._background.error or self._pulse.error
+        leave = self._group.leave.is_set()
+        stop, late, failed = self._group.any(leave, self._long_ago(), error is not None)
+        if failed:
+            raise next(each for each in self._group.gather(error) if each is not None)
+        return stop, late
+
+    def _all_idle(self) -> bool:
+        return not self._group.any(not self._background.idle)[0]
+
     def _step(self, loss: Loss, seen: int) -> Taken:
         course = self._course
         total = course.plan.images_seen
         return take_step(
             loss,
-            self._parameters,
+            self._learner,
             self._optimizer,
             self._averages,
             self._guard,
@@ -207,7 +249,7 @@ class Loop:
             if len(self._averages.decays) == 1 or held_out is None:
                 return
             losses.append(held_out())
-        best = losses.index(min(losses))
+        best = self._group.gather(losses.index(min(losses)))[0]
         self._averages.publish(best)
         decays = dict(zip(map(str, self._averages.decays), losses, strict=True))
         self._journal({"event": "published", "name": self._name, "held_out_loss": decays})
@@ -215,14 +257,28 @@ class Loop:
     # -- the state on disk -----------------------------------------------------------------------
 
     def _commit(self, seen: int) -> None:
-        """Copy the state and hand it to the background; what is queued before it comes first."""
+        """Copy the state and hand it to the background; what is queued before it comes first.
+
+        Replicas are the same, so that the first one's is the state; of shards each writes its own.
+        """
+        facts = {**self._facts(), "means": self._means.state(), "guard": self._guard.state()}
+        self._committed_at = time.monotonic()
+        group, piece, checkpoints = self._group, self._learner.piece, self._checkpoints
+        if not group.leads and piece.count == 1:
+            return
         tensors = {
             name: value.detach().to("cpu", copy=True) for name, value in self._tensors().items()
         }
-        facts = {**self._facts(), "means": self._means.state(), "guard": self._guard.state()}
-        checkpoints = self._checkpoints
-        self._background.submit("a checkpoint", lambda: checkpoints.commit(seen, tensors, facts))
-        self._committed_at = time.monotonic()
+        files: list[dict[str, Any]] = []  # of all ranks; kept where sealing is tried again
+
+        def work() -> None:
+            if not files:
+                own = checkpoints.write(seen, tensors, piece)
+                files.extend([own] if piece.count == 1 else group.gather_files(own))
+            if group.leads:
+                checkpoints.seal(seen, files, facts)
+
+        self._background.submit("a checkpoint", work)
 
     def _tensors(self) -> dict[str, Tensor]:
         tensors = self._averages.tensors(self._names)
@@ -240,6 +296,8 @@ class Loop:
         """What must be the same for a resume to be bitwise."""
         return {
             "plan": self._course.plan.model_dump(),
+            "workers": self._group.world,
+            "parallel": self._learner.parallel,
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
             "cuda": torch.version.cuda if self._parameters[0].is_cuda else None,
@@ -249,9 +307,9 @@ class Loop:
         }
 
     def _resume(self, generation: int) -> int:
-        latest = self._checkpoints.latest()
+        latest = self._latest()
         if latest is None:
-            self._metrics.keep(0)
+            self._keep_metrics(0)
             return 0
         facts = {key: value for key, value in latest.facts.items() if key not in _CARRIED}
         if facts != self._facts():
@@ -260,13 +318,21 @@ class Loop:
         self._guard.restore(latest.facts["guard"])
         return latest.images_seen
 
+    def _latest(self) -> Checkpoint | None:
+        """The newest state that verifies on every rank, of those that the first one sees."""
+        for name in reversed(self._group.gather(self._checkpoints.names())[0]):
+            found = self._checkpoints.load(name, self._learner.piece)
+            if not self._group.any(found is None)[0]:
+                return found
+        return None
+
     def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
         """Refuse what would not be bitwise, or write down that it is not."""
         if facts["plan"] != self._facts()["plan"] or self._course.bitwise_resume:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {facts}",
                 allowed=f"{self._facts()}",
-                cure="use the same plan, threads and versions; where only the plan is the same, "
+                cure="use the same plan, workers, threads and versions; if the plan is the same, "
                 "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
             )
         log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)
@@ -280,7 +346,7 @@ class Loop:
     def _go_back(self, seen: int, taken: Taken) -> int:
         """Return to the last commit, knowing what to skip from there."""
         self._background.drain()
-        latest = self._checkpoints.latest()
+        latest = self._latest()
         assert latest is not None, "a training commits before its first step"
         start, end = self._guard.refuse(seen, latest.images_seen, loss=taken.loss, norm=taken.norm)
         log.warning(
@@ -312,14 +378,20 @@ class Loop:
                     }
                 else:
                     self._optimizer.state.pop(parameter, None)
-        self._means = Means(checkpoint.facts["means"])
-        self._metrics.keep(checkpoint.images_seen)
+        self._means = Means(self._group, checkpoint.facts["means"])
+        self._keep_metrics(checkpoint.images_seen)
 
     # -- what is said ----------------------------------------------------------------------------
 
+    def _keep_metrics(self, seen: int) -> None:
+        if self._group.leads:
+            self._metrics.keep(seen)
+
     def _write_metrics(self, seen: int) -> None:
         text = self._metrics.add(seen, self._means)
-        self._means = Means()
+        self._means = Means(self._group)
+        if not self._group.leads:
+            return
         name, storage, checkpoints = self._metrics.name, self._storage, self._checkpoints
 
         def work() -> None:
@@ -329,6 +401,8 @@ class Loop:
         self._background.submit("metrics", work)
 
     def _beat(self, seen: int, images_per_second: float) -> None:
+        if not self._group.leads:
+            return
         if not self._pulse.idle and seen < self._course.plan.images_seen:
             return  # storage is slower than a heart, or away
         storage, checkpoints, name = self._storage, self._checkpoints, self._folder
@@ -348,4 +422,5 @@ class Loop:
         self._pulse.submit("a heartbeat", work)
 
     def _journal(self, line: dict[str, Any]) -> None:
-        self._storage.append_line(f"{self._folder}/journal.jsonl", json.dumps(line))
+        if self._group.leads:
+            self._storage.append_line(f"{self._folder}/journal.jsonl", json.dumps(line))

@@ -11,6 +11,7 @@ import torch
 
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
+from atoll.islands.group import Group
 from atoll.islands.step import Taken
 
 _LINES = 100  # over a whole training
@@ -18,15 +19,19 @@ _BANDS = 8  # of t, equally wide: a mean over t hides what a network fails at
 
 
 class Means:
-    """Sums between two lines, carried through a checkpoint; added up step by step in float64."""
+    """Sums between two lines, carried through a checkpoint; added up step by step in float64.
 
-    def __init__(self, state: Mapping[str, Any] | None = None) -> None:
+    Losses and norms are the group's. The bands are each rank's own, and added up in the order of
+    ranks only where they are read, so that it makes no difference when checkpoints are made.
+    """
+
+    def __init__(self, group: Group, state: Mapping[str, Any] | None = None) -> None:
+        self._group = group
         self.loss_sum = float(state["loss_sum"]) if state else 0.0
         self.norm_sum = float(state["norm_sum"]) if state else 0.0
         self.steps = int(state["steps"]) if state else 0
         # Errors and how many, per band of t; on the device, so that no step waits for them.
-        bands = state["bands"] if state else [[0.0] * _BANDS] * 2
-        self._bands = torch.tensor(bands, dtype=torch.float64)
+        self._bands = _own_bands(group, state["bands"] if state else [])
 
     @property
     def loss(self) -> float:
@@ -49,12 +54,12 @@ class Means:
             "loss_sum": self.loss_sum,
             "norm_sum": self.norm_sum,
             "steps": self.steps,
-            "bands": self._bands.tolist(),
+            "bands": self._group.gather(self._bands.tolist()),
         }
 
     def line(self, seen: int) -> dict[str, Any]:
         """The means; `error_by_t` is the unweighted error per band of t, null where none fell."""
-        sums, counts = self._bands.tolist()
+        sums, counts = _added(self._group.gather(self._bands.tolist())).tolist()
         return {
             "images_seen": seen,
             "loss": self.loss,
@@ -63,6 +68,18 @@ class Means:
                 value / count if count else None for value, count in zip(sums, counts, strict=True)
             ],
         }
+
+
+def _added(bands: list[list[list[float]]]) -> torch.Tensor:
+    return torch.tensor(bands, dtype=torch.float64).sum(0)
+
+
+def _own_bands(group: Group, bands: list[list[list[float]]]) -> torch.Tensor:
+    """What a checkpoint kept of this rank; of another number of ranks, the first takes all."""
+    if len(bands) == group.world:
+        return torch.tensor(bands[group.rank], dtype=torch.float64)
+    kept = bands and group.leads
+    return _added(bands) if kept else torch.zeros(2, _BANDS, dtype=torch.float64)
 
 
 class Metrics:

@@ -16,6 +16,7 @@ from atoll.islands.compute import Device, computing
 from atoll.islands.data import Batches
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
+from atoll.islands.learner import Learner
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import Orders, flow_matching, prepare, take_step
 
@@ -37,9 +38,9 @@ def images_per_second(
     with computing(device, threads) as chosen:
         trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
         prepare(trial, training, chosen)
-        parameters = [p for p in trial.network.parameters() if p.requires_grad]
-        averages = Averages(parameters, training.ema_decays)
-        optimizer = torch.optim.AdamW(parameters, lr=1e-6, fused=True)
+        learner = Learner(trial.network)
+        averages = Averages(learner.parameters, training.ema_decays)
+        optimizer = torch.optim.AdamW(learner.parameters, lr=1e-6, fused=True)
         batches = Batches(pack, training, rows=pack.train, seed=0, stream="probe", device=chosen)
         loss = flow_matching(trial, batches, training)
         orders = Orders(batch, training.accumulation, clip=1.0, learning_rate=1e-6)
@@ -47,7 +48,7 @@ def images_per_second(
         steps, started = -1, time.monotonic()
         while steps < 2 or time.monotonic() - started < _SECONDS:
             first = (steps + 1) * batch
-            take_step(loss, parameters, optimizer, averages, guard, orders, first=first)
+            take_step(loss, learner, optimizer, averages, guard, orders, first=first)
             steps += 1
             if steps == 0:
                 started = time.monotonic()

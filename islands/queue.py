@@ -186,6 +186,7 @@ class Queue:
                 cpus=site.cpus,
                 gpus=site.gpus,
                 memory_gib=island.resources.memory_gib,
+                workers=site.workers,
             )
         except Unreachable as error:
             # It may have arrived all the same: what comes of it is stopped, or fenced.

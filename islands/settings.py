@@ -13,6 +13,7 @@ from atoll.core.manifest import Plan
 from atoll.core.places import Island
 from atoll.core.recipes import Recipe
 from atoll.islands.compute import Device
+from atoll.islands.learner import Parallel
 from atoll.islands.spot import Cloud
 
 # Fewer than this and a head of any size knows little.
@@ -134,6 +135,8 @@ class TrainConfig(Config):
     threads: int = Field(default=1, ge=1)
     device: Device = "auto"
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
+    workers: int = Field(default=1, ge=1)  # processes that train one shard together
+    parallel: Parallel = "ddp"  # of several workers: replicas, or shards of everything (FSDP2)
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations of a shard, none of which got further

@@ -1,9 +1,10 @@
 """What an island and its controller leave in storage for each other and for whoever watches.
 
 Below `islands/SHARD`: `process-heartbeat.json` (the job lives), `heartbeat.json` (training goes
-on), `stop.json` (somebody asks the job to commit and leave), `controller-journal.jsonl` (where and
-when it was submitted) and `log-journal.jsonl` (what it said). All of it is observation: nothing
-that is trained follows from it.
+on), `stop.json` (somebody asks the job to commit and leave), `leave.json` (a signal asked the
+launcher of its workers to), `controller-journal.jsonl` (where and when it was submitted) and
+`log-journal.jsonl` (what it said). All of it is observation: nothing that is trained follows from
+it.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atoll.core.checkpoint import newest_commit, newest_generation
@@ -48,6 +49,26 @@ def controller_journal(shard: str) -> str:
 
 def log_journal(shard: str) -> str:
     return f"{island_folder(shard)}/log-journal.jsonl"
+
+
+def leave_request(shard: str) -> str:
+    return f"{island_folder(shard)}/leave.json"
+
+
+def sigterm() -> None:
+    """Ask this process to leave."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def submission() -> str | None:
+    """Which submission this process belongs to."""
+    return os.environ.get(SUBMISSION_VARIABLE)
+
+
+def ask_to_leave(run: Storage, shard: str) -> None:
+    """Ask the workers of this submission to commit and leave; another one's may start again."""
+    request = {"schema_version": SCHEMA_VERSION, "submission_id": submission()}
+    run.write_json(leave_request(shard), request)
 
 
 def ask_to_stop(run: Storage, shard: str) -> None:
@@ -106,10 +127,11 @@ class Process:
     """A job's sign of life, and its ear for a request to stop, beside the training.
 
     A training claims one generation when it starts; when there are more than that, another writer
-    has taken over, and this process says nothing more.
+    has taken over, and this process says nothing more. `leave` is what a request comes to.
     """
 
-    def __init__(self, run: Storage, shard: str) -> None:
+    def __init__(self, run: Storage, shard: str, *, leave: Callable[[], None] = sigterm) -> None:
+        self._leave = leave
         self._run = run
         self._shard = shard
         here = island_folder(shard)
@@ -148,15 +170,18 @@ class Process:
                 if self.overtaken():
                     return
                 self._beat()
-                if self._run.exists(stop_request(self._shard)):
-                    os.kill(os.getpid(), signal.SIGTERM)
+                asked = read_object(self._run, leave_request(self._shard))
+                if self._run.exists(stop_request(self._shard)) or (
+                    asked and asked["submission_id"] == submission()
+                ):
+                    self._leave()
 
     def _beat(self) -> None:
         self._run.write_json(
             process_heartbeat(self._shard),
             {
                 "schema_version": SCHEMA_VERSION,
-                "submission_id": os.environ.get(SUBMISSION_VARIABLE),
+                "submission_id": submission(),
                 "process": os.getpid(),
                 "name": self._stage,
                 "unix_seconds": round(time.time(), 3),

@@ -36,6 +36,7 @@ class Site:
     at_once: int
     cpus: int  # of one job
     gpus: int  # of one job
+    workers: int = 1  # of one job
     head: Head | None = None
     running: int = 0
     silent_since: float | None = None
@@ -118,7 +119,7 @@ def open_sites(config: TrainConfig, shards: int) -> Iterator[list[Site]]:
         for island, plan in zip(islands, plans, strict=True):
             head = by_name.get(island.name)
             jobs = remote[island.name] if head is None else Jobs(head.cluster)
-            site = Site(island, jobs, plan.jobs, plan.job_cpus, plan.job_gpus, head)
+            site = Site(island, jobs, plan.jobs, plan.job_cpus, plan.job_gpus, plan.workers, head)
             if island.name in away:  # it may come later
                 site.missed(away[island.name])
             sites.append(site)
@@ -145,6 +146,7 @@ class _SitePlan:
     jobs: int
     job_cpus: int
     job_gpus: int
+    workers: int
     cpus: int = 0
     devices: tuple[str, ...] = ()
 
@@ -155,13 +157,15 @@ def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[
     share = len(free) // local if local else 0
     plans = []
     for island in islands:
-        cpus = island.resources.cpus or config.threads
+        workers = island.resources.workers or config.workers
+        cpus = island.resources.cpus or config.threads * workers
         if not island.local:
             gpus = island.resources.gpus
-            gpus = int(config.device == "cuda") if gpus is None else gpus
+            gpus = workers * int(config.device == "cuda") if gpus is None else gpus
+            _check_divided(island, workers, cpus, gpus)
             # How much a cluster of somebody's holds is not for us to guess: one, or as told.
             jobs = island.jobs or config.slots or 1
-            plans.append(_SitePlan(min(jobs, shards), cpus, gpus))
+            plans.append(_SitePlan(min(jobs, shards), cpus, gpus, workers))
             continue
         wanted = share if island.gpus is None else island.gpus
         if wanted > len(free):
@@ -170,7 +174,9 @@ def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[
                 cure="lower gpus in the islands' file",
             )
         devices, free = tuple(free[:wanted]), free[wanted:]
-        gpus = min(1, wanted) if island.resources.gpus is None else island.resources.gpus
+        gpus = island.resources.gpus
+        gpus = (workers if wanted else 0) if gpus is None else gpus
+        _check_divided(island, workers, cpus, gpus)
         if gpus > wanted:
             raise ConfigError(
                 f"A job of island '{island.name}' is to have {gpus} GPUs of its {wanted}",
@@ -184,8 +190,19 @@ def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[
                 f"A job of island '{island.name}' takes {cpus} CPUs and it has {island.cpus}",
                 cure="raise cpus, or lower resources.cpus or threads",
             )
-        plans.append(_SitePlan(jobs, cpus, gpus, island.cpus or jobs * cpus, devices))
+        offer = island.cpus or jobs * cpus
+        plans.append(_SitePlan(jobs, cpus, gpus, workers, offer, devices))
     return plans
+
+
+def _check_divided(island: Island, workers: int, cpus: int, gpus: int) -> None:
+    """A worker is a process with a GPU of its own, or none; several are alike."""
+    if workers > 1 and (gpus not in (0, workers) or cpus % workers):
+        raise ConfigError(
+            f"A job of island '{island.name}' has {workers} workers, {cpus} CPUs and {gpus} GPUs",
+            allowed=f"a multiple of {workers} CPUs, and 0 or {workers} GPUs",
+            cure="change resources.workers, resources.cpus or resources.gpus",
+        )
 
 
 def slots_here(config: TrainConfig) -> int:
@@ -194,7 +211,8 @@ def slots_here(config: TrainConfig) -> int:
         return config.slots
     gpus = 0 if config.device == "cpu" else len(_devices())
     processors = len(os.sched_getaffinity(0)) // config.threads
-    return gpus or max(1, min(processors, _available_bytes() // _ISLAND_BYTES))
+    held = gpus or min(processors, _available_bytes() // _ISLAND_BYTES)
+    return max(1, held // config.workers)
 
 
 def _devices() -> list[str]:

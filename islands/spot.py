@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import signal
 import threading
 import urllib.error
 import urllib.request
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Literal
 
 from atoll.core.journal import log
+from atoll.islands.signs import sigterm
 
 Cloud = Literal["auto", "off", "aws", "gcp", "azure"]
 
@@ -79,8 +79,10 @@ def cloud_here(cloud: Cloud) -> str | None:
 
 
 @contextlib.contextmanager
-def heeding(cloud: Cloud, *, poll_seconds: float = POLL_SECONDS) -> Iterator[None]:
-    """Inside, a notice becomes SIGTERM to this process, once."""
+def heeding(
+    cloud: Cloud, *, leave: Callable[[], None] = sigterm, poll_seconds: float = POLL_SECONDS
+) -> Iterator[None]:
+    """Inside, a notice becomes SIGTERM to this process, or another way to `leave`, once."""
     here = cloud_here(cloud)
     if here is None:
         yield
@@ -96,7 +98,7 @@ def heeding(cloud: Cloud, *, poll_seconds: float = POLL_SECONDS) -> Iterator[Non
                 continue
             if said:
                 log.warning("%s takes this machine back, committing: %s", here, said[:200])
-                os.kill(os.getpid(), signal.SIGTERM)
+                leave()
                 return
 
     watcher = threading.Thread(target=watch, name="spot", daemon=True)

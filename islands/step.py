@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from atoll.core import flow
 from atoll.core.denoiser import Denoiser
@@ -22,6 +22,7 @@ from atoll.core.flow import Prediction
 from atoll.islands.data import Batch
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
+from atoll.islands.learner import Learner
 from atoll.islands.settings import DenoiserTraining, WeightConfig
 
 # Noised held-out records that the averages are compared on, and how many at once.
@@ -115,7 +116,7 @@ def held_out_loss(
 
 def take_step(
     loss: Loss,
-    parameters: list[nn.Parameter],
+    learner: Learner,
     optimizer: torch.optim.Optimizer,
     averages: Averages,
     guard: Guard,
@@ -123,22 +124,29 @@ def take_step(
     *,
     first: int,
 ) -> Taken:
-    """One update from images `first` to `first + batch - 1`, unless the guard refuses it."""
+    """One update from images `first` to `first + batch - 1`, unless the guard refuses it.
+
+    A rank computes its share of each part of the batch; the gradient is that of the whole.
+    """
     optimizer.zero_grad(set_to_none=True)
+    group, end = learner.group, first + orders.batch
     part = orders.batch // orders.accumulation
-    parts = []
-    for start in range(first, first + orders.batch, part):
-        errors = loss(start, part)
-        (errors.loss / orders.accumulation).backward()  # type: ignore[no-untyped-call]
+    parts, losses = [], []
+    for start in range(first, end, part):
+        own, count = group.share(start, part)
+        errors = loss(own, count)
+        weighed = errors.loss * (count / orders.batch)
+        learner.backward(weighed, last=start + part == end)
         parts.append(errors)
-    norm = nn.utils.clip_grad_norm_(parameters, orders.clip)
-    total = torch.stack([errors.loss.detach() for errors in parts]).mean()
+        losses.append(weighed.detach())
+    norm = learner.clip(orders.clip)
+    total = group.sum(torch.stack(losses).sum())
     # The one moment at which the accelerator is waited for.
     value, length = torch.stack([total, norm]).tolist()
     applied = guard.accepts(value, length)
     if applied:
-        for group in optimizer.param_groups:
-            group["lr"] = orders.learning_rate
+        for settings in optimizer.param_groups:
+            settings["lr"] = orders.learning_rate
         optimizer.step()
         averages.update(first // orders.batch)
     return Taken(value, length, applied, parts)

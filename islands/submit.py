@@ -99,8 +99,13 @@ class Jobs:
         cpus: int,
         gpus: int,
         memory_gib: float | None = None,
+        workers: int = 1,
     ) -> str | None:
-        """Start an island's job in a process of its own; the sha256 of the code that was sent."""
+        """Start an island's job in a process of its own; the sha256 of the code that was sent.
+
+        Several workers are launched by that process, which takes nothing itself: what is asked for
+        is theirs, each an equal part.
+        """
         environment = {
             "OMP_NUM_THREADS": str(threads),
             "MKL_NUM_THREADS": str(threads),
@@ -114,15 +119,21 @@ class Jobs:
             sha256 = self._code[0]
         # `exec` lets the process die with its raylet; -P keeps the working directory off the path.
         program = f"exec {shlex.quote(self._cluster.python)} -P -m atoll.islands.job"
+        memory = int((memory_gib or 0) * 2**30)
+        each = (
+            f"--workers {workers} --worker-cpus {cpus // workers} --worker-gpus {gpus // workers}"
+        )
+        each += f" --worker-memory {memory // workers}"
         order: dict[str, Any] = {
             "entrypoint": f"{program} {shlex.quote(run_uri)} {shlex.quote(shard)}",
             "submission_id": submission_id,
-            "entrypoint_num_cpus": cpus,
-            "entrypoint_num_gpus": gpus,
             "runtime_env": runtime,
         }
-        if memory_gib is not None:
-            order["entrypoint_memory"] = int(memory_gib * 2**30)
+        if workers > 1:
+            order["entrypoint"] += f" {each}"
+        else:
+            order |= {"entrypoint_num_cpus": cpus, "entrypoint_num_gpus": gpus}
+            order |= {"entrypoint_memory": memory} if memory else {}
         try:
             self._json("POST", "/api/jobs/", order, seconds=_SUBMIT_SECONDS)
         except Failed as error:

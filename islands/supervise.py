@@ -25,7 +25,13 @@ from atoll.islands.settings import TrainConfig, WatchConfig, plan_for
 from atoll.islands.signs import exit_code, island_folder, stop_request
 from atoll.islands.sites import open_sites
 
-_NOT_TOLD = {"slots": None, "planned_by_all": False, "islands": (), "watch": WatchConfig()}
+_NOT_TOLD = {
+    "workers": 1,  # said with every submission: it is the island's
+    "slots": None,
+    "planned_by_all": False,
+    "islands": (),
+    "watch": WatchConfig(),
+}
 
 
 def plan_islands(run: Storage, manifest: Manifest, config: TrainConfig) -> None:

@@ -261,8 +261,8 @@ def test_commits_by_the_clock_come_besides(storage: Storage) -> None:
     course = replace(COURSE, checkpoints=1, checkpoint_seconds=1e-6)
     made: list[int] = []
     loop = Loop(storage, "run", network, course, name="run")
-    commit = loop._checkpoints.commit
-    loop._checkpoints.commit = lambda seen, *rest: (made.append(seen), commit(seen, *rest))  # type: ignore
+    seal = loop._checkpoints.seal
+    loop._checkpoints.seal = lambda seen, *rest: (made.append(seen), seal(seen, *rest))  # type: ignore
     loop.run(loss_of(network))
     assert made[0] == 0
     assert made[-1] == 400

@@ -18,6 +18,7 @@ from atoll.core.recipes import RECIPES
 from atoll.islands.data import Ahead, Batches, times
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
+from atoll.islands.learner import Learner
 from atoll.islands.settings import (
     DenoiserTraining,
     GuardConfig,
@@ -155,7 +156,7 @@ def test_a_step_is_clipped_adamw_and_an_exponential_average() -> None:
         def loss(first: int, count: int, x: torch.Tensor = x) -> Errors:
             return Errors(ours(x).square().sum(), torch.zeros(count), torch.zeros(count))
 
-        taken = take_step(loss, parameters, optimizer, averages, guard, orders, first=7 * step)
+        taken = take_step(loss, Learner(ours), optimizer, averages, guard, orders, first=7 * step)
         assert taken.applied
         norm = taken.norm
         plain.zero_grad()
@@ -202,7 +203,7 @@ def test_what_is_made_ahead_is_what_would_be_made() -> None:
         made.append((first, count))
         return first, count
 
-    ahead = Ahead(make)
+    ahead = Ahead(make, stride=4)
     asked = [(0, 4), (4, 4), (8, 4), (20, 4), (24, 2), (26, 2), (0, 4)]  # going back and skipping
     assert [ahead(*position) for position in asked] == asked
     ahead.close()
@@ -215,7 +216,7 @@ def test_what_went_wrong_ahead_is_raised_where_it_is_asked_for() -> None:
             raise ValueError("a broken pack")
         return first
 
-    ahead = Ahead(make)
+    ahead = Ahead(make, stride=4)
     assert ahead(0, 4) == 0
     with pytest.raises(ValueError, match="broken"):
         ahead(4, 4)

@@ -1,0 +1,125 @@
+"""Real Ray Train: two workers, one of them killed, against two processes without Ray."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+from atoll.core.errors import ExitCode, Fenced
+from atoll.core.storage import Storage
+from atoll.islands.group import Group
+from atoll.islands.job import run_island
+from atoll.islands.settings import DenoiserTraining
+from atoll.islands.signs import (
+    SUBMISSION_VARIABLE,
+    Process,
+    ask_to_leave,
+)
+from atoll.islands.submit import Cluster, Jobs
+from atoll.islands.supervise import train
+from atoll.islands.workers import Each, _cause
+from tests.islands.conftest import TRAIN
+from tests.islands.ranks import pool
+from tests.islands.test_job import order
+from tests.islands.test_supervise import journal
+
+SHARD = "shard-00"
+# The workers are the island's business and not the order's.
+CONFIG = TRAIN.model_copy(
+    update={"workers": 2, "training": DenoiserTraining(passes=12, checkpoints=12), "slots": 1}
+)
+
+
+def island(group: Group, uri: str) -> None:
+    run_island(uri, SHARD, group=group)
+
+
+def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh) -> None:
+    run, manifest = fresh()
+    killer = subprocess.Popen(
+        [
+            sys.executable, "-c",
+            "import json, os, pathlib, signal, sys, time\n"
+            "here = pathlib.Path(sys.argv[1])\n"
+            "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
+            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
+            "os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
+            str(run.local(f"islands/{SHARD}")),
+        ]
+    )  # fmt: skip
+    try:
+        assert train(run, manifest, CONFIG, shards=[SHARD]) == [SHARD]
+        assert killer.wait(timeout=10) == 0
+    finally:
+        killer.kill()
+    first, second = journal(run, SHARD, "ended", "controller-journal.jsonl")
+    assert first["code"] == ExitCode.FAILED
+    assert "worker 0" in str(first["reason"])
+    assert second["code"] == ExitCode.DONE
+    resumed = journal(run, SHARD, "trained")[0]
+    assert resumed["generation"] == 2
+    assert resumed["from_images_seen"] > 0
+
+    plain, manifest = fresh("plain")
+    order(plain, manifest, SHARD, CONFIG)
+    with pool(2) as ranks:
+        assert ranks.run(island, plain.uri) == [None, None]
+    for part in ("expert", "gate_head", "preview.png", "metrics.jsonl"):
+        assert run.sha256(f"islands/{SHARD}/{part}") == plain.sha256(f"islands/{SHARD}/{part}")
+
+    alone, manifest = fresh("alone")
+    order(alone, manifest, SHARD, CONFIG)
+    run_island(alone.uri, SHARD)
+    head = f"islands/{SHARD}/gate_head"
+    assert run.sha256(head) == alone.sha256(head)  # which the first worker trains by itself
+
+
+def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-2")
+    monkeypatch.setattr("atoll.islands.signs.SIGN_SECONDS", 0.02)
+    run, left = Storage(tmp_path), threading.Event()
+    with Process(run, SHARD, leave=left.set).watching():
+        monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-1")
+        ask_to_leave(run, SHARD)  # of an attempt before
+        monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-2")
+        assert not left.wait(0.2)
+        ask_to_leave(run, SHARD)
+        assert left.wait(10)
+
+
+def test_a_job_with_workers_takes_nothing_itself(monkeypatch) -> None:
+    sent: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        Jobs, "_json", lambda _self, _method, _path, value=None, **_: sent.append(value)
+    )
+    jobs = Jobs(Cluster("http://h:1", ""), ask=False)
+    given = {"submission_id": "x", "threads": 2, "memory_gib": 4.0}
+    jobs.submit("run", SHARD, cpus=8, gpus=4, workers=4, **given)
+    jobs.submit("run", SHARD, cpus=2, gpus=1, **given)
+    several, one = sent
+    assert not [key for key in several if key.startswith("entrypoint_")]
+    assert several["entrypoint"].endswith(
+        f"run {SHARD} --workers 4 --worker-cpus 2 --worker-gpus 1 --worker-memory {1 << 30}"
+    )
+    assert one["entrypoint"].endswith(f"atoll.islands.job run {SHARD}")
+    assert (one["entrypoint_num_cpus"], one["entrypoint_num_gpus"]) == (2, 1)
+    assert one["entrypoint_memory"] == 4 << 30
+    assert Each(2, 0, 0).resources() == {"CPU": 2.0}
+    assert Each(2, 1, 1 << 30).resources() == {"CPU": 2.0, "GPU": 1.0, "memory": float(1 << 30)}
+
+
+def test_our_own_word_comes_before_what_a_death_makes_of_the_others() -> None:
+    class Ended(Exception):
+        worker_failures: dict[int, Exception]
+
+    error = Ended("all workers ended")
+    error.worker_failures = {1: RuntimeError("connection closed\nby peer"), 0: Fenced("taken over")}
+    assert isinstance(_cause(error), Fenced)
+    error.worker_failures = {1: RuntimeError("connection closed\nby peer"), 0: OSError("died")}
+    said = str(_cause(error))
+    assert "worker 0: OSError: died; worker 1: RuntimeError: connection closed" in said
+    assert "by peer" not in said
+    assert "all workers ended" in str(_cause(Exception("all workers ended")))
