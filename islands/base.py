@@ -45,6 +45,7 @@ def course_of(
         checkpoints=training.checkpoints,
         checkpoint_seconds=training.checkpoint_seconds,
         guard=training.guard,
+        lora=training.lora,
         accumulation=training.accumulation,
         kernel=optimizer.kernel,
         bitwise_resume=bitwise_resume,
@@ -104,6 +105,11 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         return manifest.base
+    if config.training.lora.rank is not None:
+        raise ConfigError(
+            "A base has nothing that adapters could stand on: all of its weights are trained",
+            cure="give training.lora to `atoll train`, for the experts",
+        )
     check_artefact(run, manifest.commons)
     commons = Pack(run.local(manifest.commons.path))
     base = new_base(manifest, commons, config)

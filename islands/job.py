@@ -35,6 +35,7 @@ from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop
+from atoll.islands.lora import attach
 from atoll.islands.preview import preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, SUBMISSION_VARIABLE, Process, island_folder
@@ -116,6 +117,7 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         images_seen=base.card.images_seen,
     )
     training = order.config.training.model_copy(update={"prediction": base.card.prediction})
+    adapters = attach(base.network, training.lora, seed=order.seed)
     expert = train_here(
         run,
         island_folder(order.name),
@@ -130,6 +132,9 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         device=order.config.device,
         bitwise_resume=order.config.bitwise_resume,
     )
+    if adapters is not None:
+        adapters.save(folder, expert.card.family)
+        adapters.merge()
     expert.save(folder)
 
 

@@ -31,12 +31,14 @@ from atoll.islands.compute import device_name
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
 from atoll.islands.metrics import Means, Metrics
-from atoll.islands.settings import GuardConfig
+from atoll.islands.settings import GuardConfig, LoraConfig
 from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
 
 HEARTBEAT_SECONDS = 2.0
 # Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
 _CARRIED = ("means", "guard")
+# And those without which it is another training.
+_THE_TRAINING = ("plan", "lora")
 
 
 @dataclass(frozen=True)
@@ -53,6 +55,7 @@ class Course:
     checkpoints: int
     checkpoint_seconds: float | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     accumulation: int = 1
     kernel: str = "fused"
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
@@ -238,7 +241,10 @@ class Loop:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same for a resume to be bitwise."""
+        lora = self._course.lora
+        adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
         return {
+            **adapters,
             "plan": self._course.plan.model_dump(),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
@@ -262,18 +268,21 @@ class Loop:
 
     def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
         """Refuse what would not be bitwise, or write down that it is not."""
-        if facts["plan"] != self._facts()["plan"] or self._course.bitwise_resume:
+        ours = self._facts()
+        other = any(facts.get(key) != ours.get(key) for key in _THE_TRAINING)
+        if other or self._course.bitwise_resume:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {facts}",
-                allowed=f"{self._facts()}",
-                cure="use the same plan, threads and versions; where only the plan is the same, "
-                "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
+                allowed=f"{ours}",
+                cure="use the same plan, adapters, threads and versions; where only plan and "
+                "adapters are the same, --allow-inexact-resume goes on, and the result is not "
+                "bitwise what it would be",
             )
         log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)
         self._journal(
             {
                 "event": "resumed", "name": self._name, "generation": generation, "bitwise": False,
-                "images_seen": seen, "was": facts, "is": self._facts(),
+                "images_seen": seen, "was": facts, "is": ours,
             }
         )  # fmt: skip
 

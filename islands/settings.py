@@ -65,6 +65,18 @@ class GuardConfig(Config):
     share: float = Field(default=0.05, ge=0, le=1)  # of all images that may be skipped
 
 
+class LoraConfig(Config):
+    """An expert as low-rank adapters on the base (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    What they add counts alpha / rank. A target is the end of a layer's name, such as `to_q` or
+    `ff.net.2`.
+    """
+
+    rank: int | None = Field(default=None, ge=1)  # None trains all weights
+    alpha: float | None = Field(default=None, gt=0)  # None takes the rank
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)  # None: attention's
+
+
 class DenoiserTraining(Config):
     """How a base or an expert is trained."""
 
@@ -78,6 +90,7 @@ class DenoiserTraining(Config):
     weight: WeightConfig = WeightConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
+    lora: LoraConfig = LoraConfig()  # of experts alone
     accumulation: int = Field(default=1, ge=1)  # parts of a batch that are computed in turn
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network's arithmetic
     gradient_checkpointing: bool = False
