@@ -30,9 +30,11 @@ __all__ = [
     "nearest_recipe",
     "network_config",
     "outline",
+    "outline_of",
     "parameter_count",
     "recipe_of",
     "training_bytes",
+    "training_flops",
 ]
 
 
@@ -95,6 +97,13 @@ def outline(
         return build(recipe, picture, text_width, seed=0, pooled_width=pooled_width)
 
 
+def outline_of(network: Any) -> nn.Module:
+    """Likewise of a network of diffusers that is there, from its configuration."""
+    with torch.device("meta"):
+        made: nn.Module = type(network).from_config(network.config)
+    return made
+
+
 def parameter_count(network: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -122,6 +131,16 @@ def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Condi
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         FAMILIES[family].adapter(network, x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
     return int(counter.get_total_flops())
+
+
+def training_flops(forward: int, *, frozen: bool = False) -> int:
+    """Operations that training on one picture needs, from those of a forward pass.
+
+    Backwards, every product is done once for its input and once for its weight; frozen weights, as
+    beneath low-rank adapters, need none of their own. What checkpointing computes again is not
+    counted, nor are the adapters.
+    """
+    return (2 if frozen else 3) * forward
 
 
 def training_bytes(

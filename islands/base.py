@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from atoll.core import recipes, seeds
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
@@ -19,7 +21,7 @@ from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
-from atoll.islands.compute import Device, computing
+from atoll.islands.compute import Device, computing, matmul_rate
 from atoll.islands.data import Batches, ahead
 from atoll.islands.loop import Course, Loop
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
@@ -182,8 +184,9 @@ def train_here(
         batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
         others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
+        told = _speeds(denoiser, pack, training, chosen)
         with ahead(batches, chosen) as coming:
-            Loop(storage, folder, denoiser.network, course, name=stream).run(
+            Loop(storage, folder, denoiser.network, course, name=stream, told=told).run(
                 flow_matching(denoiser, coming, training),
                 held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
             )
@@ -192,3 +195,20 @@ def train_here(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )
     return Denoiser(denoiser.network, card)
+
+
+def _speeds(
+    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, device: torch.device
+) -> dict[str, float]:
+    """What turns images per second into a share of the device's own speed (MFU), for `status`.
+
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B, with a measured rate in the place of a
+    data sheet's.
+    """
+    outline, family = recipes.outline_of(denoiser.network), denoiser.card.family
+    forward = recipes.forward_flops(outline, family, pack.card.picture, pack.null)
+    dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
+    return {
+        "flops_per_image": recipes.training_flops(forward, frozen=training.lora.rank is not None),
+        "matmul_flops_per_second": round(matmul_rate(device, dtype)),
+    }

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -80,8 +80,16 @@ class Loop:
     """One training at one place of the run, `folder`, by the one writer that claimed it."""
 
     def __init__(
-        self, storage: Storage, folder: str, module: nn.Module, course: Course, *, name: str
+        self,
+        storage: Storage,
+        folder: str,
+        module: nn.Module,
+        course: Course,
+        *,
+        name: str,
+        told: Mapping[str, float] | None = None,
     ) -> None:
+        """`told` goes into every heartbeat, for whoever watches."""
         if course.plan.batch % course.accumulation:
             raise ConfigError(
                 f"A batch of {course.plan.batch} is not to be had in {course.accumulation} parts",
@@ -91,6 +99,7 @@ class Loop:
         self._folder = folder
         self._course = course
         self._name = name
+        self._told = dict(told or {})
         self._checkpoints = Checkpoints(storage, folder)
         named = [(n, p) for n, p in module.named_parameters() if p.requires_grad]
         self._names = [n for n, _ in named]
@@ -348,6 +357,7 @@ class Loop:
             "of": self._course.plan.images_seen,
             "images_per_second": round(images_per_second, 3),
             "unix_seconds": round(time.time(), 3),
+            **self._told,
         }
 
         def work() -> None:
