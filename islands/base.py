@@ -23,7 +23,7 @@ from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing, matmul_rate
 from atoll.islands.data import Batches, ahead
-from atoll.islands.loop import Course, Loop
+from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching, held_out_loss, prepare
 
@@ -176,6 +176,7 @@ def train_here(
     threads: int,
     device: Device,
     bitwise_resume: bool = True,
+    milestones: Milestones | None = None,
 ) -> Denoiser:
     """Train a denoiser in this process; checkpoints and metrics go to `folder`."""
     with computing(device, threads) as chosen:
@@ -189,6 +190,7 @@ def train_here(
             Loop(storage, folder, denoiser.network, course, name=stream, told=told).run(
                 flow_matching(denoiser, coming, training),
                 held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+                milestones=milestones,
             )
         denoiser.network.to("cpu")
     card = denoiser.card.model_copy(

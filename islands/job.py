@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -34,9 +34,9 @@ from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.compute import computing
-from atoll.islands.loop import Course, Loop
+from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.lora import attach
-from atoll.islands.preview import preview_grid
+from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, SUBMISSION_VARIABLE, Process, island_folder
 from atoll.islands.spot import heeding
@@ -92,8 +92,9 @@ def run_island(
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
-        picture = preview_grid(expert, pack, order.config, seed=order.seed)
-        run.write_bytes(f"{here}/preview.png", picture)
+        grid = preview_grid(expert, pack, order.config, seed=order.seed)
+        for name, data in grid_files(order.plan.images_seen, grid).items():
+            run.write_bytes(f"{here}/{name}", data)
 
 
 def _once(run: Storage, here: str, part: str, make: Callable[[Path], None]) -> None:
@@ -118,10 +119,11 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
     )
     training = order.config.training.model_copy(update={"prediction": base.card.prediction})
     adapters = attach(base.network, training.lora, seed=order.seed)
+    expert = Denoiser(base.network, card)
     expert = train_here(
         run,
         island_folder(order.name),
-        Denoiser(base.network, card),
+        expert,
         pack,
         training,
         learning_rate=recipes.recipe_of(order.recipe).learning_rate,
@@ -131,11 +133,24 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, folder: Path) -> None:
         threads=order.config.threads,
         device=order.config.device,
         bitwise_resume=order.config.bitwise_resume,
+        milestones=_previews(order, expert, pack) if order.config.preview > 0 else None,
     )
     if adapters is not None:
         adapters.save(folder, expert.card.family)
         adapters.merge()
     expert.save(folder)
+
+
+def _previews(order: IslandOrder, expert: Denoiser, pack: Pack) -> Milestones:
+    """Grids on the way; that of the end is made of the expert as it is published."""
+
+    def make(seen: int) -> dict[str, bytes]:
+        # The shapes of a grid are not the training's, and not worth a compilation.
+        compiled = order.config.training.compile
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return grid_files(seen, preview_grid(expert, pack, order.config, seed=order.seed))
+
+    return Milestones(milestones(order.config, order.plan)[:-1], make)
 
 
 def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: Path) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import signal
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -59,6 +59,18 @@ class Course:
     accumulation: int = 1
     kernel: str = "fused"
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Where on the way something is made with the averaged weights, and what.
+
+    `make` is given images_seen and returns files to be written into the training's folder. It must
+    draw from no generator that a loss draws from.
+    """
+
+    at: Collection[int] = ()
+    make: Callable[[int], Mapping[str, bytes]] = lambda _seen: {}
 
 
 @contextmanager
@@ -119,7 +131,13 @@ class Loop:
         self._means = Means()
         self._committed_at = 0.0
 
-    def run(self, loss: Loss, *, held_out: Callable[[], float] | None = None) -> None:
+    def run(
+        self,
+        loss: Loss,
+        *,
+        held_out: Callable[[], float] | None = None,
+        milestones: Milestones | None = None,
+    ) -> None:
         """Train to the planned images_seen; the module then holds the averaged weights.
 
         Of several averages it is the one of least `held_out`. Raises `Interrupted` after SIGTERM
@@ -132,7 +150,7 @@ class Loop:
         self._background, self._pulse = Background(), Background()
         try:
             started, first = time.time(), seen
-            seen = self._train(loss, seen)
+            seen = self._train(loss, seen, milestones or Milestones())
             seconds = time.time() - started
             self._journal(
                 {
@@ -149,7 +167,7 @@ class Loop:
         self._module.eval()
         self._publish(held_out)
 
-    def _train(self, loss: Loss, seen: int) -> int:
+    def _train(self, loss: Loss, seen: int, milestones: Milestones) -> int:
         total, batch = self._course.plan.images_seen, self._course.plan.batch
         every = batch * max(1, round(total / batch / self._course.checkpoints))
         self._module.train()
@@ -174,6 +192,8 @@ class Loop:
                 advance(batch, note=f"loss {self._means.loss:.3f}")
                 if self._metrics.due(seen):
                     self._write_metrics(seen)
+                if seen in milestones.at:
+                    self._show(seen, milestones)
                 due = due or seen % every == 0 or self._long_ago()
                 if due:
                     # The one before is there long since; if not, it is waited for, so that no more
@@ -345,6 +365,24 @@ class Loop:
             storage.write_bytes(name, text)
 
         self._background.submit("metrics", work)
+
+    def _show(self, seen: int, milestones: Milestones) -> None:
+        """Make what belongs to a milestone, with the first average, and leave no trace of it.
+
+        It is queued before the commit at the same place: whoever resumes there finds it made.
+        """
+        with self._averages.shown(0):
+            self._module.eval()
+            files = milestones.make(seen)
+            self._module.train()
+        storage, checkpoints, folder = self._storage, self._checkpoints, self._folder
+
+        def work() -> None:
+            checkpoints.check_fence()
+            for name, data in files.items():
+                storage.write_bytes(f"{folder}/{name}", data)
+
+        self._background.submit("a milestone", work)
 
     def _beat(self, seen: int, images_per_second: float) -> None:
         if not self._pulse.idle and seen < self._course.plan.images_seen:

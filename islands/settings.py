@@ -155,6 +155,9 @@ class TrainConfig(Config):
     head: HeadTraining = HeadTraining()
     preview: int = Field(default=16, ge=0)  # pictures in preview.png
     preview_steps: int = Field(default=20, ge=1)
+    # Equal shares of images_seen, with a preview after each; None: 4, or fewer where those on the
+    # way would cost over 2% of the expert's own computations.
+    preview_milestones: int | None = Field(default=None, ge=1)
     islands: tuple[Island, ...] = ()  # none: one local head
     watch: WatchConfig = WatchConfig()
 
