@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import new_network
 from atoll.core.errors import ConfigError, did_you_mean
 from atoll.core.families import FAMILIES, sample_size
+from atoll.core.head import GateHead, HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.sizes import RECIPES, Recipe
 
@@ -27,6 +29,7 @@ __all__ = [
     "build",
     "default_recipe",
     "forward_flops",
+    "head_forward_flops",
     "nearest_recipe",
     "network_config",
     "outline",
@@ -97,10 +100,10 @@ def outline(
         return build(recipe, picture, text_width, seed=0, pooled_width=pooled_width)
 
 
-def outline_of(network: Any) -> nn.Module:
-    """Likewise of a network of diffusers that is there, from its configuration."""
+def outline_of(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """Likewise of any network of a family, from its configuration."""
     with torch.device("meta"):
-        made: nn.Module = type(network).from_config(network.config)
+        made: nn.Module = FAMILIES[family].network.from_config(config)
     return made
 
 
@@ -130,6 +133,17 @@ def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Condi
     x_t = torch.zeros(1, *picture.shape, device=next(network.parameters()).device)
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         FAMILIES[family].adapter(network, x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
+    return int(counter.get_total_flops())
+
+
+def head_forward_flops(config: HeadConfig, picture: Picture, cond: Conditioning) -> int:
+    """Likewise of a gate head, its answer from the text alone included."""
+    with torch.device("meta"):
+        head = GateHead(config)
+    x_t = torch.zeros(1, *picture.shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head.raw(x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
+        head.raw_text(cond[:1].to(x_t))
     return int(counter.get_total_flops())
 
 

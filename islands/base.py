@@ -6,6 +6,7 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -199,6 +200,15 @@ def train_here(
     return Denoiser(denoiser.network, card)
 
 
+def flops_per_image(
+    family: str, config: Mapping[str, Any], pack: Pack, training: DenoiserTraining
+) -> int:
+    """Operations that training a network of this configuration needs for one image of a pack."""
+    outline = recipes.outline_of(family, config)
+    forward = recipes.forward_flops(outline, family, pack.card.picture, pack.null)
+    return recipes.training_flops(forward, frozen=training.lora.rank is not None)
+
+
 def _speeds(
     denoiser: Denoiser, pack: Pack, training: DenoiserTraining, device: torch.device
 ) -> dict[str, float]:
@@ -207,10 +217,9 @@ def _speeds(
     Chowdhery et al. 2022, arXiv 2204.02311, appendix B, with a measured rate in the place of a
     data sheet's.
     """
-    outline, family = recipes.outline_of(denoiser.network), denoiser.card.family
-    forward = recipes.forward_flops(outline, family, pack.card.picture, pack.null)
+    network: Any = denoiser.network
     dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
     return {
-        "flops_per_image": recipes.training_flops(forward, frozen=training.lora.rank is not None),
+        "flops_per_image": flops_per_image(denoiser.card.family, network.config, pack, training),
         "matmul_flops_per_second": round(matmul_rate(device, dtype)),
     }

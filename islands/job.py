@@ -25,14 +25,14 @@ import torch
 
 from atoll.core import recipes
 from atoll.core.config import Config
-from atoll.core.denoiser import CARD_NAME, Card, Denoiser
+from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_card
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
-from atoll.islands.base import train_here
+from atoll.islands.base import flops_per_image, train_here
 from atoll.islands.compute import computing
 from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.lora import attach
@@ -164,17 +164,26 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, folder: P
     head = new_head(config, seed=order.seed)
     anchor = anchor_of(commons, settings.broad, held_out=False)
     place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
-    course = _head_course(order.config, order.plan)
+    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, config, pack))
     with computing(order.config.device, order.config.threads) as device:
         loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
         Loop(run, place, head, course, name=f"gate head of {order.name}").run(loss)
     calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed).save(folder)
 
 
-def _head_course(config: TrainConfig, expert: Plan) -> Course:
+def _head_cost(run: Storage, order: IslandOrder, head: HeadConfig, pack: Pack) -> float:
+    """What an image costs the head, in units of what one costs the expert."""
+    base = run.local(order.base.path)
+    network = json.loads((base / NETWORK_CONFIG).read_text())
+    expert = flops_per_image(read_card(base).family, network, pack, order.config.training)
+    forward = recipes.head_forward_flops(head, pack.card.picture, pack.null)
+    return 2 * recipes.training_flops(forward) / expert  # one of the shard, one of the anchor
+
+
+def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
     settings = config.head
     return Course(
-        plan=plan_head(settings, expert),
+        plan=plan_head(settings, expert, cost=cost),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.99),

@@ -103,9 +103,11 @@ class HeadTraining(Config):
     """How a gate head is trained against the anchor, and calibrated."""
 
     # Shard records seen (as many of the anchor besides); None takes a share of the expert's
-    # images_seen, so that a head stays light beside its expert.
+    # images_seen, or as many as cost that share of its computations where those are fewer: a head
+    # stays light beside its expert, also beside a small one.
     images: int | None = Field(default=None, ge=1)
     share: float = Field(default=1.0, gt=0)
+    compute: float = Field(default=0.25, gt=0)
     batch: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -174,8 +176,13 @@ def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: 
     return Plan(batch=batch, images_seen=steps * batch)
 
 
-def plan_head(head: HeadTraining, expert: Plan) -> Plan:
-    """Batch and images of a gate head beside an expert with this plan."""
-    images = head.images or max(_LEAST_HEAD_IMAGES, round(head.share * expert.images_seen))
+def plan_head(head: HeadTraining, expert: Plan, *, cost: float = 0.0) -> Plan:
+    """Batch and images of a gate head beside an expert with this plan.
+
+    `cost` is what an image costs the head, that of the anchor beside it included, in units of what
+    one costs the expert.
+    """
+    share = min(head.share, head.compute / cost) if cost > 0 else head.share
+    images = head.images or max(_LEAST_HEAD_IMAGES, round(share * expert.images_seen))
     steps = max(1, images // head.batch)
     return Plan(batch=head.batch, images_seen=steps * head.batch)
