@@ -150,6 +150,7 @@ _COLUMNS = (
     "images",
     "img/s",
     "%",
+    "mfu",
     "loss",
     "left",
     "commit",
@@ -182,7 +183,8 @@ def _cells(row: ShardStatus) -> tuple[str, ...]:
     images = str(row.images_seen) if row.of is None else f"{row.images_seen}/{row.of}"
     return (
         row.shard, state, row.island or "-", str(row.generation), images,
-        said(row.images_per_second, ".1f"), said(row.percent, ".0f"), said(row.loss, ".4f"),
+        said(row.images_per_second, ".1f"), said(row.percent, ".0f"), said(row.mfu, ".0%"),
+        said(row.loss, ".4f"),
         _duration(row.eta_seconds), said(row.committed_images_seen, "d"), said(row.cost, ".2f"),
     )  # fmt: skip
 

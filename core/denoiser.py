@@ -23,6 +23,7 @@ from atoll.core.manifest import check_schema
 from atoll.core.storage import canonical_json
 
 CARD_NAME = "atoll.json"
+NETWORK_CONFIG = "config.json"  # diffusers' own
 SCHEMA_VERSION = 1
 
 
@@ -92,9 +93,9 @@ class Denoiser:
         self.network.save_pretrained(folder)  # type: ignore[operator]
         # diffusers notes where it loaded a model from: a path of this machine, and other bytes for
         # the same expert wherever its run lies.
-        config = json.loads((folder / "config.json").read_text())
+        config = json.loads((folder / NETWORK_CONFIG).read_text())
         config.pop("_name_or_path", None)
-        (folder / "config.json").write_bytes(canonical_json(config))
+        (folder / NETWORK_CONFIG).write_bytes(canonical_json(config))
         write_card(folder, self.card)
 
     @classmethod
@@ -113,11 +114,11 @@ def load_network(folder: Path, family: str, **changes: Any) -> nn.Module:
         raise Refused(f"{folder} is of unknown family '{family}'", allowed=", ".join(FAMILIES))
     kind = FAMILIES[family].network
     try:
-        declared = json.loads((folder / "config.json").read_text()).get("_class_name")
+        declared = json.loads((folder / NETWORK_CONFIG).read_text()).get("_class_name")
     except (OSError, ValueError, AttributeError) as error:
-        raise MissingError(f"{folder}/config.json is not readable ({error})") from error
+        raise MissingError(f"{folder}/{NETWORK_CONFIG} is not readable ({error})") from error
     if declared != kind.__name__:
-        raise Refused(f"{folder}/config.json names {declared}", allowed=kind.__name__)
+        raise Refused(f"{folder}/{NETWORK_CONFIG} names {declared}", allowed=kind.__name__)
     try:
         network, found = kind.from_pretrained(
             folder,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 
@@ -50,7 +51,7 @@ class DiTBlock(nn.Module):
         return out
 
 
-class DiT(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class DiT(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
     """The network; it begins with an output of 0.
 
     `sample_size` is what pipelines ask for the usual picture size, the weights do not depend on it.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import new_network
 from atoll.core.errors import ConfigError, did_you_mean
 from atoll.core.families import FAMILIES, sample_size
+from atoll.core.head import GateHead, HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.sizes import RECIPES, Recipe
 
@@ -27,12 +29,15 @@ __all__ = [
     "build",
     "default_recipe",
     "forward_flops",
+    "head_forward_flops",
     "nearest_recipe",
     "network_config",
     "outline",
+    "outline_of",
     "parameter_count",
     "recipe_of",
     "training_bytes",
+    "training_flops",
 ]
 
 
@@ -95,6 +100,13 @@ def outline(
         return build(recipe, picture, text_width, seed=0, pooled_width=pooled_width)
 
 
+def outline_of(family: str, config: Mapping[str, Any]) -> nn.Module:
+    """Likewise of any network of a family, from its configuration."""
+    with torch.device("meta"):
+        made: nn.Module = FAMILIES[family].network.from_config(config)
+    return made
+
+
 def parameter_count(network: nn.Module) -> int:
     """How many numbers training changes."""
     return sum(parameter.numel() for parameter in network.parameters())
@@ -122,6 +134,27 @@ def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Condi
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         FAMILIES[family].adapter(network, x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
     return int(counter.get_total_flops())
+
+
+def head_forward_flops(config: HeadConfig, picture: Picture, cond: Conditioning) -> int:
+    """Likewise of a gate head, its answer from the text alone included."""
+    with torch.device("meta"):
+        head = GateHead(config)
+    x_t = torch.zeros(1, *picture.shape, device="meta")
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        head.raw(x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
+        head.raw_text(cond[:1].to(x_t))
+    return int(counter.get_total_flops())
+
+
+def training_flops(forward: int, *, frozen: bool = False) -> int:
+    """Operations that training on one picture needs, from those of a forward pass.
+
+    Backwards, every product is done once for its input and once for its weight; frozen weights, as
+    beneath low-rank adapters, need none of their own. What checkpointing computes again is not
+    counted, nor are the adapters.
+    """
+    return (2 if frozen else 3) * forward
 
 
 def training_bytes(

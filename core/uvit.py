@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
+from diffusers.loaders import PeftAdapterMixin
 from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from torch import Tensor, nn
 from torch.nn import functional
@@ -51,7 +52,7 @@ class UViTBlock(nn.Module):
         return out
 
 
-class UViT(ModelMixin, ConfigMixin):  # type: ignore[misc]
+class UViT(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
     """The network; it begins with an output of 0.
 
     `num_layers` is odd: as many blocks below the middle one as above it. `sample_size` is what

@@ -6,8 +6,11 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
+
+import torch
 
 from atoll.core import recipes, seeds
 from atoll.core.config import differences, save_config, saved_config
@@ -19,11 +22,11 @@ from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
-from atoll.islands.compute import Device, computing
+from atoll.islands.compute import Device, computing, matmul_rate
 from atoll.islands.data import Batches, ahead
 from atoll.islands.group import Group
 from atoll.islands.learner import Parallel, learner_of
-from atoll.islands.loop import Course, Loop
+from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching, held_out_loss, prepare
 
@@ -47,6 +50,7 @@ def course_of(
         checkpoints=training.checkpoints,
         checkpoint_seconds=training.checkpoint_seconds,
         guard=training.guard,
+        lora=training.lora,
         accumulation=training.accumulation,
         kernel=optimizer.kernel,
         bitwise_resume=bitwise_resume,
@@ -106,6 +110,11 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         return manifest.base
+    if config.training.lora.rank is not None:
+        raise ConfigError(
+            "A base has nothing that adapters could stand on: all of its weights are trained",
+            cure="give training.lora to `atoll train`, for the experts",
+        )
     check_artefact(run, manifest.commons)
     commons = Pack(run.local(manifest.commons.path))
     base = new_base(manifest, commons, config)
@@ -172,6 +181,7 @@ def train_here(
     bitwise_resume: bool = True,
     group: Group | None = None,
     parallel: Parallel = "ddp",
+    milestones: Milestones | None = None,
 ) -> Denoiser:
     """Train a denoiser in this process, or in this and the others of a group.
 
@@ -184,14 +194,43 @@ def train_here(
         batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
         others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
+        told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         stride = plan.batch // training.accumulation
         with ahead(batches, chosen, stride=stride) as coming:
-            Loop(storage, folder, denoiser.network, course, name=stream, learner=learner).run(
+            Loop(
+                storage, folder, denoiser.network, course, name=stream, learner=learner, told=told
+            ).run(
                 flow_matching(denoiser, coming, training),
                 held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+                milestones=milestones,
             )
         network = learner.whole().to("cpu")
     card = denoiser.card.model_copy(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )
     return Denoiser(network, card)
+
+
+def flops_per_image(
+    family: str, config: Mapping[str, Any], pack: Pack, training: DenoiserTraining
+) -> int:
+    """Operations that training a network of this configuration needs for one image of a pack."""
+    outline = recipes.outline_of(family, config)
+    forward = recipes.forward_flops(outline, family, pack.card.picture, pack.null)
+    return recipes.training_flops(forward, frozen=training.lora.rank is not None)
+
+
+def _speeds(
+    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, device: torch.device, workers: int
+) -> dict[str, float]:
+    """What turns images per second into a share of the devices' own speed (MFU), for `status`.
+
+    Chowdhery et al. 2022, arXiv 2204.02311, appendix B, with a measured rate in the place of a
+    data sheet's; workers are alike.
+    """
+    network: Any = denoiser.network
+    dtype = torch.bfloat16 if training.precision == "bfloat16" else torch.float32
+    return {
+        "flops_per_image": flops_per_image(denoiser.card.family, network.config, pack, training),
+        "matmul_flops_per_second": round(workers * matmul_rate(device, dtype)),
+    }

@@ -6,7 +6,9 @@ kernels, so these are chosen here and nowhere else, and a checkpoint records the
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -17,6 +19,12 @@ from atoll.core.errors import ConfigError
 from atoll.core.journal import log
 
 Device = Literal["auto", "cpu", "cuda"]
+
+# Sides of the matrices that are multiplied, and how many products are timed together: large enough
+# that a device is busy, small enough that a slow one is done at once.
+_SIDE = {"cpu": 512, "cuda": 4096}
+_AT_ONCE = {"cpu": 1, "cuda": 16}
+_RATE_SECONDS = 0.1
 
 
 def chosen_device(device: Device) -> torch.device:
@@ -39,6 +47,31 @@ def chosen_device(device: Device) -> torch.device:
 def device_name(device: torch.device) -> str:
     """What must be the same for the same bits: "cpu", or the accelerator's model."""
     return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+@torch.no_grad()
+def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
+    """Floating-point operations per second of the device's own matrix product, at its best.
+
+    A multiply-add is two operations. It takes a few tenths of a second and draws nothing.
+    """
+    side, count = _SIDE[device.type], _AT_ONCE[device.type]
+    matrix = torch.linspace(-1, 1, side * side, device=device, dtype=dtype).view(side, side)
+    product = matrix @ matrix  # loads what is loaded at the first call
+    best, began = math.inf, time.monotonic()
+    while time.monotonic() - began < _RATE_SECONDS or best == math.inf:
+        _wait_for(device)
+        started = time.perf_counter()
+        for _ in range(count):
+            torch.mm(matrix, matrix, out=product)
+        _wait_for(device)
+        best = min(best, time.perf_counter() - started)
+    return 2 * side**3 * count / best
+
+
+def _wait_for(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,16 @@ class Averages:
     def publish(self, index: int) -> None:
         """Give the parameters the values of one average."""
         torch._foreach_copy_(self._parameters, self._averaged[index])
+
+    @contextmanager
+    def shown(self, index: int) -> Iterator[None]:
+        """Lend the parameters the values of one average; theirs come back, bit for bit."""
+        theirs = [p.clone() for p in self._parameters]
+        self.publish(index)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(self._parameters, theirs)
 
     def tensors(self, names: Sequence[str]) -> dict[str, Tensor]:
         """The averages by name, for a checkpoint."""

@@ -17,7 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from types import FrameType
 
@@ -25,19 +25,20 @@ import torch
 
 from atoll.core import recipes
 from atoll.core.config import Config
-from atoll.core.denoiser import CARD_NAME, Card, Denoiser
+from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_card
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
-from atoll.islands.base import train_here
+from atoll.islands.base import flops_per_image, train_here
 from atoll.islands.compute import computing
 from atoll.islands.group import Group
 from atoll.islands.learner import Learner
-from atoll.islands.loop import Course, Loop
-from atoll.islands.preview import preview_grid
+from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.lora import attach
+from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, Process, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
@@ -92,9 +93,9 @@ def run_island(
     with heeding(order.config.spot, leave=leave):
         enter("expert")
         if not group.gather(_is_there(run, here, "expert"))[0]:
-            expert = _expert(run, order, pack, group)
+            save = _expert(run, order, pack, group)
             if group.leads:
-                _publish(run, here, "expert", expert.save)
+                _publish(run, here, "expert", save)
         if not group.leads:
             return
         enter("gate_head")
@@ -104,8 +105,9 @@ def run_island(
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
-        picture = preview_grid(expert, pack, order.config, seed=order.seed)
-        run.write_bytes(f"{here}/preview.png", picture)
+        grid = preview_grid(expert, pack, order.config, seed=order.seed)
+        for name, data in grid_files(order.plan.images_seen, grid).items():
+            run.write_bytes(f"{here}/{name}", data)
 
 
 def _begin(run: Storage, here: str) -> None:
@@ -130,7 +132,8 @@ def _publish(run: Storage, here: str, part: str, save: Callable[[Path], None]) -
         save(folder)
 
 
-def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Denoiser:
+def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Callable[[Path], None]:
+    """Train the expert; what writes it into a folder."""
     base = Denoiser.load(run.local(order.base.path))
     card = Card(
         name=order.name,
@@ -143,10 +146,12 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Denoi
         images_seen=base.card.images_seen,
     )
     training = order.config.training.model_copy(update={"prediction": base.card.prediction})
-    return train_here(
+    adapters = attach(base.network, training.lora, seed=order.seed)
+    expert = Denoiser(base.network, card)
+    trained = train_here(
         run,
         island_folder(order.name),
-        Denoiser(base.network, card),
+        expert,
         pack,
         training,
         learning_rate=recipes.recipe_of(order.recipe).learning_rate,
@@ -158,7 +163,28 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Denoi
         bitwise_resume=order.config.bitwise_resume,
         group=group,
         parallel=order.config.parallel,
+        milestones=_previews(order, expert, pack) if order.config.preview > 0 else None,
     )
+
+    def save(folder: Path) -> None:
+        if adapters is not None:
+            adapters.save(trained.network, folder, trained.card.family)
+            adapters.merge(trained.network)
+        trained.save(folder)
+
+    return save
+
+
+def _previews(order: IslandOrder, expert: Denoiser, pack: Pack) -> Milestones:
+    """Grids on the way; that of the end is made of the expert as it is published."""
+
+    def make(seen: int) -> dict[str, bytes]:
+        # The shapes of a grid are not the training's, and not worth a compilation.
+        compiled = order.config.training.compile
+        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+            return grid_files(seen, preview_grid(expert, pack, order.config, seed=order.seed))
+
+    return Milestones(milestones(order.config, order.plan)[:-1], make)
 
 
 def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:
@@ -172,7 +198,7 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Gr
     head = new_head(config, seed=order.seed)
     anchor = anchor_of(commons, settings.broad, held_out=False)
     place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
-    course = _head_course(order.config, order.plan)
+    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, config, pack))
     with computing(order.config.device, order.config.threads) as device:
         loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
         learner = Learner(head, group)
@@ -180,10 +206,19 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Gr
     return calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed)
 
 
-def _head_course(config: TrainConfig, expert: Plan) -> Course:
+def _head_cost(run: Storage, order: IslandOrder, head: HeadConfig, pack: Pack) -> float:
+    """What an image costs the head, in units of what one costs the expert."""
+    base = run.local(order.base.path)
+    network = json.loads((base / NETWORK_CONFIG).read_text())
+    expert = flops_per_image(read_card(base).family, network, pack, order.config.training)
+    forward = recipes.head_forward_flops(head, pack.card.picture, pack.null)
+    return 2 * recipes.training_flops(forward) / expert  # one of the shard, one of the anchor
+
+
+def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
     settings = config.head
     return Course(
-        plan=plan_head(settings, expert),
+        plan=plan_head(settings, expert, cost=cost),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.99),

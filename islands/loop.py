@@ -11,7 +11,7 @@ import json
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from types import FrameType
@@ -33,12 +33,14 @@ from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
 from atoll.islands.learner import Learner
 from atoll.islands.metrics import Means, Metrics
-from atoll.islands.settings import GuardConfig
+from atoll.islands.settings import GuardConfig, LoraConfig
 from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
 
 HEARTBEAT_SECONDS = 2.0
 # Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
 _CARRIED = ("means", "guard")
+# And those without which it is another training.
+_THE_TRAINING = ("plan", "lora")
 
 
 @dataclass(frozen=True)
@@ -55,9 +57,22 @@ class Course:
     checkpoints: int
     checkpoint_seconds: float | None = None
     guard: GuardConfig = field(default_factory=GuardConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     accumulation: int = 1
     kernel: str = "fused"
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Where on the way something is made with the averaged weights, and what.
+
+    `make` is given images_seen and returns files to be written into the training's folder. It must
+    draw from no generator that a loss draws from.
+    """
+
+    at: Collection[int] = ()
+    make: Callable[[int], Mapping[str, bytes]] = lambda _seen: {}
 
 
 @contextmanager
@@ -95,7 +110,9 @@ class Loop:
         *,
         name: str,
         learner: Learner | None = None,
+        told: Mapping[str, float] | None = None,
     ) -> None:
+        """`told` goes into every heartbeat, for whoever watches."""
         if course.plan.batch % course.accumulation:
             raise ConfigError(
                 f"A batch of {course.plan.batch} is not to be had in {course.accumulation} parts",
@@ -113,6 +130,7 @@ class Loop:
         self._folder = folder
         self._course = course
         self._name = name
+        self._told = dict(told or {})
         self._checkpoints = Checkpoints(storage, folder)
         self._names = self._learner.names
         self._parameters = self._learner.parameters
@@ -131,7 +149,13 @@ class Loop:
         self._means = Means(self._group)
         self._committed_at = 0.0
 
-    def run(self, loss: Loss, *, held_out: Callable[[], float] | None = None) -> None:
+    def run(
+        self,
+        loss: Loss,
+        *,
+        held_out: Callable[[], float] | None = None,
+        milestones: Milestones | None = None,
+    ) -> None:
         """Train to the planned images_seen; the module then holds the averaged weights.
 
         Of several averages it is the one of least `held_out`. Raises `Interrupted` after SIGTERM
@@ -145,7 +169,7 @@ class Loop:
         self._background, self._pulse = Background(), Background()
         try:
             started, first = time.time(), seen
-            seen = self._train(loss, seen)
+            seen = self._train(loss, seen, milestones or Milestones())
             seconds = time.time() - started
             self._journal(
                 {
@@ -162,7 +186,7 @@ class Loop:
         self._module.eval()
         self._publish(held_out)
 
-    def _train(self, loss: Loss, seen: int) -> int:
+    def _train(self, loss: Loss, seen: int, milestones: Milestones) -> int:
         total, batch = self._course.plan.images_seen, self._course.plan.batch
         every = batch * max(1, round(total / batch / self._course.checkpoints))
         self._module.train()
@@ -187,6 +211,8 @@ class Loop:
                 advance(batch, note=f"loss {self._means.loss:.3f}")
                 if self._metrics.due(seen):
                     self._write_metrics(seen)
+                if seen in milestones.at:
+                    self._show(seen, milestones)
                 due = due or seen % every == 0 or late
                 if due:
                     # The one before is there long since; if not, it is waited for, so that no more
@@ -294,7 +320,10 @@ class Loop:
 
     def _facts(self) -> dict[str, Any]:
         """What must be the same for a resume to be bitwise."""
+        lora = self._course.lora
+        adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
         return {
+            **adapters,
             "plan": self._course.plan.model_dump(),
             "workers": self._group.world,
             "parallel": self._learner.parallel,
@@ -328,18 +357,21 @@ class Loop:
 
     def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
         """Refuse what would not be bitwise, or write down that it is not."""
-        if facts["plan"] != self._facts()["plan"] or self._course.bitwise_resume:
+        ours = self._facts()
+        other = any(facts.get(key) != ours.get(key) for key in _THE_TRAINING)
+        if other or self._course.bitwise_resume:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {facts}",
-                allowed=f"{self._facts()}",
-                cure="use the same plan, workers, threads and versions; if the plan is the same, "
-                "--allow-inexact-resume goes on, and the result is not bitwise what it would be",
+                allowed=f"{ours}",
+                cure="use the same plan, adapters, workers, threads and versions; where plan and "
+                "adapters are the same, --allow-inexact-resume goes on, and the result is not "
+                "bitwise what it would be",
             )
         log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)
         self._journal(
             {
                 "event": "resumed", "name": self._name, "generation": generation, "bitwise": False,
-                "images_seen": seen, "was": facts, "is": self._facts(),
+                "images_seen": seen, "was": facts, "is": ours,
             }
         )  # fmt: skip
 
@@ -400,6 +432,27 @@ class Loop:
 
         self._background.submit("metrics", work)
 
+    def _show(self, seen: int, milestones: Milestones) -> None:
+        """Make what belongs to a milestone, with the first average, and leave no trace of it.
+
+        Every rank does, since a sharded network answers only to all; the first one writes.
+        It is queued before the commit at the same place: whoever resumes there finds it made.
+        """
+        with self._averages.shown(0):
+            self._module.eval()
+            files = milestones.make(seen)
+            self._module.train()
+        if not self._group.leads:
+            return
+        storage, checkpoints, folder = self._storage, self._checkpoints, self._folder
+
+        def work() -> None:
+            checkpoints.check_fence()
+            for name, data in files.items():
+                storage.write_bytes(f"{folder}/{name}", data)
+
+        self._background.submit("a milestone", work)
+
     def _beat(self, seen: int, images_per_second: float) -> None:
         if not self._group.leads:
             return
@@ -413,6 +466,7 @@ class Loop:
             "of": self._course.plan.images_seen,
             "images_per_second": round(images_per_second, 3),
             "unix_seconds": round(time.time(), 3),
+            **self._told,
         }
 
         def work() -> None:

@@ -1,4 +1,7 @@
-"""A preview grid: captions held out of a shard, sampled by its expert from seeded noise."""
+"""Preview grids: captions held out of a shard, sampled by its expert from seeded noise.
+
+Captions and noise are the same at every milestone, so that grids show nothing but the training.
+"""
 
 from __future__ import annotations
 
@@ -10,15 +13,37 @@ from PIL import Image
 
 from atoll.core import sampler, seeds
 from atoll.core.denoiser import Denoiser
+from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.islands.settings import TrainConfig
 
 _SIDE = 64  # pixels that a picture fills in the grid at least
+_USUAL = 4  # milestones
+_SHARE = 0.02  # of an expert's computations that previews on the way may cost
+
+
+def milestones(config: TrainConfig, plan: Plan) -> list[int]:
+    """images_seen after which a grid is made, in whole batches; the last is the end."""
+    count = config.preview_milestones
+    if count is None:
+        # In forward passes, of which a training takes three an image.
+        grid = max(1, config.preview * config.preview_steps)
+        count = min(_USUAL, 1 + int(_SHARE * 3 * plan.images_seen / grid))
+    steps = plan.images_seen // plan.batch
+    return sorted({max(1, round(steps * n / count)) * plan.batch for n in range(1, count + 1)})
+
+
+def grid_files(images_seen: int, grid: bytes) -> dict[str, bytes]:
+    """A grid under its own name, and as the newest."""
+    return {f"preview-{images_seen:012d}.png": grid, "preview.png": grid}
 
 
 @torch.no_grad()
 def preview_grid(expert: Denoiser, pack: Pack, config: TrainConfig, *, seed: int) -> bytes:
-    """PNG bytes of a square grid of `config.preview` pictures, without guidance."""
+    """PNG bytes of a square grid of `config.preview` pictures, without guidance.
+
+    Nothing is drawn from a generator that anybody else draws from.
+    """
     rows = pack.held_out if len(pack.held_out) > 0 else pack.train
     count = config.preview
     picked = torch.tensor([rows[i % len(rows)] for i in range(count)])

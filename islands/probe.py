@@ -17,6 +17,7 @@ from atoll.islands.data import Batches
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
 from atoll.islands.learner import Learner
+from atoll.islands.lora import attach
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import Orders, flow_matching, prepare, take_step
 
@@ -37,6 +38,7 @@ def images_per_second(
     """Training speed of a copy of the denoiser in this process, after one step to warm up."""
     with computing(device, threads) as chosen:
         trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
+        attach(trial.network, training.lora, seed=0)
         prepare(trial, training, chosen)
         learner = Learner(trial.network)
         averages = Averages(learner.parameters, training.ema_decays)

@@ -66,6 +66,18 @@ class GuardConfig(Config):
     share: float = Field(default=0.05, ge=0, le=1)  # of all images that may be skipped
 
 
+class LoraConfig(Config):
+    """An expert as low-rank adapters on the base (Hu et al. 2021, arXiv 2106.09685, section 4.1).
+
+    What they add counts alpha / rank. A target is the end of a layer's name, such as `to_q` or
+    `ff.net.2`.
+    """
+
+    rank: int | None = Field(default=None, ge=1)  # None trains all weights
+    alpha: float | None = Field(default=None, gt=0)  # None takes the rank
+    targets: tuple[str, ...] | None = Field(default=None, min_length=1)  # None: attention's
+
+
 class DenoiserTraining(Config):
     """How a base or an expert is trained."""
 
@@ -79,6 +91,7 @@ class DenoiserTraining(Config):
     weight: WeightConfig = WeightConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     guard: GuardConfig = GuardConfig()
+    lora: LoraConfig = LoraConfig()  # of experts alone
     accumulation: int = Field(default=1, ge=1)  # parts of a batch that are computed in turn
     precision: Literal["float32", "bfloat16"] = "float32"  # of the network's arithmetic
     gradient_checkpointing: bool = False
@@ -91,9 +104,11 @@ class HeadTraining(Config):
     """How a gate head is trained against the anchor, and calibrated."""
 
     # Shard records seen (as many of the anchor besides); None takes a share of the expert's
-    # images_seen, so that a head stays light beside its expert.
+    # images_seen, or as many as cost that share of its computations where those are fewer: a head
+    # stays light beside its expert, also beside a small one.
     images: int | None = Field(default=None, ge=1)
     share: float = Field(default=1.0, gt=0)
+    compute: float = Field(default=0.25, gt=0)
     batch: int = Field(default=64, ge=2)
     learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
@@ -145,6 +160,9 @@ class TrainConfig(Config):
     head: HeadTraining = HeadTraining()
     preview: int = Field(default=16, ge=0)  # pictures in preview.png
     preview_steps: int = Field(default=20, ge=1)
+    # Equal shares of images_seen, with a preview after each; None: 4, or fewer where those on the
+    # way would cost over 2% of the expert's own computations.
+    preview_milestones: int | None = Field(default=None, ge=1)
     islands: tuple[Island, ...] = ()  # none: one local head
     watch: WatchConfig = WatchConfig()
 
@@ -161,8 +179,13 @@ def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: 
     return Plan(batch=batch, images_seen=steps * batch)
 
 
-def plan_head(head: HeadTraining, expert: Plan) -> Plan:
-    """Batch and images of a gate head beside an expert with this plan."""
-    images = head.images or max(_LEAST_HEAD_IMAGES, round(head.share * expert.images_seen))
+def plan_head(head: HeadTraining, expert: Plan, *, cost: float = 0.0) -> Plan:
+    """Batch and images of a gate head beside an expert with this plan.
+
+    `cost` is what an image costs the head, that of the anchor beside it included, in units of what
+    one costs the expert.
+    """
+    share = min(head.share, head.compute / cost) if cost > 0 else head.share
+    images = head.images or max(_LEAST_HEAD_IMAGES, round(share * expert.images_seen))
     steps = max(1, images // head.batch)
     return Plan(batch=head.batch, images_seen=steps * head.batch)

@@ -55,6 +55,7 @@ class ShardStatus:
     of: int | None
     images_per_second: float | None
     percent: float | None
+    mfu: float | None  # share of the device's measured matrix products that is useful training
     loss: float | None
     eta_seconds: float | None  # of the expert; its gate head comes on top
     committed_images_seen: int | None
@@ -130,6 +131,7 @@ def _read_shard(run: Storage, manifest: Manifest, shard: str, now: float) -> Sha
         of=of,
         images_per_second=speed,
         percent=None,
+        mfu=_mfu(beat, speed),
         loss=_number(metrics[-1].get("loss")) if metrics else None,
         eta_seconds=eta,
         committed_images_seen=newest_commit(run, here),
@@ -177,6 +179,13 @@ def _speed(run: Storage, here: str, beat: dict[str, Any], *, done: bool) -> floa
         if trained:
             return _number(trained[-1]["images_per_second"])
     return _number(beat.get("images_per_second")) or None
+
+
+def _mfu(beat: dict[str, Any], speed: float | None) -> float | None:
+    """Operations that training needs, over those that its device does in matrix products."""
+    flops = _number(beat.get("flops_per_image"))
+    rate = _number(beat.get("matmul_flops_per_second"))
+    return round(flops * speed / rate, 4) if flops and rate and speed else None
 
 
 def _compared(row: ShardStatus, rows: list[ShardStatus]) -> ShardStatus:

@@ -16,7 +16,7 @@ SHARD = "shard-02"
 LONG = [f"--shard={SHARD}", *TRAIN, "--passes=80", "--set", "training.checkpoints=40"]
 ROW = {
     "shard", "state", "stage", "island", "labels", "generation", "images_seen", "of",
-    "images_per_second", "percent", "loss", "eta_seconds", "committed_images_seen",
+    "images_per_second", "percent", "mfu", "loss", "eta_seconds", "committed_images_seen",
     "silent_seconds", "cost", "reason",
 }  # fmt: skip
 

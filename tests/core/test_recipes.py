@@ -13,14 +13,17 @@ from atoll.core import flow, recipes, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import ConfigError, ExitCode
 from atoll.core.families import FAMILIES, Family
+from atoll.core.head import HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.recipes import (
     RECIPES,
     build,
     default_recipe,
     forward_flops,
+    head_forward_flops,
     network_config,
     outline,
+    outline_of,
     parameter_count,
     recipe_of,
     training_bytes,
@@ -266,6 +269,35 @@ def test_operations_are_those_of_a_hand_count(
     monkeypatch.setitem(recipes.FAMILIES, "known", known)
     by_hand = 2 * (5 * 32 * 32 * 3 * 3 * 3) + 2 * (8 * 7)
     assert forward_flops(_Known(), "known", SMALL, cond(4)) == by_hand
+
+
+def test_a_gate_head_s_operations_are_those_of_a_hand_count(cond: MakeCond) -> None:
+    width, pooled, places = 32, 8, 32 * 32
+    signal = 4 * width
+    convolutions = (
+        9 * places * (3 * width + 2 * width**2 / 4 + 4 * width**2 / 4 + 8 * width**2 / 16)
+    )
+    # Time's 32 waves, and text twice; what moves and scales the four blocks; the two ends.
+    linear = signal * (32 + 2 * pooled + 2 * (1 + 2 + 2 + 4) * width) + 4 * width + signal
+    config = HeadConfig(shard="x", channels=3, pooled=pooled, width=width)
+    assert head_forward_flops(config, SMALL, cond(4)) == 2 * (convolutions + linear)
+
+
+def test_a_gate_head_of_the_digits_is_light_beside_its_expert(cond: MakeCond) -> None:
+    """So light that the usual limit of its computations leaves the demo's heads as they are."""
+    config, text = HeadConfig(shard="x", channels=1, pooled=64), cond(1, width=64, dim=64)
+    expert = outline(recipe_of("unet-digits"), DIGIT, 64)
+    cost = 2 * head_forward_flops(config, DIGIT, text) / forward_flops(expert, "unet", DIGIT, text)
+    assert 2 * cost < 0.25
+
+
+def test_an_outline_of_a_configuration_has_the_shapes_of_its_network(cond: MakeCond) -> None:
+    for family in FAMILIES:
+        network: Any = build(recipe_of(f"{family}-tiny"), DIGIT, 8, seed=0)
+        found = outline_of(family, dict(network.config))
+        assert all(parameter.is_meta for parameter in found.parameters())
+        shapes = [{n: v.shape for n, v in each.state_dict().items()} for each in (network, found)]
+        assert shapes[0] == shapes[1]
 
 
 def test_operations_grow_with_the_picture_and_not_with_the_batch(cond: MakeCond) -> None:

@@ -19,7 +19,8 @@ from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import WORK, new_base, train_base, train_here
 from atoll.islands.data import Batches
-from atoll.islands.settings import BaseConfig, DenoiserTraining
+from atoll.islands.lora import attach
+from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
 from atoll.islands.step import held_out_loss
 
 CPU = torch.device("cpu")
@@ -51,6 +52,26 @@ def test_every_family_and_objective_learns(made: Path, tmp_path, family: str, pr
         threads=1, device="cpu",
     )  # fmt: skip
     assert measured() < 0.9 * before
+
+
+def test_a_heartbeat_says_what_an_image_costs_and_what_the_device_does(made: Path) -> None:
+    pack, run = Pack(made / "shards" / "shard-00"), Storage("memory://speeds")
+    costs = {}
+    for what, lora in (("full", LoraConfig()), ("adapters", LoraConfig(rank=2))):
+        training = DenoiserTraining(accumulation=2, gradient_checkpointing=True, lora=lora)
+        base = new_base(Manifest.load(Storage(made)), pack, BaseConfig(recipe="dit-tiny"))
+        picture, network = pack.card.picture, base.denoiser.network
+        forward = recipes.forward_flops(network, "dit", picture, pack.null)
+        attach(network, lora, seed=0)
+        train_here(
+            run, what, base.denoiser, pack, training,
+            learning_rate=1e-3, plan=Plan(batch=8, images_seen=16), seed=0, stream="x",
+            threads=1, device="cpu",
+        )  # fmt: skip
+        beat = run.read_json(f"{what}/heartbeat.json")
+        costs[what] = beat["flops_per_image"] / forward
+        assert 1e8 < beat["matmul_flops_per_second"] < 1e16
+    assert costs == {"full": 3, "adapters": 2}
 
 
 def test_each_record_is_seen_once_an_epoch(made: Path) -> None:

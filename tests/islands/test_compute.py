@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import time
+import timeit
+
 import pytest
 import torch
 
 from atoll.core.errors import ConfigError
 from atoll.core.storage import Storage
-from atoll.islands.compute import chosen_device, computing, device_name
+from atoll.islands.compute import chosen_device, computing, device_name, matmul_rate
 from atoll.islands.job import run_island
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import RESULTS, order
@@ -30,6 +33,22 @@ def test_threads_and_kernels_are_put_back() -> None:
         assert torch.get_num_threads() == before + 1
     assert torch.get_num_threads() == before
     assert not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=[gpu, pytest.mark.gpu])])
+def test_the_rate_is_that_of_a_matrix_product_and_draws_nothing(device: str) -> None:
+    before = torch.random.get_rng_state()
+    started = time.monotonic()
+    with computing("auto" if device == "cuda" else "cpu", 1) as chosen:
+        rate = matmul_rate(chosen, torch.float32)
+        took = time.monotonic() - started
+        side = 4096 if device == "cuda" else 512
+        matrix = torch.ones(side, side, device=chosen)
+        timed = timeit.Timer(lambda: (matrix @ matrix)[0, 0].item())  # waits for it
+        seconds = min(timed.repeat(repeat=50, number=1))
+    assert 0.3 < rate / (2 * side**3 / seconds) < 3  # cores are shared
+    assert took < 5  # 0.13 s on an idle core
+    assert torch.equal(torch.random.get_rng_state(), before)
 
 
 @gpu

@@ -53,7 +53,9 @@ def finish_here(run: Storage, shard: str) -> dict[str, str]:
 
 def results(run: Storage, shard: str) -> dict[str, str]:
     """The digests of what a job made."""
-    return {name: run.sha256(f"islands/{shard}/{name}") for name in RESULTS}
+    here = f"islands/{shard}"
+    grids = [n.removeprefix(f"{here}/") for n in run.list(here) if "/preview-" in n]
+    return {name: run.sha256(f"{here}/{name}") for name in (*RESULTS, *grids)}
 
 
 def seen(run: Storage, folder: str) -> int:
@@ -86,6 +88,10 @@ def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
     shard = next(iter(manifest.shards))
     order(straight, manifest, shard, longer)
     expected = finish_here(straight, shard)
+    grids = sorted(name for name in expected if name.startswith("preview-"))
+    assert len(grids) == 4
+    assert len({expected[name] for name in grids}) == 4
+    assert expected[grids[-1]] == expected["preview.png"]
 
     killed, manifest = fresh("killed")
     order(killed, manifest, shard, longer)

@@ -16,7 +16,7 @@ from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ConfigError, Failed, Fenced, Interrupted, Refused
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
-from atoll.islands.loop import Course, Loop
+from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.settings import GuardConfig
 from atoll.islands.step import Errors, Loss
 
@@ -254,6 +254,51 @@ def test_of_several_averages_the_best_on_held_out_records_is_published(storage: 
         loss_of(network)
     )
     assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+
+
+def showing(network: torch.nn.Module, made: list[int]) -> Milestones:
+    """Files that say which weights were lent at a milestone, and in which mode."""
+
+    def make(seen: int) -> dict[str, bytes]:
+        made.append(seen)
+        vector = torch.nn.utils.parameters_to_vector(network.parameters())
+        return {f"shown-{seen}": vector.detach().numpy().tobytes() + bytes([network.training])}
+
+    return Milestones((100, 168, 396), make)
+
+
+def test_milestones_show_the_average_and_leave_no_trace(storage: Storage) -> None:
+    expected = straight(storage)
+    network, made = module(), []
+    Loop(storage, "run", network, COURSE, name="run").run(
+        loss_of(network), milestones=showing(network, made)
+    )
+    assert made == [100, 168, 396]
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+    assert storage.read_bytes("run/metrics.jsonl") == storage.read_bytes("straight/metrics.jsonl")
+
+    def die() -> None:
+        raise RuntimeError
+
+    # Killed behind a commit at the very place of a milestone: that is not made again, and is there.
+    network, made = module(), []
+    with pytest.raises(RuntimeError):
+        Loop(storage, "cut", network, COURSE, name="cut").run(
+            loss_of(network, 172, die), milestones=showing(network, made)
+        )
+    latest = Checkpoints(storage, "cut").latest()
+    assert latest is not None
+    assert latest.images_seen == 168
+    shown = b"".join(latest.tensors[f"average-0/{n}"].numpy().tobytes() for n in expected)
+    assert storage.read_bytes("cut/shown-168") == shown + b"\0"
+    network = module()
+    Loop(storage, "cut", network, COURSE, name="cut").run(
+        loss_of(network), milestones=showing(network, made)
+    )
+    assert made == [100, 168, 396]
+    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
+    for name in ("shown-100", "shown-168", "shown-396"):
+        assert storage.read_bytes(f"cut/{name}") == storage.read_bytes(f"run/{name}")
 
 
 def test_commits_by_the_clock_come_besides(storage: Storage) -> None:

@@ -22,8 +22,9 @@ from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.group import Group
 from atoll.islands.learner import Parallel, learner_of
-from atoll.islands.loop import Course, Loop
-from atoll.islands.settings import DenoiserTraining
+from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.lora import attach
+from atoll.islands.settings import DenoiserTraining, LoraConfig
 from atoll.islands.step import Errors
 from tests.islands.ranks import Pool, pool
 from tests.islands.test_loop import COURSE as LONG
@@ -82,8 +83,13 @@ def poisoned(group: Group, _place: Checkpoints, first: int) -> None:
     """A marker: one rank's share of one batch is not a number."""
 
 
-def transform(group: Group, uri: str, name: str, parallel: Parallel, pack: str) -> Weights:
-    """A real denoiser, with activation checkpointing and two averages to choose from."""
+def transform(
+    group: Group, uri: str, name: str, parallel: Parallel, pack: str, rank: int | None
+) -> Weights:
+    """A real denoiser: activation checkpointing, two averages to choose from, and a milestone.
+
+    With a `rank`, adapters are trained instead of weights, and merged.
+    """
     shard = Pack(Path(pack))
     network = recipes.build(
         recipes.recipe_of("dit-tiny"), shard.card.picture, shard.text_width, seed=0,
@@ -94,13 +100,25 @@ def transform(group: Group, uri: str, name: str, parallel: Parallel, pack: str) 
         prediction=DenoiserTraining().prediction, latent_space="pixels", images_seen=0,
     )  # fmt: skip
     training = DenoiserTraining(
-        gradient_checkpointing=True, accumulation=2, ema_decays=(0.2, 0.01), checkpoints=1
-    )
-    trained = train_here(
-        Storage(uri), name, Denoiser(network, card), shard, training, learning_rate=1e-3,
-        plan=Plan(batch=8, images_seen=24), seed=0, stream="x", threads=1, device="cpu",
-        group=group, parallel=parallel,
+        gradient_checkpointing=True, accumulation=2, ema_decays=(0.2, 0.01), checkpoints=1,
+        lora=LoraConfig(rank=rank),
     )  # fmt: skip
+    adapters = attach(network, training.lora, seed=0)
+    denoiser = Denoiser(network, card)
+
+    def shown(seen: int) -> dict[str, bytes]:
+        with torch.no_grad():
+            row = torch.tensor([0])
+            v = denoiser.velocity(shard.x_data(row), torch.tensor([0.5]), shard.cond(row))
+        return {f"shown-{seen}.txt": f"{v.square().mean():.3f}".encode()}
+
+    trained = train_here(
+        Storage(uri), name, denoiser, shard, training, learning_rate=1e-3,
+        plan=Plan(batch=8, images_seen=24), seed=0, stream="x", threads=1, device="cpu",
+        group=group, parallel=parallel, milestones=Milestones((16,), shown),
+    )  # fmt: skip
+    if adapters is not None:
+        adapters.merge(trained.network)
     return {key: value.numpy() for key, value in trained.network.state_dict().items()}
 
 
@@ -256,15 +274,18 @@ def test_fewer_images_than_workers_are_refused(pair: Pool, tmp_path: Path) -> No
     assert "2 workers" in str(refused)
 
 
+@pytest.mark.parametrize("rank", [None, 2])
 @pytest.mark.parametrize("parallel", KINDS)
 def test_a_transformer_in_two_workers_is_the_one_of_one(
-    pair: Pool, tmp_path: Path, made: Path, parallel: Parallel
+    pair: Pool, tmp_path: Path, made: Path, parallel: Parallel, rank: int | None
 ) -> None:
-    given = (str(tmp_path), parallel, parallel, str(made / "shards" / "shard-00"))
-    one = transform(Group(), str(tmp_path), "one", parallel, given[-1])
-    first, second = pair.run(transform, *given)
+    pack = str(made / "shards" / "shard-00")
+    one = transform(Group(), str(tmp_path), "one", parallel, pack, rank)
+    first, second = pair.run(transform, str(tmp_path), parallel, parallel, pack, rank)
     assert_equal(first, second)
     assert_close(first, one, rtol=1e-3, atol=1e-5)
+    shown = [(tmp_path / name / "shown-16.txt").read_bytes() for name in ("one", parallel)]
+    assert shown[0] == shown[1]
     chosen = [
         lines(Storage(tmp_path), f"{name}/journal.jsonl")[-1]["held_out_loss"]
         for name in ("one", parallel)

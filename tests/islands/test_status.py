@@ -98,6 +98,16 @@ def test_stragglers_are_slow_beside_the_others_or_stand_still(run) -> None:
     assert row(run, "shard-01").state == "straggler"
 
 
+def test_mfu_is_the_useful_share_of_the_measured_rate(run) -> None:
+    storage, _ = run
+    beat(storage, "shard-00", speed=50, ago=1)
+    assert row(run).mfu is None  # by a version that did not measure
+    line = storage.read_json("islands/shard-00/heartbeat.json")
+    line |= {"flops_per_image": 3 * 2e8, "matmul_flops_per_second": 1e11}
+    storage.write_json("islands/shard-00/heartbeat.json", line)
+    assert row(run).mfu == pytest.approx(3 * 2e8 * 50 / 1e11)
+
+
 def test_cost_is_price_times_hours_of_every_attempt(run) -> None:
     storage, manifest = run
     controller(storage, "shard-00", submitted(7200, price=2.0), ended(3600))

@@ -154,6 +154,12 @@ def test_a_head_stays_light_beside_its_expert() -> None:
     assert plan_head(HeadTraining(images=100, batch=64), expert).images_seen == 64
     small = Plan(batch=8, images_seen=80)
     assert plan_head(HeadTraining(batch=50), small).images_seen == 4_000
+    # Of two shares the smaller one: of images, and of computations.
+    for cost, images in ((0.1, 100_000), (0.25, 100_000), (0.5, 50_000), (2.0, 12_500)):
+        assert plan_head(HeadTraining(batch=50), expert, cost=cost).images_seen == images
+    strict = HeadTraining(batch=50, share=2, compute=0.1)
+    assert plan_head(strict, expert, cost=0.05).images_seen == 200_000
+    assert plan_head(strict, expert, cost=0.2).images_seen == 50_000
 
 
 def test_the_anchor_is_one_for_all_shards_and_broad_where_asked(packs) -> None:
