@@ -10,13 +10,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from atoll.core import recipes, seeds
+from atoll.core.cache import BlockCache
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
-from atoll.core.pack import Pack
+from atoll.core.pack import Pack, open_pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing
@@ -104,8 +105,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         return manifest.base
-    check_artefact(run, manifest.commons)
-    commons = Pack(run.local(manifest.commons.path))
+    commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
@@ -144,7 +144,9 @@ def _check_unchanged(run: Storage, manifest: Manifest, config: BaseConfig) -> No
             cure="start a new run for another recipe",
         )
     earlier = saved_config(BaseConfig, run, WORK) or config
-    same = {"recipe": None, "threads": 1, "device": "auto", "bitwise_resume": True}
+    same = {
+        "recipe": None, "threads": 1, "device": "auto", "bitwise_resume": True, "cache_gib": 1
+    }  # fmt: skip
     if changed := differences(earlier.model_copy(update=same), config.model_copy(update=same)):
         raise ConfigError(
             f"This run's base is trained already, and otherwise: {'; '.join(changed)}",

@@ -23,6 +23,8 @@ from atoll.islands.settings import DenoiserTraining, TimeConfig
 
 T = TypeVar("T")
 
+_AHEAD = 8  # batches whose rows come from afar before they are needed
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,6 +48,19 @@ def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int)
     if config.sampling == "mode":
         uniform = flow.mode(uniform, scale=config.scale)
     return uniform.float()
+
+
+def rows_at(pack: Pack, rows: range, seed: int, *words: str, first: int, count: int) -> Tensor:
+    """Which of the pack's `rows` stand at `first` to `first + count - 1` of a stream, `(count,)`.
+
+    What stands behind them is named to the pack, which fetches it meanwhile if it lies afar.
+    """
+    if pack.is_far:
+        behind = {"first": first + count, "count": _AHEAD * count}
+        coming = seeds.order(seed, *words, n=len(rows), **behind)
+        pack.expect(torch.from_numpy(coming) + rows.start)
+    order = seeds.order(seed, *words, first=first, count=count, n=len(rows))
+    return torch.from_numpy(order) + rows.start
 
 
 def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -> Conditioning:
@@ -77,8 +92,7 @@ class Batches:
         """Records `first` to `first + count - 1` of the stream, on the device."""
         pack, seed, stream = self._pack, self._seed, self._stream
         where = {"first": first, "count": count}
-        order = seeds.order(seed, stream, "order", n=len(self._rows), **where)
-        rows = torch.from_numpy(order) + self._rows.start
+        rows = rows_at(pack, self._rows, seed, stream, "order", **where)
         x_data = pack.x_data(rows)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)

@@ -24,13 +24,14 @@ from types import FrameType
 import torch
 
 from atoll.core import recipes
+from atoll.core.cache import BlockCache
 from atoll.core.config import Config
 from atoll.core.denoiser import CARD_NAME, Card, Denoiser
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
 from atoll.core.manifest import Artefact, Plan, check_artefact
-from atoll.core.pack import Pack
+from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
 from atoll.islands.base import train_here
 from atoll.islands.compute import computing
@@ -78,9 +79,9 @@ def run_island(
     }
     run.append_line(f"{here}/journal.jsonl", json.dumps(started))
     torch.set_num_threads(order.config.threads)
-    for artefact in (order.shard, order.commons, order.base):
-        check_artefact(run, artefact)
-    pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
+    check_artefact(run, order.base)
+    cache = BlockCache(order.config.cache_gib)
+    pack, commons = (open_pack(run, part, cache) for part in (order.shard, order.commons))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
     with heeding(order.config.spot):

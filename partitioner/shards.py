@@ -1,7 +1,8 @@
 """Writes the folder of a shard or of the commons: records, training tensors, card.
 
 `data-*.parquet` holds the original bytes and is the source of truth; `pack-*.safetensors` beside
-it the same rows as `core/pack.py` defines them. Nothing in the folder depends on another shard.
+it the same rows as `core/pack.py` defines them, and the digests by which these are read in parts.
+Nothing in the folder depends on another shard.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from atoll.core.blocks import write_blocks
 from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.embedding import Encoder
 from atoll.core.journal import progress
@@ -63,6 +65,7 @@ class ShardWriter:
                     self._write_pack(place / f"pack-{number:05d}.safetensors", part)
                     packs[f"pack-{number:05d}.safetensors"] = len(part)
                     advance(len(part))
+            write_blocks(place, list(packs))
             card = ShardCard(
                 name=name,
                 records=training,
