@@ -49,6 +49,7 @@ class ShardCard(BaseModel):
     held_out: int
     picture: Picture
     encoder: str  # fingerprint of the encoder that embedded the captions
+    flips: bool = False  # whether training sees every record mirrored as well
     packs: dict[str, int]  # file name -> rows, in order
     files: dict[str, str]  # file name -> sha256, of every other file of the folder
 
@@ -90,7 +91,10 @@ def _card(data: bytes, where: str) -> ShardCard:
 
 
 class Pack:
-    """The rows of one shard's or the commons' packs; they stay in the files until asked for."""
+    """The rows of one shard's or the commons' packs; they stay in the files until asked for.
+
+    Where the card says so every row is there twice: row `n + i` of `n` is row `i` mirrored.
+    """
 
     def __init__(self, folder: Path) -> None:
         card = read_shard_card(folder)
@@ -149,6 +153,7 @@ class Pack:
         self._is_null[starts[:-1]] = True
 
     def __len__(self) -> int:
+        """Records; mirrored ones are not counted."""
         return len(self._pixels)
 
     @property
@@ -181,18 +186,27 @@ class Pack:
 
     def x_data(self, rows: Tensor) -> Tensor:
         """Pixels in [-1, 1], float32 `(batch, channel, height, width)`."""
-        return self._pixels[rows].float() / 127.5 - 1
+        x_data = self._pixels[self._records(rows)].float() / 127.5 - 1
+        if not self.card.flips:
+            return x_data
+        # Pixels need no second copy: mirrored they are the same ones backwards.
+        return torch.where((rows >= len(self))[:, None, None, None], x_data.flip(-1), x_data)
 
     def cond(self, rows: Tensor) -> Conditioning:
         """The embedded captions of some rows."""
-        return self._captions(self._caption[rows])
+        return self._captions(self._caption[self._records(rows)])
 
     def expect(self, rows: Tensor) -> None:
         """Say which rows are next, the soonest first: what comes from afar is fetched meanwhile."""
         if self._cache is not None:
+            rows = self._records(rows)
             captions = self._caption[rows]
             text = (table.blocks(captions) for table in self._text.values())
             self._cache.expect(chain(self._pixels.blocks(rows), *text))
+
+    def _records(self, rows: Tensor) -> Tensor:
+        """The records that rows, mirrored ones among them, are of."""
+        return rows % len(self) if self.card.flips else rows
 
     def _captions(self, captions: Tensor) -> Conditioning:
         text = {name: table[captions] for name, table in self._text.items()}

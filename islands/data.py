@@ -53,14 +53,22 @@ def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int)
 def rows_at(pack: Pack, rows: range, seed: int, *words: str, first: int, count: int) -> Tensor:
     """Which of the pack's `rows` stand at `first` to `first + count - 1` of a stream, `(count,)`.
 
-    What stands behind them is named to the pack, which fetches it meanwhile if it lies afar.
+    Where the pack says so every other one is mirrored, by a coin of (seed, stream, position), and
+    never a record that is held out. What stands behind them is named to the pack, which fetches it
+    meanwhile if it lies afar.
     """
+
+    def drawn(first: int, count: int) -> Tensor:
+        order = seeds.order(seed, *words, first=first, count=count, n=len(rows))
+        found = torch.from_numpy(order) + rows.start
+        if not pack.card.flips or rows != pack.train:
+            return found
+        coin = seeds.uniform(seed, *words, "flip", first=first, count=count)[:, 0]
+        return found + len(pack) * (coin < 0.5)
+
     if pack.is_far:
-        behind = {"first": first + count, "count": _AHEAD * count}
-        coming = seeds.order(seed, *words, n=len(rows), **behind)
-        pack.expect(torch.from_numpy(coming) + rows.start)
-    order = seeds.order(seed, *words, first=first, count=count, n=len(rows))
-    return torch.from_numpy(order) + rows.start
+        pack.expect(drawn(first + count, _AHEAD * count))
+    return drawn(first, count)
 
 
 def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -> Conditioning:

@@ -49,6 +49,7 @@ class PartitionConfig(Config):
     # Taken from the commons when not given: a private record must not decide for the others.
     size: int | None = Field(default=None, ge=4, le=1024)
     channels: Literal[1, 3] | None = None
+    flips: bool = False  # training sees pictures mirrored too; not for text or digits
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     max_uncaptioned: float = Field(default=0.5, ge=0, le=1)
     columns: Columns = Columns()

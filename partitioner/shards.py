@@ -72,6 +72,7 @@ class ShardWriter:
                 held_out=len(ordered) - training,
                 picture=self.picture,
                 encoder=self.encoder.fingerprint(),
+                flips=self.config.flips,
                 packs=packs,
                 files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
             )

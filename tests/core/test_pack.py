@@ -94,6 +94,17 @@ def test_ends_of_the_scale_are_minus_1_and_1(tmp_path: Path, cond: MakeCond) -> 
     assert Pack(folder).x_data(torch.arange(2))[:, 0, 0, 0].tolist() == [-1.0, 1.0]
 
 
+def test_mirrored_rows_stand_behind_the_others(tmp_path: Path, cond: MakeCond) -> None:
+    pack = Pack(write(tmp_path / "x", cond, flips=True))
+    rows = torch.tensor([8, 0, 5])
+    assert len(pack) == 9
+    assert torch.equal(pack.x_data(rows + 9), pack.x_data(rows).flip(-1))
+    mixed = pack.x_data(torch.tensor([0, 9 + 5]))
+    assert torch.equal(mixed[0], pack.x_data(rows)[1])
+    assert torch.equal(mixed[1], pack.x_data(rows)[2].flip(-1))
+    assert torch.equal(pack.cond(rows + 9).tokens, pack.cond(rows).tokens)
+
+
 def test_null_is_the_empty_caption(folder: Path, cond: MakeCond) -> None:
     null = Pack(folder).null
     assert len(null) == 1
