@@ -1,11 +1,13 @@
 """Packs: the fixed-shape training tensors of a shard or of the commons, read by row.
 
 `pack-00000.safetensors` ... beside `shard.json`, written by the partitioner, read by islands. Each
-file stands alone: `pixels` uint8 `(n, channel, height, width)`, `caption` int32 `(n,)` into a table
-of the unique captions: `text_tokens` float16 `(m, length, width)`, `text_mask` uint8 `(m, length)`,
-`text_pooled` float16 `(m, dim)`. Row 0 of the table is always the empty caption, cond_null. The
-rows held out come after the rows to train on; `shard.json` says how many there are of each, and
-`blocks.safetensors` what every part of these files must be (`core/blocks.py`).
+file stands alone: `pixels` uint8 `(n, channel, height, width)`, or `latents` float16 of that shape
+and, where training sees flips, `mirrored`: the latents of the mirrored pictures, which are not the
+mirrored latents. `caption` int32 `(n,)` into a table of the unique captions: `text_tokens` float16
+`(m, length, width)`, `text_mask` uint8 `(m, length)`, `text_pooled` float16 `(m, dim)`. Row 0 of
+the table is always the empty caption, cond_null. The rows held out come after the rows to train on;
+`shard.json` says how many there are of each, and `blocks.safetensors` what every part of these
+files must be (`core/blocks.py`).
 """
 
 from __future__ import annotations
@@ -28,14 +30,13 @@ from atoll.core.blocks import BLOCKS_NAME, read_blocks
 from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import Refused
-from atoll.core.manifest import Artefact, Picture, check_artefact, check_schema
+from atoll.core.manifest import PIXELS, Artefact, Picture, check_artefact, check_schema
 from atoll.core.rows import FarTensor, Rows, far_tensors, one_behind_another
 from atoll.core.storage import Storage, canonical_json, sha256_named
 
 CARD_NAME = "shard.json"
 SCHEMA_VERSION = 1
 _TEXT = ("text_tokens", "text_mask", "text_pooled")
-_TENSORS = {"pixels", "caption", *_TEXT}
 
 
 class ShardCard(BaseModel):
@@ -49,16 +50,38 @@ class ShardCard(BaseModel):
     held_out: int
     picture: Picture
     encoder: str  # fingerprint of the encoder that embedded the captions
+    latent_space: str = PIXELS
     flips: bool = False  # whether training sees every record mirrored as well
     packs: dict[str, int]  # file name -> rows, in order
     files: dict[str, str]  # file name -> sha256, of every other file of the folder
 
+    @property
+    def stored(self) -> tuple[str, ...]:
+        """The tensors of x_data in every file, the one that all have first."""
+        if self.latent_space == PIXELS:
+            return ("pixels",)
+        return ("latents", "mirrored") if self.flips else ("latents",)
 
-def write_pack(path: Path, pixels: Tensor, caption: Tensor, table: Conditioning) -> None:
-    """Write one file; `table` is the embedded unique captions, the empty one first."""
+
+def write_pack(
+    path: Path,
+    x_data: Tensor,
+    caption: Tensor,
+    table: Conditioning,
+    *,
+    mirrored: Tensor | None = None,
+) -> None:
+    """Write one file; `table` is the embedded unique captions, the empty one first.
+
+    `x_data` are uint8 pixels, or float16 latents, of which `mirrored` may be those of the mirrored
+    pictures.
+    """
     assert bool(table.is_null[0]), "row 0 of the caption table is cond_null"
+    assert x_data.dtype in (torch.uint8, torch.float16)
+    assert mirrored is None or mirrored.dtype == x_data.dtype == torch.float16
     tensors = {
-        "pixels": pixels.to(torch.uint8).contiguous(),
+        "pixels" if x_data.dtype == torch.uint8 else "latents": x_data.contiguous(),
+        **({} if mirrored is None else {"mirrored": mirrored.contiguous()}),
         "caption": caption.to(torch.int32).contiguous(),
         "text_tokens": table.tokens.to(torch.float16).contiguous(),
         "text_mask": table.mask.to(torch.uint8).contiguous(),
@@ -134,15 +157,16 @@ class Pack:
         rows = list(card.packs.values())
         if (
             not parts
-            or any(part.keys() != _TENSORS for part in parts)
-            or [len(part["pixels"]) for part in parts] != rows
+            or any(part.keys() != {*card.stored, "caption", *_TEXT} for part in parts)
+            or any([len(part[name]) for part in parts] != rows for name in card.stored)
             or [len(part["caption"]) for part in parts] != rows
             or sum(rows) != card.records + card.held_out
         ):
             raise Refused(f"The packs in {where} do not hold the rows that {CARD_NAME} names")
         self.card = card
         self._cache = cache
-        self._pixels = Rows([part["pixels"] for part in parts])
+        self._stored = [Rows([part[name] for part in parts]) for name in card.stored]
+        self._x_data = one_behind_another(self._stored)
         self._text = {name: Rows([part[name] for part in parts]) for name in _TEXT}
         # A number a record, and which are of the empty caption, is all that is held in memory.
         starts = torch.tensor([0, *(len(part["text_tokens"]) for part in parts)]).cumsum(0)
@@ -154,7 +178,7 @@ class Pack:
 
     def __len__(self) -> int:
         """Records; mirrored ones are not counted."""
-        return len(self._pixels)
+        return len(self._stored[0])
 
     @property
     def train(self) -> range:
@@ -182,11 +206,13 @@ class Pack:
     @property
     def is_far(self) -> bool:
         """Whether rows come from afar, and sooner where it is said early which are next."""
-        return any(rows.is_far for rows in (self._pixels, *self._text.values()))
+        return any(rows.is_far for rows in (self._x_data, *self._text.values()))
 
     def x_data(self, rows: Tensor) -> Tensor:
-        """Pixels in [-1, 1], float32 `(batch, channel, height, width)`."""
-        x_data = self._pixels[self._records(rows)].float() / 127.5 - 1
+        """Pixels in [-1, 1] or scaled latents, float32 `(batch, channel, height, width)`."""
+        if self.card.latent_space != PIXELS:
+            return self._x_data[rows].float()
+        x_data = self._x_data[self._records(rows)].float() / 127.5 - 1
         if not self.card.flips:
             return x_data
         # Pixels need no second copy: mirrored they are the same ones backwards.
@@ -199,10 +225,10 @@ class Pack:
     def expect(self, rows: Tensor) -> None:
         """Say which rows are next, the soonest first: what comes from afar is fetched meanwhile."""
         if self._cache is not None:
-            rows = self._records(rows)
-            captions = self._caption[rows]
+            captions = self._caption[self._records(rows)]
+            places = rows if self.card.latent_space != PIXELS else self._records(rows)
             text = (table.blocks(captions) for table in self._text.values())
-            self._cache.expect(chain(self._pixels.blocks(rows), *text))
+            self._cache.expect(chain(self._x_data.blocks(places), *text))
 
     def _records(self, rows: Tensor) -> Tensor:
         """The records that rows, mirrored ones among them, are of."""
@@ -263,13 +289,19 @@ def join(packs: list[Pack]) -> Pack:
     rows = [torch.tensor(pack.train) for pack in packs]
     starts = torch.tensor([0, *(len(pack._is_null) for pack in packs)]).cumsum(0)
     joined._cache = packs[0]._cache
-    joined._pixels = one_behind_another([p._pixels.first(p.card.records) for p in packs])
+    joined._stored = [
+        one_behind_another(
+            [rows.first(pack.card.records) for pack, rows in zip(packs, each, strict=True)]
+        )
+        for each in zip(*(pack._stored for pack in packs), strict=True)
+    ]
+    joined._x_data = one_behind_another(joined._stored)
     joined._text = {name: one_behind_another([p._text[name] for p in packs]) for name in _TEXT}
     joined._caption = torch.cat(
         [p._caption[r] + s for p, r, s in zip(packs, rows, starts[:-1], strict=True)]
     )
     joined._is_null = torch.cat([pack._is_null for pack in packs])
     joined.card = packs[0].card.model_copy(
-        update={"name": "all", "records": len(joined._pixels), "held_out": 0}
+        update={"name": "all", "records": len(joined), "held_out": 0}
     )
     return joined

@@ -168,5 +168,7 @@ class Rows:
 
 def one_behind_another(rows: Sequence[Rows]) -> Rows:
     """Several as one."""
+    if len(rows) == 1:
+        return rows[0]
     parts = [part for each in rows for part in each.parts]
     return Rows(parts, [length for each in rows for length in each.lengths])

@@ -13,7 +13,7 @@ from atoll.core import recipes, seeds
 from atoll.core.cache import BlockCache
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
-from atoll.core.errors import ConfigError
+from atoll.core.errors import ConfigError, Refused
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
@@ -84,6 +84,12 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
                 f"{config.start} is of family {start.family}, the recipe {name} is not",
                 cure="leave out --recipe: it then gives batch and learning rates alone",
             )
+        if start.latent_space not in (None, commons.card.latent_space):
+            raise Refused(
+                f"{config.start} works in {start.latent_space}, this run in "
+                f"{commons.card.latent_space}",
+                cure="start from weights of this run's latent space, or partition with --vae",
+            )
         if start.declared not in (None, str(training.prediction)):
             log.info("%s predicted %s before", config.start, start.declared)
     card = Card(
@@ -93,7 +99,7 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
         base_sha256=None,
         family=recipes.recipe_of(name).family,
         prediction=training.prediction,
-        latent_space="pixels",
+        latent_space=commons.card.latent_space,
         images_seen=0,
     )
     return NewBase(name, Denoiser(network, card), origin)

@@ -22,6 +22,7 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from atoll.core import recipes
 from atoll.core.cache import BlockCache
@@ -30,6 +31,7 @@ from atoll.core.denoiser import CARD_NAME, Card, Denoiser
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
+from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Artefact, Plan, check_artefact
 from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
@@ -55,6 +57,7 @@ class IslandOrder(Config):
     name: str
     commons: Artefact
     base: Artefact
+    vae: Artefact | None = None  # what decodes previews; None: training tensors are pixels
     recipe: str
     plan: Plan
     seed: int
@@ -67,9 +70,8 @@ def run_island(
     """Train what is not there yet, in this process; `enter` is told of each stage."""
     here = island_folder(shard)
     order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
-    run = Storage(run_uri).scoped(
-        read=[order.shard.path, order.commons.path, order.base.path], write=[here]
-    )
+    told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
+    run = Storage(run_uri).scoped(read=[part.path for part in told], write=[here])
     run.remove(f"{here}/exit.json")
     started = {
         "event": "started",
@@ -84,6 +86,8 @@ def run_island(
     pack, commons = (open_pack(run, part, cache) for part in (order.shard, order.commons))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
+    if pack.card.latent_space != commons.card.latent_space:
+        raise Refused("The shard's pictures are in another latent space than the commons'")
     with heeding(order.config.spot):
         enter("expert")
         _once(run, here, "expert", lambda folder: _expert(run, order, pack, folder))
@@ -92,8 +96,19 @@ def run_island(
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
-        picture = preview_grid(expert, pack, order.config, seed=order.seed)
+        picture = preview_grid(
+            expert, pack, order.config, seed=order.seed, decode=_decoder(run, order, pack)
+        )
         run.write_bytes(f"{here}/preview.png", picture)
+
+
+def _decoder(run: Storage, order: IslandOrder, pack: Pack) -> Callable[[Tensor], Tensor] | None:
+    """What makes pictures of x_data; None where x_data are pictures."""
+    if order.vae is None:
+        return None
+    check_artefact(run, order.vae)
+    place = run.local(order.vae.path)
+    return load_autoencoder(place, latent_space=pack.card.latent_space).decode
 
 
 def _once(run: Storage, here: str, part: str, make: Callable[[Path], None]) -> None:
