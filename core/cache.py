@@ -23,6 +23,7 @@ from atoll.core.blocks import BLOCK_BYTES, FarFile
 from atoll.core.errors import ConfigError, Failed, Refused
 from atoll.core.journal import log
 from atoll.core.outage import ride_out
+from atoll.core.storage import Storage
 
 Block = tuple[FarFile, int]
 """A file and the number of one of its blocks."""
@@ -138,43 +139,50 @@ class BlockCache:
                 self._changed.notify_all()
 
     def _round_trip(self, blocks: list[Block]) -> Iterator[tuple[Block, bytes]]:
-        by_file: dict[FarFile, list[int]] = defaultdict(list)
-        for file, number in blocks:
-            by_file[file].append(number)
-        for file, numbers in by_file.items():
-            runs = _runs(sorted(numbers))
-            for run, data in zip(runs, self._ranges(file, runs), strict=True):
+        """Blocks of any files, asked for at once where they are of one store."""
+        by_store: dict[Storage, list[Block]] = defaultdict(list)
+        for block in blocks:
+            by_store[block[0].storage].append(block)
+        for store, its in by_store.items():
+            runs = _runs(its)
+            for (file, run), data in zip(runs, self._ranges(store, runs), strict=True):
                 first = run.start * BLOCK_BYTES
                 for number in run:
                     start, end = file.extent(number)
                     part = data[start - first : end - first]
-                    if not file.holds(number, part):
-                        # Once more: it may have been the way here.
-                        [part] = self._ranges(file, [range(number, number + 1)])
-                    if not file.holds(number, part):
-                        raise Refused(
-                            f"Bytes {start} to {end} of {file.storage.uri}/{file.name} are not "
-                            "those that were recorded",
-                            cure="the file was changed or damaged; restore it from a copy",
-                        )
-                    yield (file, number), part
+                    yield (file, number), self._checked(file, number, part)
 
-    def _ranges(self, file: FarFile, runs: list[range]) -> Sequence[bytes]:
+    def _checked(self, file: FarFile, number: int, data: bytes) -> bytes:
+        if not file.holds(number, data):
+            # Once more: it may have been the way here.
+            [data] = self._ranges(file.storage, [(file, range(number, number + 1))])
+        if not file.holds(number, data):
+            start, end = file.extent(number)
+            raise Refused(
+                f"Bytes {start} to {end} of {file.storage.uri}/{file.name} are not those that were "
+                "recorded",
+                cure="the file was changed or damaged; restore it from a copy",
+            )
+        return data
+
+    def _ranges(self, store: Storage, runs: list[_Run]) -> Sequence[bytes]:
         """The bytes of some runs of blocks, when the store gives them."""
         asked = [
-            (file.name, file.extent(run.start)[0], file.extent(run.stop - 1)[1]) for run in runs
+            (file.name, file.extent(run.start)[0], file.extent(run.stop - 1)[1])
+            for file, run in runs
         ]
+        names = sorted({file.name for file, _ in runs})
+        what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other files"
         try:
             found = ride_out(
-                file.name,
-                lambda: file.storage.read_ranges(asked),
+                what,
+                lambda: store.read_ranges(asked),
                 patience=self._patience,
                 pause=self._pause,
             )
         except FileNotFoundError as error:
             raise Refused(
-                f"{file.storage.uri}/{file.name} is no longer there",
-                cure="restore it from a copy",
+                f"{store.uri}/{what} is no longer there", cure="restore it from a copy"
             ) from error
         with self._changed:
             self.bytes_fetched += sum(map(len, found))
@@ -245,12 +253,17 @@ def _pieces(starts: Sequence[int], length: int) -> dict[int, list[_Piece]]:
     return found
 
 
-def _runs(numbers: list[int]) -> list[range]:
-    """Ascending numbers as runs without gaps, of which each is one request."""
-    runs: list[range] = []
-    for number in numbers:
-        if runs and runs[-1].stop == number and len(runs[-1]) < _LONGEST_RANGE:
-            runs[-1] = range(runs[-1].start, number + 1)
+_Run = tuple[FarFile, range]
+"""Blocks of a file without a gap, of which each is one request."""
+
+
+def _runs(blocks: Sequence[Block]) -> list[_Run]:
+    """Blocks, each once, as runs."""
+    runs: list[_Run] = []
+    for file, number in sorted(blocks, key=lambda block: (block[0].name, block[1])):
+        before, run = runs[-1] if runs else (None, range(0))
+        if before is file and run.stop == number and len(run) < _LONGEST_RANGE:
+            runs[-1] = (file, range(run.start, number + 1))
         else:
-            runs.append(range(number, number + 1))
+            runs.append((file, range(number, number + 1)))
     return runs

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 from pathlib import Path
 
 import diffusers
@@ -160,6 +161,17 @@ def test_evaluate_and_verify_take_such_a_run(run: Storage, tmp_path: Path) -> No
     said = command("verify", run.uri, "--json")
     assert said.code == 0, said.out
     assert said.json["holds"]
+
+
+def test_a_shard_can_be_forgotten(run: Storage, tmp_path: Path) -> None:
+    shutil.copytree(run.local(""), tmp_path / "run")
+    assert command("unlearn", tmp_path / "run", "shard-00", "--json").code == 0
+    left = Manifest.load(Storage(tmp_path / "run"))
+    assert left.vae == Manifest.load(run).vae
+    said = command("verify", tmp_path / "run" / "certificate.json", "--json")
+    assert said.code == 0, said.out
+    pictures = sample(load_model(str(tmp_path / "run")), ["red"], steps=2).x_data
+    assert pictures.shape == (1, 3, 16, 16)
 
 
 def test_a_foreign_or_missing_vae_is_refused(run: Storage, tmp_path: Path) -> None:

@@ -96,6 +96,17 @@ def test_flips_are_a_coin_of_the_position_and_spare_the_held_out(made: Path) -> 
     assert torch.allclose(found, x_data, atol=1e-5)
 
 
+def test_a_far_base_is_the_near_one(unbased) -> None:
+    near, manifest = unbased
+    far = Storage("memory://far-base")
+    for name in near.list():
+        far.write_bytes(name, near.read_bytes(name))
+    config = BaseConfig(training=DenoiserTraining(passes=1, checkpoints=1))
+    made = train_base(far, manifest.model_copy(deep=True), config)
+    assert made == train_base(near, manifest, config)
+    far.remove("")
+
+
 def _published(folder: Path, manifest: Manifest, text_width: int) -> Path:
     """A pipeline folder as somebody else saved it, whose network predicts epsilon."""
     picture = manifest.picture
