@@ -25,12 +25,14 @@ from torch.nn import functional
 from torch.utils.data import DataLoader, Dataset
 
 from atoll.core import recipes
+from atoll.core.blocks import write_blocks
+from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.flow import Prediction
-from atoll.core.manifest import Picture, Plan
-from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
-from atoll.core.storage import Storage
+from atoll.core.manifest import Artefact, Picture, Plan
+from atoll.core.pack import Pack, ShardCard, open_pack, write_pack, write_shard_card
+from atoll.core.storage import Storage, sha256_file, sha256_folder
 from atoll.islands.base import course_of
 from atoll.islands.data import Batches
 from atoll.islands.loop import Loop
@@ -40,6 +42,7 @@ from benchmarks.start import seconds_to_first_step
 
 BAR = 0.98
 READING = 5.0
+THROUGH_CACHE = 0.8
 CHECKPOINT_SECONDS = 30.0
 START_SECONDS = 15.0
 
@@ -57,12 +60,22 @@ def _pack(folder: Path, picture: Picture, records: int) -> Pack:
     )
     caption = torch.randint(1, 11, (records,), generator=draw)
     write_pack(folder / "pack-00000.safetensors", pixels, caption, table)
+    write_blocks(folder, ["pack-00000.safetensors"])
     card = ShardCard(
         name="bench", records=records, held_out=0, picture=picture, encoder="none",
-        packs={"pack-00000.safetensors": records}, files={},
+        packs={"pack-00000.safetensors": records},
+        files={file.name: sha256_file(file) for file in folder.iterdir()},
     )  # fmt: skip
     write_shard_card(folder, card)
     return Pack(folder)
+
+
+def _far(folder: Path) -> Pack:
+    """The same pack on a store, whose rows come through the cache."""
+    store = Storage("memory://bench")
+    store.publish(folder, "pack")
+    made = Artefact(path="pack", sha256=sha256_folder(folder))
+    return open_pack(store, made, BlockCache(1))
 
 
 def _denoiser(recipe: recipes.Recipe, picture: Picture) -> Denoiser:
@@ -226,7 +239,10 @@ def measure(
                 clock = _Clock(warm, warm + steps - 1)
                 training(recipe, picture, pack, warm + steps, clock)
                 rates[-1][kind] = clock.rate(recipe.batch)
-        reading = _reading(recipe, pack, 2.0)
+        far = _far(Path(folder) / "pack")
+        turns = [(_reading(recipe, pack, 1.0), _reading(recipe, far, 1.0)) for _ in range(pairs)]
+        reading = statistics.median(near for near, _ in turns)
+        through = statistics.median(cached / near for near, cached in turns)
         lost = _checkpointing(recipe, picture, pack, max(4, steps // 5))
     ours = statistics.median(rate["ours"] for rate in rates)
 
@@ -249,6 +265,7 @@ def measure(
         row(f"with a checkpoint every {CHECKPOINT_SECONDS:.0f} s",
             CHECKPOINT_SECONDS / (CHECKPOINT_SECONDS + lost), "the same loop without", BAR),
         row("pack reading", reading / ours, "the training that it feeds", READING),
+        row("reading through the cache", through, "the same pack on this disk", THROUGH_CACHE),
     ]  # fmt: skip
 
 

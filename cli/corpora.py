@@ -23,6 +23,13 @@ def register(app: typer.Typer) -> None:
                 help="fit, hf-hub:ORG/NAME, local-dir:FOLDER or an open_clip tag [default: fit]"
             ),
         ] = None,
+        vae: Annotated[
+            str | None,
+            typer.Option(
+                help="Train on the latents of this autoencoder: its folder, a pipeline's, or "
+                "hf-hub:ORG/NAME."
+            ),
+        ] = None,
         by: Annotated[
             str | None, typer.Option(help="clusters, or the column that names owners.")
         ] = None,
@@ -51,7 +58,7 @@ def register(app: typer.Typer) -> None:
 
         resolved = resolve(
             PartitionConfig, config, set_,
-            shards=shards, encoder=encoder, by=by, commons=commons, holdout=holdout,
+            shards=shards, encoder=encoder, vae=vae, by=by, commons=commons, holdout=holdout,
             fit_on=fit_on, seed=seed,
         )  # fmt: skip
         storage = Storage(run)

@@ -109,10 +109,11 @@ def _measure(
     loaded = [load_model(path, encoder=f"{reference}/encoder", device=device) for path in models]
     systems = []
     for name, model in zip(model_names(list(models)), loaded, strict=True):
-        if model.picture != manifest.picture:
+        ours, theirs = ((m.picture.shape, m.latent_space) for m in (model, manifest))
+        if ours != theirs:
             raise UsageError(
-                f"{name} makes pictures of {model.picture.shape}, the reference has "
-                f"{manifest.picture.shape}",
+                f"{name} makes {ours[1]} of {ours[0]}, the reference has {theirs[1]} of "
+                f"{theirs[0]}",
                 cure="measure it against its own run",
             )
         systems += systems_of(model, name, routings=routings, steps=steps, guidance=guidance)
@@ -125,6 +126,7 @@ def _measure(
         count=count,
         instrument=instrument_of(run, manifest),
         real=load_records(run, manifest, split=TRAIN),
+        shape=manifest.picture.shape,
     )
     data = ReportData(
         title=f"Evaluation of {reference}",
@@ -299,4 +301,6 @@ def comparison(
     steps, guidance = systems[0].steps, systems[0].guidance
     guided = "without guidance" if guidance == 1 else f"guidance {guidance:g}"
     how = f"{steps} Euler steps, {guided}, seed {seed}."
-    return ComparisonView(tuple(prompts), tuple(rows), noise=x_noise, how=how)
+    # The noise of latents is no picture.
+    noise_shown = x_noise if manifest.vae is None else None
+    return ComparisonView(tuple(prompts), tuple(rows), noise=noise_shown, how=how)

@@ -19,7 +19,8 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
-from atoll.core.manifest import MANIFEST_NAME, Picture
+from atoll.core.latents import Autoencoder, autoencoder_beside
+from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, parse_routing
@@ -41,8 +42,10 @@ class Model:
     gate: GateWeights
     shards: Sequence[str]
     encoder: Encoder
-    picture: Picture
+    picture: Picture  # the shape of x_data
     device: torch.device = CPU
+    latent_space: str = PIXELS
+    vae: Autoencoder | None = None  # of latents
 
     def routing(self, text: str) -> Routing:
         """A routing over this model's shards; `UsageError` lists the choices."""
@@ -51,7 +54,7 @@ class Model:
 
 @dataclass(frozen=True)
 class Pictures:
-    """x_data `(n, channel, height, width)`, how they came about, and what it took."""
+    """Pictures `(n, channel, height, width)` in about [-1, 1], their origin, and what it took."""
 
     x_data: Tensor
     trace: list[TraceStep]  # empty unless it was asked for
@@ -92,7 +95,8 @@ def sample(
         x_noise = noise(seed, first, len(prompts), model.picture.shape)
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
     x_noise = x_noise.to(model.device)
-    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told).cpu()
+    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
+    x_data = (x_data if model.vae is None else model.vae.decode(x_data)).cpu()
     runs = trajectory.experts_run / (steps * len(prompts))
     return Pictures(x_data, trajectory.trace or [], runs)
 
@@ -108,7 +112,7 @@ def device_of(name: str) -> torch.device:
 
 
 def load_model(path: str, *, encoder: str | None = None, device: str = "cpu") -> Model:
-    """Find out what lies at a path and load it, with the encoder that its captions need."""
+    """What lies at a path, with the encoder that its captions and the vae that its latents need."""
     place = device_of(device)
     folder = Path(path)
     if (folder / MANIFEST_NAME).is_file():
@@ -139,6 +143,8 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
         encoder=load_encoder(folder / "text_encoder"),
         picture=model.ensemble_config.picture,
         device=device,
+        latent_space=model.latent_space,
+        vae=_vae(folder, model.latent_space, device),
     )
 
 
@@ -151,10 +157,24 @@ def _denoiser(folder: Path, encoder: str | None, device: torch.device) -> Model:
             cure="give --encoder RUN/encoder",
         )
     check_recorded(place)
-    return one_expert(denoiser, load_encoder(place), device)
+    vae = _vae(place.parent, denoiser.card.latent_space, device)
+    return one_expert(denoiser, load_encoder(place), device, vae=vae)
 
 
-def one_expert(denoiser: Denoiser, encoder: Encoder, device: torch.device = CPU) -> Model:
+def _vae(folder: Path, latent_space: str, device: torch.device) -> Autoencoder | None:
+    vae = autoencoder_beside(folder, latent_space)
+    if vae is not None:
+        vae.network.to(device)
+    return vae
+
+
+def one_expert(
+    denoiser: Denoiser,
+    encoder: Encoder,
+    device: torch.device = CPU,
+    *,
+    vae: Autoencoder | None = None,
+) -> Model:
     """A denoiser as an ensemble of one."""
     denoiser.network.to(device)
     config: Any = denoiser.network.config
@@ -169,6 +189,8 @@ def one_expert(denoiser: Denoiser, encoder: Encoder, device: torch.device = CPU)
         encoder=encoder,
         picture=Picture(channels=config.in_channels, height=height, width=width),
         device=device,
+        latent_space=denoiser.card.latent_space,
+        vae=vae,
     )
 
 

@@ -191,15 +191,16 @@ def trained_now(run: str, manifest: Manifest, trained: list[str]) -> Result:
 def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
     """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
     from atoll.core import recipes
+    from atoll.core.cache import BlockCache
     from atoll.core.config import save_config, saved_config
-    from atoll.core.pack import Pack
+    from atoll.core.pack import open_pack
     from atoll.islands.base import WORK, new_base
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import BaseConfig
 
     if (earlier := saved_config(BaseConfig, run, WORK)) is not None:
         return _with_passes(config, earlier.training.passes)
-    commons = Pack(run.local(manifest.commons.path))
+    commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
     batch = config.training.batch or recipes.recipe_of(base.recipe).batch
     speed = images_per_second(
@@ -222,10 +223,11 @@ def experts_within(
     say. Else they are counted, and the configuration says so.
     """
     from atoll.core import recipes
+    from atoll.core.cache import BlockCache
     from atoll.core.config import saved_config
     from atoll.core.denoiser import Denoiser
     from atoll.core.manifest import require
-    from atoll.core.pack import Pack
+    from atoll.core.pack import open_pack
     from atoll.islands.probe import images_per_second, passes_in
     from atoll.islands.settings import TrainConfig
     from atoll.islands.sites import slots_here
@@ -235,7 +237,7 @@ def experts_within(
         return _with_passes(config, earlier.training.passes)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
     recipe = recipes.recipe_of(str(manifest.recipe))
-    commons = Pack(run.local(manifest.commons.path))
+    commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     speed = images_per_second(
         Denoiser.load(run.local(base.path)), commons, config.training,
         batch=config.training.batch or recipe.batch, threads=config.threads, device=config.device,

@@ -139,6 +139,7 @@ def _in_ledger(run: Storage, manifest: Manifest) -> None:
 def _facts_check(run: Storage, manifest: Manifest) -> None:
     """What the manifest says besides digests, against the artefacts that those digests cover."""
     from atoll.core.denoiser import read_card
+    from atoll.core.latents import load_autoencoder
     from atoll.core.pack import read_shard_card
     from atoll.partitioner.previous import saved_config
 
@@ -151,13 +152,18 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
         "commons.declared": (manifest.commons.declared, config.commons),
         "encoder.spec": (manifest.encoder.spec, run.read_json("encoder/config.json")["spec"]),
     }
+    if manifest.vae is not None:
+        loaded = load_autoencoder(run.local(manifest.vae.path))
+        told["vae.spec"] = (manifest.vae.spec, config.vae)
+        told["vae.latent_space"] = (manifest.vae.latent_space, loaded.latent_space)
     for entry, fit in ((manifest.encoder, encoder), (manifest.partition, centroids)):
         told[f"{entry.path}: fitted_on"] = (entry.fitted_on, [] if fit is None else fit.shards)
     parts: dict[str, Commons | Shard] = {"commons": manifest.commons, **manifest.shards}
     for name, part in parts.items():
         card = read_shard_card(run.local(part.path))
-        stated = (part.records, part.held_out, manifest.picture)
-        told[f"{name}: records"] = (stated, (card.records, card.held_out, card.picture))
+        stated = (part.records, part.held_out, manifest.picture, manifest.latent_space)
+        found = (card.records, card.held_out, card.picture, card.latent_space)
+        told[f"{name}: records"] = (stated, found)
     for name, expert in manifest.experts.items():
         images_seen = read_card(run.local(expert.path)).images_seen
         told[f"{name}: images_seen"] = (expert.images_seen, images_seen)

@@ -8,7 +8,6 @@ This is the one file that imports open_clip, and only when an encoder is used.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Sequence
@@ -26,6 +25,7 @@ from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.config import Config
 from atoll.core.errors import ConfigError, MissingError, Refused, UsageError, did_you_mean
+from atoll.core.fingerprint import fingerprint
 from atoll.core.journal import progress
 
 _BATCH = 256
@@ -127,13 +127,8 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
 
     def fingerprint(self) -> str:
         """Hex sha256 over configuration and weights: two encoders with one are the same."""
-        digest = hashlib.sha256()
         settings = {"model": self.config.model, "preprocess": self.config.preprocess}
-        digest.update(json.dumps(settings, sort_keys=True).encode())
-        for name, value in sorted(self.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        return digest.hexdigest()
+        return fingerprint(settings, self)
 
 
 def _check_towers(spec: str, model: dict[str, Any]) -> None:

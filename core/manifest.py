@@ -31,7 +31,7 @@ class Artefact(Entry):
 
 
 class Picture(Entry):
-    """The fixed shape of a training tensor `(channel, height, width)`; pixels in [-1, 1]."""
+    """The fixed shape `(channel, height, width)` of a training tensor, pixels or latents."""
 
     channels: int
     height: int
@@ -40,6 +40,10 @@ class Picture(Entry):
     @property
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, self.height, self.width)
+
+
+# The latent space of training tensors that are pictures themselves.
+PIXELS = "pixels"
 
 
 class Plan(Entry):
@@ -72,6 +76,14 @@ class Encoder(Artefact):
     fitted_on: list[str] = Field(default_factory=list)
 
 
+class Vae(Artefact):
+    """The autoencoder whose latents are trained on: its space, and the pictures it makes."""
+
+    spec: str
+    latent_space: str
+    picture: Picture
+
+
 class Partition(Artefact):
     """Centroids and assignments; `fitted_on` names the shards whose records moved a centroid."""
 
@@ -92,6 +104,7 @@ class Manifest(Entry):
     schema_version: int = SCHEMA_VERSION
     picture: Picture
     encoder: Encoder
+    vae: Vae | None = None  # None: training tensors are pixels
     partition: Partition
     commons: Commons
     shards: dict[str, Shard]
@@ -129,11 +142,16 @@ class Manifest(Entry):
         """Write it, complete or not at all."""
         storage.write_json(MANIFEST_NAME, self.model_dump(mode="json"))
 
+    @property
+    def latent_space(self) -> str:
+        """What training tensors are: pixels, or an autoencoder's latents."""
+        return PIXELS if self.vae is None else self.vae.latent_space
+
     def artefacts(self) -> dict[str, str]:
         """Every artefact that is named here, by path -> sha256."""
         entries: list[Artefact] = [self.encoder, self.commons, self.partition]
         entries += self.shards.values()
-        entries += [entry for entry in (self.base, self.ensemble) if entry is not None]
+        entries += [e for e in (self.vae, self.base, self.ensemble) if e is not None]
         for expert in self.experts.values():
             entries += [expert, expert.gate_head]
         entries += self.soups.values()

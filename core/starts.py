@@ -13,7 +13,7 @@ no denoiser of ours before they were trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,8 @@ class Start:
 
     `declared` is what the source says that the weights put out (None where it says nothing),
     `prediction` what they are to be trained for: the caller's choice, or as declared. `sha256` is
-    over the files that were read, as `sha256_folder` computes it.
+    over the files that were read, as `sha256_folder` computes it. `latent_space` is known where the
+    folder is one of ours.
     """
 
     network: nn.Module
@@ -75,6 +76,7 @@ class Start:
     prediction: Prediction
     declared: str | None
     sha256: str
+    latent_space: str | None
 
 
 def load_start(
@@ -92,7 +94,7 @@ def load_start(
     for weights out of reach, `Refused` for what is not ours to continue, and `ConfigError` for
     pictures that do not fit.
     """
-    root = _downloaded(spec) if spec.startswith(HUB) else Path(spec)
+    root = downloaded(spec, _WANTED) if spec.startswith(HUB) else Path(spec)
     folder, declared = _component(root, spec)
     config = _json(folder / _CONFIG)
     family = _family(config, folder)
@@ -109,6 +111,7 @@ def load_start(
         prediction=prediction or _predicted(declared, spec),
         declared=declared,
         sha256=sha256_folder(folder, files),
+        latent_space=(read_card(folder).latent_space if (folder / CARD_NAME).is_file() else None),
     )
 
 
@@ -235,15 +238,15 @@ def _json(path: Path) -> dict[str, Any]:
     return values
 
 
-def _downloaded(spec: str) -> Path:
-    """A local copy of what is needed of a repository of the hub."""
+def downloaded(spec: str, wanted: Sequence[str]) -> Path:
+    """A local copy of the files `wanted` of a repository of the hub."""
     from huggingface_hub import snapshot_download
 
     name, _, revision = spec.removeprefix(HUB).partition("@")
     if name.count("/") != 1:
         raise UsageError(f"{spec} names no repository", allowed=f"{HUB}ORG/NAME[@REVISION]")
     try:
-        return Path(snapshot_download(name, revision=revision or None, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision or None, allow_patterns=list(wanted)))
     except Exception as error:  # from OSError to the errors of whichever HTTP client is beneath
         raise MissingError(
             f"{spec} is not within reach ({error})",

@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -51,12 +51,15 @@ def sha256_folder(path: Path, names: Iterable[str] | None = None) -> str:
     are the files that count where it is not all of them.
     """
     files = path.rglob("*") if names is None else (path / name for name in names)
-    lines = [
-        f"{sha256_file(file)}  {file.relative_to(path).as_posix()}\n"
-        for file in files
-        if file.is_file()
-    ]
-    return hashlib.sha256("".join(sorted(lines, key=lambda line: line[66:])).encode()).hexdigest()
+    return sha256_named(
+        {file.relative_to(path).as_posix(): sha256_file(file) for file in files if file.is_file()}
+    )
+
+
+def sha256_named(digests: Mapping[str, str]) -> str:
+    """What `sha256_folder` gives for files of these names and digests."""
+    lines = (f"{sha256}  {name}\n" for name, sha256 in sorted(digests.items()))
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Storage:
@@ -129,6 +132,12 @@ class Storage:
     def read_bytes(self, name: str) -> bytes:
         """The whole file; FileNotFoundError when there is none."""
         return bytes(self._fs.cat_file(self._path(name)))
+
+    def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
+        """The bytes `start` to `end - 1` of each (name, start, end), asked for all at once."""
+        paths = [self._path(name) for name, _, _ in ranges]
+        starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
+        return [bytes(b) for b in self._fs.cat_ranges(paths, starts, ends, on_error="raise")]
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON; `Refused` when the file is not JSON."""

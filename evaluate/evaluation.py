@@ -33,7 +33,7 @@ Kind = Literal["real", "base", "expert", "ensemble", "soup", "control"]
 
 @dataclass(frozen=True)
 class Request:
-    """Pictures to make: prompts, their noise `(n, channel, height, width)`, and its position.
+    """Pictures to make: prompts, their noise `(n, ...)` of x_data, and its position.
 
     `first` is the index of the first picture in the evaluation, for systems that draw something of
     their own (a routing that samples experts): their draws are functions of (seed, first + i).
@@ -47,7 +47,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a system made: x_data `(n, channel, height, width)`, and experts run per step."""
+    """What a system made: pictures `(n, channel, height, width)`, and experts run per step."""
 
     x_data: Tensor
     experts_per_step: float = 1.0
@@ -128,6 +128,7 @@ def evaluate_systems(
     real: Records,
     control: str | None = None,
     about_reference: str = "held-out records of all shards and of the commons",
+    shape: tuple[int, ...] | None = None,
     batch: int = 100,
 ) -> Evaluation:
     """Sample `count` pictures from each system and measure them all in the same way.
@@ -136,7 +137,8 @@ def evaluate_systems(
     pictures are measured like a system's, as the floor below which no figure can be expected at
     this N. Prompts must not be those of `reference` itself: a sample that has its very mixture of
     captions agrees with it better than chance, and KID comes out negative. `control` names the
-    system that all the others are compared with, pair by pair.
+    system that all the others are compared with, pair by pair. `shape` is that of the noise, where
+    it is not that of pictures.
     """
     _check_names(systems, control)
     bench = _Bench(reference, spaces(encoder), instrument, seed)
@@ -144,7 +146,7 @@ def evaluate_systems(
     asked = real.take(order.tolist())
     measured = [bench.row(_real(real), asked.take(range(min(count, len(real)))), None)]
     for system in systems:
-        pictures, experts = _draw(system, asked, seed, batch)
+        pictures, experts = _draw(system, asked, seed, batch, shape)
         measured.append(bench.row(system, Records(pictures, *_said(asked)), experts))
     near_control = next((kids for row, kids in measured if row.name == control), None)
     rows = [_against(row, kids, near_control, control) for row, kids in measured]
@@ -232,20 +234,22 @@ def noise(seed: int, shape: tuple[int, ...], *, first: int, count: int) -> Tenso
     return seeds.normal(seed, "x_noise", first=first, count=count, shape=shape)
 
 
-def _draw(system: System, asked: Records, seed: int, batch: int) -> tuple[Tensor, float]:
+def _draw(
+    system: System, asked: Records, seed: int, batch: int, shape: tuple[int, ...] | None
+) -> tuple[Tensor, float]:
     """A system's uint8 pictures and its mean number of experts per step."""
-    shape = tuple(asked.pictures.shape[1:])
+    picture = tuple(asked.pictures.shape[1:])
     parts, experts = [], 0.0
     with progress(f"sampling {system.name}", len(asked)) as advance:
         for first in range(0, len(asked), batch):
             prompts = asked.captions[first : first + batch]
-            x_noise = noise(seed, shape, first=first, count=len(prompts))
+            x_noise = noise(seed, shape or picture, first=first, count=len(prompts))
             with torch.no_grad():
                 sampled = system.sample(Request(prompts, x_noise, first, seed))
-            if sampled.x_data.shape != x_noise.shape:
+            if sampled.x_data.shape != (len(prompts), *picture):
                 raise ValueError(
                     f"{system.name} made {tuple(sampled.x_data.shape)}; allowed: "
-                    f"{tuple(x_noise.shape)}; cure: return one picture a prompt"
+                    f"{(len(prompts), *picture)}; cure: return one picture a prompt"
                 )
             parts.append(to_uint8(sampled.x_data))
             experts += sampled.experts_per_step * len(prompts) / len(asked)

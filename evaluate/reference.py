@@ -2,7 +2,8 @@
 
 Reads `shards/*/`, `commons/`: pixels from the packs, so that real pictures went through the same
 resize as those that were trained on (a resize of another kind is worth more Frechet distance than a
-model); captions and labels from the Parquet files beside them.
+model); captions and labels from the Parquet files beside them. Of a run on latents the pictures too
+are read there, and resized in the same way: what the autoencoder loses counts against a model.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import torch
 from torch import Tensor
 
 from atoll.core.errors import DataError, Refused
-from atoll.core.manifest import Manifest
+from atoll.core.manifest import Manifest, Picture
 from atoll.core.pack import Pack
+from atoll.core.pictures import decode, training_pixels
 from atoll.core.storage import Storage
 from atoll.evaluate.features import to_uint8
 
@@ -51,7 +53,8 @@ def load_records(run: Storage, manifest: Manifest, *, split: str = HELD_OUT) -> 
     """All records of a split, shard by shard and the commons last; `DataError` when empty."""
     folders = {name: shard.path for name, shard in sorted(manifest.shards.items())}
     folders["commons"] = manifest.commons.path
-    parts = [_read(run.local(path), name, split) for name, path in folders.items()]
+    size = None if manifest.vae is None else manifest.vae.picture
+    parts = [_read(run.local(path), name, split, size) for name, path in folders.items()]
     records = Records(
         torch.cat([part.pictures for part in parts]),
         tuple(caption for part in parts for caption in part.captions),
@@ -66,11 +69,11 @@ def load_records(run: Storage, manifest: Manifest, *, split: str = HELD_OUT) -> 
     return records
 
 
-def _read(folder: Path, shard: str, split: str) -> Records:
+def _read(folder: Path, shard: str, split: str, size: Picture | None) -> Records:
     pack = Pack(folder)
     rows = {HELD_OUT: pack.held_out, TRAIN: pack.train}[split]
     files = [name for name in sorted(pack.card.files) if name.endswith(".parquet")]
-    columns = ["caption", "label", "split"]
+    columns = ["caption", "label", "split", *(["image"] if size is not None else [])]
     found = [
         row
         for name in files
@@ -82,8 +85,14 @@ def _read(folder: Path, shard: str, split: str) -> Records:
             f"{folder} holds {len(found)} {split} records and {len(rows)} packed ones",
             cure="restore the folder from a copy, or partition again",
         )
+    if size is None:
+        pictures = to_uint8(pack.x_data(torch.tensor(rows, dtype=torch.long)))
+    else:
+        pictures = torch.empty((len(found), *size.shape), dtype=torch.uint8)
+        for place, row in enumerate(found):
+            pictures[place] = training_pixels(decode(row["image"]), size.height, size.channels)
     return Records(
-        to_uint8(pack.x_data(torch.tensor(rows, dtype=torch.long))),
+        pictures,
         tuple(str(row["caption"]) for row in found),
         tuple(None if row["label"] is None else str(row["label"]) for row in found),
         (shard,) * len(found),

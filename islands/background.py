@@ -12,10 +12,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from atoll.core.errors import AtollError, Failed
+from atoll.core.errors import Failed
 from atoll.core.journal import log
+from atoll.core.outage import LONGEST_PAUSE, is_outage
 
-_LONGEST_PAUSE = 30.0
 GRACE_SECONDS = 60.0  # that an ending training gives to an outage
 
 
@@ -92,7 +92,7 @@ class Background:
                 return self._away.clear()
             except Exception as error:
                 lasted = time.monotonic() - began
-                if not _is_outage(error):
+                if not is_outage(error):
                     raise
                 if lasted + pause > self._patience:
                     raise Failed(
@@ -105,12 +105,4 @@ class Background:
                 )
                 self._hurry.wait(pause)
                 self._hurry.clear()
-                pause = min(2 * pause, _LONGEST_PAUSE)
-
-
-def _is_outage(error: Exception) -> bool:
-    """Whether trying again may help: the system's errors, no space, and those of store clients."""
-    if isinstance(error, AtollError):
-        return isinstance(error, Failed)
-    home = type(error).__module__.partition(".")[0]
-    return isinstance(error, OSError) or home not in ("builtins", "atoll", "safetensors", "torch")
+                pause = min(2 * pause, LONGEST_PAUSE)

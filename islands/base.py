@@ -13,13 +13,14 @@ from typing import Any
 import torch
 
 from atoll.core import recipes, seeds
+from atoll.core.cache import BlockCache
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
-from atoll.core.errors import ConfigError
+from atoll.core.errors import ConfigError, Refused
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
-from atoll.core.pack import Pack
+from atoll.core.pack import Pack, open_pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing, matmul_rate
@@ -89,6 +90,12 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
                 f"{config.start} is of family {start.family}, the recipe {name} is not",
                 cure="leave out --recipe: it then gives batch and learning rates alone",
             )
+        if start.latent_space not in (None, commons.card.latent_space):
+            raise Refused(
+                f"{config.start} works in {start.latent_space}, this run in "
+                f"{commons.card.latent_space}",
+                cure="start from weights of this run's latent space, or partition with --vae",
+            )
         if start.declared not in (None, str(training.prediction)):
             log.info("%s predicted %s before", config.start, start.declared)
     card = Card(
@@ -98,7 +105,7 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
         base_sha256=None,
         family=recipes.recipe_of(name).family,
         prediction=training.prediction,
-        latent_space="pixels",
+        latent_space=commons.card.latent_space,
         images_seen=0,
     )
     return NewBase(name, Denoiser(network, card), origin)
@@ -115,8 +122,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
             "A base has nothing that adapters could stand on: all of its weights are trained",
             cure="give training.lora to `atoll train`, for the experts",
         )
-    check_artefact(run, manifest.commons)
-    commons = Pack(run.local(manifest.commons.path))
+    commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
@@ -157,7 +163,9 @@ def _check_unchanged(run: Storage, manifest: Manifest, config: BaseConfig) -> No
             cure="start a new run for another recipe",
         )
     earlier = saved_config(BaseConfig, run, WORK) or config
-    same = {"recipe": None, "threads": 1, "device": "auto", "bitwise_resume": True}
+    same = {
+        "recipe": None, "threads": 1, "device": "auto", "bitwise_resume": True, "cache_gib": 1
+    }  # fmt: skip
     if changed := differences(earlier.model_copy(update=same), config.model_copy(update=same)):
         raise ConfigError(
             f"This run's base is trained already, and otherwise: {'; '.join(changed)}",

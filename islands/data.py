@@ -23,6 +23,8 @@ from atoll.islands.settings import DenoiserTraining, TimeConfig
 
 T = TypeVar("T")
 
+_AHEAD = 8  # batches whose rows come from afar before they are needed
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -46,6 +48,27 @@ def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int)
     if config.sampling == "mode":
         uniform = flow.mode(uniform, scale=config.scale)
     return uniform.float()
+
+
+def rows_at(pack: Pack, rows: range, seed: int, *words: str, first: int, count: int) -> Tensor:
+    """Which of the pack's `rows` stand at `first` to `first + count - 1` of a stream, `(count,)`.
+
+    Where the pack says so every other one is mirrored, by a coin of (seed, stream, position), and
+    never a record that is held out. What stands behind them is named to the pack, which fetches it
+    meanwhile if it lies afar.
+    """
+
+    def drawn(first: int, count: int) -> Tensor:
+        order = seeds.order(seed, *words, first=first, count=count, n=len(rows))
+        found = torch.from_numpy(order) + rows.start
+        if not pack.card.flips or rows != pack.train:
+            return found
+        coin = seeds.uniform(seed, *words, "flip", first=first, count=count)[:, 0]
+        return found + len(pack) * (coin < 0.5)
+
+    if pack.is_far:
+        pack.expect(drawn(first + count, _AHEAD * count))
+    return drawn(first, count)
 
 
 def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -> Conditioning:
@@ -77,8 +100,7 @@ class Batches:
         """Records `first` to `first + count - 1` of the stream, on the device."""
         pack, seed, stream = self._pack, self._seed, self._stream
         where = {"first": first, "count": count}
-        order = seeds.order(seed, stream, "order", n=len(self._rows), **where)
-        rows = torch.from_numpy(order) + self._rows.start
+        rows = rows_at(pack, self._rows, seed, stream, "order", **where)
         x_data = pack.x_data(rows)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)

@@ -22,15 +22,18 @@ from pathlib import Path
 from types import FrameType
 
 import torch
+from torch import Tensor
 
 from atoll.core import recipes
+from atoll.core.cache import BlockCache
 from atoll.core.config import Config
 from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_card
 from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
 from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
 from atoll.core.journal import log, set_verbosity
+from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Artefact, Plan, check_artefact
-from atoll.core.pack import Pack
+from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
 from atoll.islands.base import flops_per_image, train_here
 from atoll.islands.compute import computing
@@ -57,6 +60,7 @@ class IslandOrder(Config):
     name: str
     commons: Artefact
     base: Artefact
+    vae: Artefact | None = None  # what decodes previews; None: training tensors are pixels
     recipe: str
     plan: Plan
     seed: int
@@ -78,17 +82,18 @@ def run_island(
     group = group or Group()
     here = island_folder(shard)
     order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
-    run = Storage(run_uri).scoped(
-        read=[order.shard.path, order.commons.path, order.base.path], write=[here]
-    )
+    told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
+    run = Storage(run_uri).scoped(read=[part.path for part in told], write=[here])
     if group.leads:
         _begin(run, here)
     torch.set_num_threads(order.config.threads)
-    for artefact in (order.shard, order.commons, order.base):
-        check_artefact(run, artefact)
-    pack, commons = Pack(run.local(order.shard.path)), Pack(run.local(order.commons.path))
+    check_artefact(run, order.base)
+    cache = BlockCache(order.config.cache_gib)
+    pack, commons = (open_pack(run, part, cache) for part in (order.shard, order.commons))
     if pack.card.encoder != commons.card.encoder:
         raise Refused("The shard's captions were embedded by another encoder than the commons'")
+    if pack.card.latent_space != commons.card.latent_space:
+        raise Refused("The shard's pictures are in another latent space than the commons'")
     leave = sigterm if group.world == 1 else group.leave.set
     with heeding(order.config.spot, leave=leave):
         enter("expert")
@@ -105,7 +110,8 @@ def run_island(
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
-        grid = preview_grid(expert, pack, order.config, seed=order.seed)
+        decode = _decoder(run, order, pack)
+        grid = preview_grid(expert, pack, order.config, seed=order.seed, decode=decode)
         for name, data in grid_files(order.plan.images_seen, grid).items():
             run.write_bytes(f"{here}/{name}", data)
 
@@ -120,6 +126,15 @@ def _begin(run: Storage, here: str) -> None:
         "unix_seconds": round(time.time(), 3),
     }
     run.append_line(f"{here}/journal.jsonl", json.dumps(started))
+
+
+def _decoder(run: Storage, order: IslandOrder, pack: Pack) -> Callable[[Tensor], Tensor] | None:
+    """What makes pictures of x_data; None where x_data are pictures."""
+    if order.vae is None:
+        return None
+    check_artefact(run, order.vae)
+    place = run.local(order.vae.path)
+    return load_autoencoder(place, latent_space=pack.card.latent_space).decode
 
 
 def _is_there(run: Storage, here: str, part: str) -> bool:
@@ -163,7 +178,7 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Calla
         bitwise_resume=order.config.bitwise_resume,
         group=group,
         parallel=order.config.parallel,
-        milestones=_previews(order, expert, pack) if order.config.preview > 0 else None,
+        milestones=_previews(run, order, expert, pack) if order.config.preview > 0 else None,
     )
 
     def save(folder: Path) -> None:
@@ -175,16 +190,17 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Calla
     return save
 
 
-def _previews(order: IslandOrder, expert: Denoiser, pack: Pack) -> Milestones:
+def _previews(run: Storage, order: IslandOrder, expert: Denoiser, pack: Pack) -> Milestones:
     """Grids on the way; that of the end is made of the expert as it is published."""
+    config, seed, decode = order.config, order.seed, _decoder(run, order, pack)
 
     def make(seen: int) -> dict[str, bytes]:
         # The shapes of a grid are not the training's, and not worth a compilation.
-        compiled = order.config.training.compile
+        compiled = config.training.compile
         with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            return grid_files(seen, preview_grid(expert, pack, order.config, seed=order.seed))
+            return grid_files(seen, preview_grid(expert, pack, config, seed=seed, decode=decode))
 
-    return Milestones(milestones(order.config, order.plan)[:-1], make)
+    return Milestones(milestones(config, order.plan)[:-1], make)
 
 
 def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:

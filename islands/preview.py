@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.denoiser import Denoiser
@@ -39,10 +41,18 @@ def grid_files(images_seen: int, grid: bytes) -> dict[str, bytes]:
 
 
 @torch.no_grad()
-def preview_grid(expert: Denoiser, pack: Pack, config: TrainConfig, *, seed: int) -> bytes:
+def preview_grid(
+    expert: Denoiser,
+    pack: Pack,
+    config: TrainConfig,
+    *,
+    seed: int,
+    decode: Callable[[Tensor], Tensor] | None = None,
+) -> bytes:
     """PNG bytes of a square grid of `config.preview` pictures, without guidance.
 
-    Nothing is drawn from a generator that anybody else draws from.
+    `decode` makes pictures of latents. Nothing is drawn from a generator that anybody else draws
+    from.
     """
     rows = pack.held_out if len(pack.held_out) > 0 else pack.train
     count = config.preview
@@ -53,9 +63,10 @@ def preview_grid(expert: Denoiser, pack: Pack, config: TrainConfig, *, seed: int
     pictures = sampler.euler(
         lambda x_t, t: expert.velocity(x_t, t, cond), x_noise, sampler.times(config.preview_steps)
     )
+    pictures = pictures if decode is None else decode(pictures)
     pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8)
     columns = math.ceil(math.sqrt(count))
-    channels, height, width = shape
+    channels, height, width = pixels.shape[1:]
     canvas = torch.full(
         (channels, math.ceil(count / columns) * height, columns * width), 255, dtype=torch.uint8
     )

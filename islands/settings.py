@@ -129,6 +129,7 @@ class BaseConfig(Config):
     threads: int = Field(default=1, ge=1)  # part of what makes training bitwise the same
     device: Device = "auto"
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
+    cache_gib: float = Field(default=8.0, gt=0)  # of a far run's packs, on this machine's disk
     training: DenoiserTraining = DenoiserTraining()
 
 
@@ -152,6 +153,7 @@ class TrainConfig(Config):
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     workers: int = Field(default=1, ge=1)  # processes that train one shard together
     parallel: Parallel = "ddp"  # of several workers: replicas, or shards of everything (FSDP2)
+    cache_gib: float = Field(default=8.0, gt=0)  # of a far run's packs, on each island's disk
     slots: int | None = Field(default=None, ge=1)  # islands at once on the local head
     planned_by_all: bool = False  # whether --minutes was divided by all shards' records
     retries: int = Field(default=3, ge=0)  # new generations of a shard, none of which got further

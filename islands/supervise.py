@@ -150,6 +150,7 @@ def write_order(run: Storage, manifest: Manifest, config: TrainConfig, name: str
         shard=Artefact(path=shard.path, sha256=shard.sha256),
         commons=Artefact(path=manifest.commons.path, sha256=manifest.commons.sha256),
         base=manifest.base,
+        vae=manifest.vae and Artefact(path=manifest.vae.path, sha256=manifest.vae.sha256),
         recipe=str(manifest.recipe),
         plan=shard.plan,
         seed=manifest.seed,

@@ -20,7 +20,7 @@ from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.head import Band, GateHead
 from atoll.core.journal import log
 from atoll.core.pack import Pack
-from atoll.islands.data import drop
+from atoll.islands.data import drop, rows_at
 from atoll.islands.settings import HeadTraining
 from atoll.islands.step import Errors, Loss
 
@@ -48,8 +48,7 @@ class Anchor:
         the commons, so that text alone cannot tell it from the rest.
         """
         stream = f"anchor-{purpose}"
-        order = seeds.order(seed, stream, first=first, count=count, n=len(self.rows))
-        rows = torch.from_numpy(order) + self.rows.start
+        rows = rows_at(self.commons, self.rows, seed, stream, first=first, count=count)
         x_data = self.commons.x_data(rows)
         noise = seeds.normal(
             seed, stream, "broad", first=first, count=count, shape=tuple(x_data.shape[1:])
@@ -80,8 +79,7 @@ def head_loss(
     device = next(head.parameters()).device
 
     def loss(first: int, count: int) -> Errors:
-        order = seeds.order(seed, stream, "order", first=first, count=count, n=len(pack.train))
-        rows = torch.from_numpy(order)
+        rows = rows_at(pack, pack.train, seed, stream, "order", first=first, count=count)
         x_data, cond = pack.x_data(rows), pack.cond(rows)
         other, other_cond = anchor.draw(seed, "train", first=first, count=count)
         t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()

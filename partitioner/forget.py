@@ -52,7 +52,7 @@ def _record(run: Storage, manifest: Manifest) -> None:
     kept = [
         entry
         for entry in entries
-        if entry.kind in ("encoder", "commons", "centroids")
+        if entry.kind in ("encoder", "vae", "commons", "centroids")
         or (entry.kind == "shard" and entry.name in manifest.shards)
     ]
     newest = {(entry.kind, entry.name): entry for entry in kept}

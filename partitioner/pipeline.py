@@ -12,14 +12,15 @@ from collections.abc import Sequence
 
 from atoll.core.embedding import Encoder
 from atoll.core.journal import log
+from atoll.core.latents import Autoencoder, load_autoencoder
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Commons, Manifest, Partition, Picture, Shard
+from atoll.core.manifest import Commons, Manifest, Partition, Picture, Shard, Vae
 from atoll.core.manifest import Encoder as EncoderArtefact
+from atoll.core.pictures import is_gray
 from atoll.core.storage import Storage
 from atoll.partitioner.assignments import COMMONS, listed, write_assignments, write_unreadable
 from atoll.partitioner.cluster import Centroids
 from atoll.partitioner.embed import Embedder, make_encoder
-from atoll.partitioner.pictures import is_gray
 from atoll.partitioner.placement import (
     Placement,
     fitted_centroids,
@@ -36,6 +37,7 @@ from atoll.partitioner.shards import ShardWriter
 
 CENTROIDS_NAME = f"{FOLDER}/centroids.safetensors"
 _LARGEST_OWN_SIZE = 32
+_LARGEST_ENCODED = 256  # of pictures that an autoencoder makes smaller
 
 
 def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
@@ -51,7 +53,8 @@ def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
     with Spool() as spool:
         gathered = gather(corpus, spool, config)
         public = training_only(gathered.commons, config)
-        picture = _picture(public, gathered.private, spool, config)
+        autoencoder = None if config.vae is None else load_autoencoder(config.vae)
+        picture = _picture(public, gathered.private, spool, config, autoencoder)
         fitting = public if config.fit_on == "commons" else _everybody(gathered, config)
         encoder = make_encoder(fitting, spool, config)
         if config.by_owner:
@@ -63,7 +66,7 @@ def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
             placement = place_by_clusters(gathered, centroids, embed, config)
         sources = corpora(corpus, config)
         start_anew(run, config)
-        writer = ShardWriter(run, spool, encoder, picture, config)
+        writer = ShardWriter(run, spool, encoder, autoencoder, picture, config)
         return _write(writer, gathered, placement, centroids, sources)
 
 
@@ -72,22 +75,35 @@ def _everybody(gathered: Gathered, config: PartitionConfig) -> list[Record]:
 
 
 def _picture(
-    public: Sequence[Record], private: Sequence[Record], spool: Spool, config: PartitionConfig
+    public: Sequence[Record],
+    private: Sequence[Record],
+    spool: Spool,
+    config: PartitionConfig,
+    autoencoder: Autoencoder | None,
 ) -> Picture:
-    """The shape of training pixels: as configured, else as the commons' training records are."""
-    size, channels = config.size, config.channels
+    """The shape of pictures: as configured, else as the commons' training records are.
+
+    An autoencoder decides how many channels, and is worth its while with larger pictures.
+    """
+    size, largest = config.size, _LARGEST_OWN_SIZE
+    channels: int | None = config.channels
+    if autoencoder is not None:
+        channels, largest = channels or autoencoder.channels, _LARGEST_ENCODED
     if size is None:
         sizes = {spool.picture(record).size for record in public}
         width, height = min(sizes)
-        own = len(sizes) == 1 and width == height <= _LARGEST_OWN_SIZE
-        size = width if own else _LARGEST_OWN_SIZE
+        own = len(sizes) == 1 and width == height <= largest
+        size = width if own else largest
     if channels is None:
         channels = 1 if all(is_gray(spool.picture(record)) for record in public) else 3
         coloured = channels == 1 and any(not is_gray(spool.picture(r)) for r in private)
         if coloured:
             log.warning("the commons is grey and private pictures are not: they are made grey, "
                         "unless you --set channels=3")  # fmt: skip
-    return Picture(channels=channels, height=size, width=size)
+    picture = Picture(channels=channels, height=size, width=size)
+    if autoencoder is not None:
+        autoencoder.latents_of(picture)  # refused before anything is written
+    return picture
 
 
 # -- what is written -----------------------------------------------------------------------------
@@ -106,6 +122,10 @@ def _write(
 
     encoder = _write_encoder(run, writer.encoder, seen)
     parents = [ledger.append("encoder", "encoder", encoder.sha256, shards=seen)]
+    vae = None
+    if writer.autoencoder is not None:
+        vae = _write_vae(run, writer.autoencoder, writer.picture, str(config.vae))
+        parents.append(ledger.append("vae", "vae", vae.sha256))
     card = writer.write(COMMONS, COMMONS, gathered.commons)
     commons = Commons(
         path=COMMONS,
@@ -138,8 +158,9 @@ def _write(
     write_unreadable(run, listed(gathered.unreadable, by_owner=config.by_owner))
     write_report(run)
     manifest = Manifest(
-        picture=writer.picture,
+        picture=writer.shape,
         encoder=encoder,
+        vae=vae,
         partition=Partition(
             path=FOLDER,
             sha256=run.sha256(FOLDER),
@@ -155,6 +176,18 @@ def _write(
     )
     manifest.save(run)
     return manifest
+
+
+def _write_vae(run: Storage, autoencoder: Autoencoder, picture: Picture, spec: str) -> Vae:
+    with run.writing_folder("vae") as folder:
+        autoencoder.save(folder)
+    return Vae(
+        path="vae",
+        sha256=run.sha256("vae"),
+        spec=spec,
+        latent_space=autoencoder.latent_space,
+        picture=picture,
+    )
 
 
 def _write_encoder(run: Storage, encoder: Encoder, seen: list[str]) -> EncoderArtefact:

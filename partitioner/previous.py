@@ -21,7 +21,7 @@ from atoll.partitioner.settings import PartitionConfig, commons_fraction, names_
 
 FOLDER = "partition"
 _CONFIG = f"{FOLDER}/{CONFIG_NAME}"
-_MADE_HERE = ("encoder", "commons", "shards", FOLDER)
+_MADE_HERE = ("encoder", "vae", "commons", "shards", FOLDER)
 
 
 def corpora(corpus: str, config: PartitionConfig) -> dict[str, str]:

@@ -21,7 +21,7 @@ from atoll.core import seeds
 from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import DataError, UsageError, did_you_mean
 from atoll.core.journal import log, progress
-from atoll.partitioner.pictures import UnreadableImage, decode
+from atoll.core.pictures import UnreadableImage, decode
 from atoll.partitioner.readers import Row, Source, open_source
 from atoll.partitioner.settings import PartitionConfig, commons_fraction, names_a_corpus
 

@@ -20,9 +20,9 @@ from jinja2 import Environment, StrictUndefined
 from PIL import Image, ImageOps
 
 from atoll.core.pack import ShardCard, read_shard_card
+from atoll.core.pictures import decode
 from atoll.core.storage import Storage
 from atoll.partitioner.assignments import COMMONS, Assigned, read_assignments, read_unreadable
-from atoll.partitioner.pictures import decode
 from atoll.partitioner.placement import is_skewed
 from atoll.partitioner.previous import saved_config
 from atoll.partitioner.records import TRAIN

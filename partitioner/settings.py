@@ -40,6 +40,7 @@ class PartitionConfig(Config):
 
     shards: int | None = Field(default=None, ge=1)
     encoder: str = "fit"
+    vae: str | None = None  # an autoencoder, whose latents are trained on; None: pixels
     by: str = CLUSTERS  # or the column that says whose a record is
     # A fraction by hash of the record id, owners separated by commas, or the URI of a corpus.
     commons: Annotated[str, BeforeValidator(_as_text)] = "0.1"
@@ -48,7 +49,8 @@ class PartitionConfig(Config):
     seed: int = 0
     # Taken from the commons when not given: a private record must not decide for the others.
     size: int | None = Field(default=None, ge=4, le=1024)
-    channels: Literal[1, 3] | None = None
+    channels: Literal[1, 3] | None = None  # None: also the autoencoder's
+    flips: bool = False  # training sees pictures mirrored too; not for text or digits
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
     max_uncaptioned: float = Field(default=0.5, ge=0, le=1)
     columns: Columns = Columns()

@@ -1,13 +1,15 @@
 """Writes the folder of a shard or of the commons: records, training tensors, card.
 
 `data-*.parquet` holds the original bytes and is the source of truth; `pack-*.safetensors` beside
-it the same rows as `core/pack.py` defines them. Nothing in the folder depends on another shard.
+it the same rows as `core/pack.py` defines them, and the digests by which these are read in parts.
+Nothing in the folder depends on another shard.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,13 +17,15 @@ import pyarrow.parquet as pq
 import torch
 from torch import Tensor
 
+from atoll.core.blocks import write_blocks
 from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.embedding import Encoder
 from atoll.core.journal import progress
-from atoll.core.manifest import Picture
+from atoll.core.latents import Autoencoder
+from atoll.core.manifest import PIXELS, Picture
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
+from atoll.core.pictures import training_pixels
 from atoll.core.storage import Storage, sha256_file
-from atoll.partitioner.pictures import training_pixels
 from atoll.partitioner.records import TRAIN, Record, Spool, canonical, split_of
 from atoll.partitioner.settings import PartitionConfig
 
@@ -46,8 +50,20 @@ class ShardWriter:
     run: Storage
     spool: Spool
     encoder: Encoder
-    picture: Picture
+    autoencoder: Autoencoder | None
+    picture: Picture  # in pixels
     config: PartitionConfig
+
+    @property
+    def shape(self) -> Picture:
+        """The shape of a training tensor."""
+        if self.autoencoder is None:
+            return self.picture
+        return self.autoencoder.latents_of(self.picture)
+
+    @cached_property
+    def latent_space(self) -> str:
+        return PIXELS if self.autoencoder is None else self.autoencoder.latent_space
 
     def write(self, folder: str, name: str, records: Sequence[Record]) -> ShardCard:
         """Write `folder` with the given records, in canonical order; its card."""
@@ -63,12 +79,15 @@ class ShardWriter:
                     self._write_pack(place / f"pack-{number:05d}.safetensors", part)
                     packs[f"pack-{number:05d}.safetensors"] = len(part)
                     advance(len(part))
+            write_blocks(place, list(packs))
             card = ShardCard(
                 name=name,
                 records=training,
                 held_out=len(ordered) - training,
-                picture=self.picture,
+                picture=self.shape,
                 encoder=self.encoder.fingerprint(),
+                latent_space=self.latent_space,
+                flips=self.config.flips,
                 packs=packs,
                 files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
             )
@@ -97,7 +116,12 @@ class ShardWriter:
         captions = ["", *sorted({record.caption for record in records} - {""})]
         where = {caption: row for row, caption in enumerate(captions)}
         caption = torch.tensor([where[record.caption] for record in records])
-        write_pack(path, pixels, caption, self._table(captions))
+        table = self._table(captions)
+        if self.autoencoder is None:
+            write_pack(path, pixels, caption, table)
+            return
+        mirrored = self.autoencoder.encode(pixels.flip(-1)) if self.config.flips else None
+        write_pack(path, self.autoencoder.encode(pixels), caption, table, mirrored=mirrored)
 
     def _table(self, captions: Sequence[str]) -> Conditioning:
         """Embedded captions; halved at once, since tokens of a large encoder are most of a pack."""

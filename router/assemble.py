@@ -39,6 +39,8 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
         check_artefact(run, manifest.experts[shard])
         check_artefact(run, manifest.experts[shard].gate_head)
     check_artefact(run, manifest.encoder)
+    if manifest.vae is not None:
+        check_artefact(run, manifest.vae)
     if out is not None:
         _export_place(out)
     if missing:
@@ -96,6 +98,8 @@ def build(run: Storage, manifest: Manifest, folder: Path) -> None:
     version = _diffusers_version(run.local(manifest.experts[present[0]].path))
     write_ensemble_config(folder / "transformer", config, version=version)
     shutil.copytree(run.local(manifest.encoder.path), folder / "text_encoder")
+    if manifest.vae is not None:
+        shutil.copytree(run.local(manifest.vae.path), folder / "vae")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
     scheduler = folder / "scheduler" / "scheduler_config.json"
     settings = json.loads(scheduler.read_text())
@@ -110,6 +114,8 @@ def build(run: Storage, manifest: Manifest, folder: Path) -> None:
         "text_encoder": ["atoll.core.embedding", "Encoder"],
         "transformer": ["atoll.router.model", "EnsembleModel"],
     }
+    if manifest.vae is not None:
+        index["vae"] = ["diffusers", "AutoencoderKL"]
     (folder / "model_index.json").write_bytes(canonical_json(index))
     (folder / CARD_NAME).write_bytes(canonical_json(ensemble_card(present, missing)))
 
@@ -129,7 +135,8 @@ def _record(run: Storage, manifest: Manifest, present: list[str]) -> None:
         for kind in ("expert", "gate_head")
         if (entry := ledger.latest(kind, shard)) is not None
     ]
-    encoder = ledger.latest("encoder", "encoder")
-    parents += [encoder] if encoder is not None else []
+    for part in ("encoder", "vae"):
+        entry = ledger.latest(part, part)
+        parents += [entry] if entry is not None else []
     ledger.append("ensemble", "ensemble", manifest.ensemble.sha256, parents=parents)
     manifest.save(run)

@@ -60,6 +60,11 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         self._experts = list(experts.values())
 
     @property
+    def latent_space(self) -> str:
+        """What the experts work in: pixels, or an autoencoder's latents."""
+        return next(iter(self.cards.values())).latent_space
+
+    @property
     def velocities(self) -> list[ExpertVelocity]:
         """The experts as functions, in the order of `shards`."""
         return [expert.velocity for expert in self._experts]

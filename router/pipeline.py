@@ -14,19 +14,21 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import diffusers
 import numpy as np
 import torch
-from diffusers import DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.embedding import Encoder
-from atoll.core.errors import UsageError
+from atoll.core.errors import Refused, UsageError
+from atoll.core.latents import Autoencoder
+from atoll.core.manifest import PIXELS
 from atoll.core.storage import canonical_json
 from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel
@@ -39,7 +41,8 @@ Progress = Callable[[int], None]
 class AtollOutput(BaseOutput):  # type: ignore[misc]
     """What the pipeline returns.
 
-    `images` are PIL pictures, or x_data `(batch, channel, height, width)` for `output_type="pt"`;
+    `images` are PIL pictures, or `(batch, channel, height, width)` in about [-1, 1] for
+    `output_type="pt"`, or for "latent" x_data as the experts left it;
     `trace` holds a step's gate weights and experts, where it was asked for.
     """
 
@@ -48,17 +51,29 @@ class AtollOutput(BaseOutput):  # type: ignore[misc]
 
 
 class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
-    """Samples an ensemble under any routing, unguided unless told otherwise."""
+    """Samples an ensemble under any routing, unguided unless told otherwise.
+
+    One of latents has a `vae`, which makes pictures of them.
+    """
+
+    _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
         self,
         transformer: EnsembleModel,
         scheduler: FlowMatchEulerDiscreteScheduler,
         text_encoder: Encoder,
+        vae: AutoencoderKL | None = None,
     ) -> None:
         super().__init__()
+        if (vae is None) != (transformer.latent_space == PIXELS):
+            raise Refused(
+                f"The experts work in {transformer.latent_space}, and there is "
+                f"{'no' if vae is None else 'a'} vae",
+                cure="load the whole folder that `atoll assemble` wrote",
+            )
         self.register_modules(
-            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder
+            transformer=transformer, scheduler=scheduler, text_encoder=text_encoder, vae=vae
         )
 
     @torch.no_grad()
@@ -80,8 +95,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
 
         `routing` is one of `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch.
         """
-        if output_type not in ("pil", "pt"):
-            raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt")
+        if output_type not in ("pil", "pt", "latent"):
+            raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts:
@@ -109,7 +124,9 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
             if callback is not None:
                 callback(step)
-        images = x_t if output_type == "pt" else to_pil(x_t)
+        if self.vae is not None and output_type != "latent":
+            x_t = Autoencoder(self.vae).decode(x_t)
+        images = to_pil(x_t) if output_type == "pil" else x_t
         return AtollOutput(images=images, trace=trajectory.trace)
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
@@ -119,7 +136,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         """
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
-        for name in ("model_index.json", "text_encoder/config.json"):
+        parts = ["model_index.json", "text_encoder/config.json"]
+        for name in [*parts, *(["vae/config.json"] if self.vae is not None else [])]:
             _forget_place(folder / name)
         config = self.transformer.ensemble_config
         (folder / CARD_NAME).write_bytes(
@@ -128,9 +146,10 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
 
 
 def _forget_place(path: Path) -> None:
-    """Take out the folder that diffusers says a configuration was once read from."""
+    """Take out the folder that a configuration was once read from, and parts that are not there."""
     values = json.loads(path.read_text())
     values.pop("_name_or_path", None)
+    values = {key: value for key, value in values.items() if value != [None, None]}
     # diffusers' own layout, which escapes what is not ASCII.
     path.write_text(json.dumps(values, indent=2, sort_keys=True) + "\n")
 

@@ -6,13 +6,16 @@ import itertools
 import os
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
+import fsspec
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.storage import Storage
@@ -37,6 +40,42 @@ def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]
         place = Storage(f"memory://{uuid.uuid4().hex}")
         yield place
         place.remove("")
+
+
+class Flaky(MemoryFileSystem):
+    """Memory as a store that is slow, that goes away, and that garbles what it sends."""
+
+    protocol = "flaky"
+    seconds: ClassVar[float] = 0.0
+    failures: ClassVar[int] = 0  # reads that fail from now on
+    garbled: ClassVar[int] = 0
+    reads: ClassVar[list[tuple[str, int | None]]] = []
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return str(super()._strip_protocol(path.replace("flaky://", "memory://")))
+
+    def cat_file(self, path: str, start: Any = None, end: Any = None, **kwargs: Any) -> bytes:
+        time.sleep(Flaky.seconds)
+        Flaky.reads.append((path.rpartition("/")[2], start))
+        if Flaky.failures > 0:
+            Flaky.failures -= 1
+            raise ConnectionError("the store is away")
+        data = bytes(super().cat_file(path, start, end, **kwargs))
+        if Flaky.garbled > 0:
+            Flaky.garbled -= 1
+            return bytes(len(data))
+        return data
+
+
+@pytest.fixture
+def flaky() -> Iterator[type[Flaky]]:
+    """A store at `flaky://` whose moods a test sets."""
+    fsspec.register_implementation("flaky", Flaky, clobber=True)
+    Flaky.reads.clear()
+    yield Flaky
+    Flaky.seconds, Flaky.failures, Flaky.garbled = 0.0, 0, 0
+    Storage("flaky://").remove("")
 
 
 @pytest.fixture

@@ -12,18 +12,24 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.core import rows as rows_module
+from atoll.core import seeds
+from atoll.core.blocks import BLOCK_BYTES, BLOCKS_NAME, write_blocks
+from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import Refused
-from atoll.core.manifest import Picture
+from atoll.core.manifest import Artefact, Picture
 from atoll.core.pack import (
     CARD_NAME,
     Pack,
     ShardCard,
     join,
+    open_pack,
     read_shard_card,
     write_pack,
     write_shard_card,
 )
+from atoll.core.storage import Storage, sha256_file, sha256_folder
 
 MakeCond = Callable[..., Conditioning]
 # Rows and unique captions of each file.
@@ -86,6 +92,17 @@ def test_ends_of_the_scale_are_minus_1_and_1(tmp_path: Path, cond: MakeCond) -> 
     values = json.loads((folder / CARD_NAME).read_text()) | card
     (folder / CARD_NAME).write_text(json.dumps(values))
     assert Pack(folder).x_data(torch.arange(2))[:, 0, 0, 0].tolist() == [-1.0, 1.0]
+
+
+def test_mirrored_rows_stand_behind_the_others(tmp_path: Path, cond: MakeCond) -> None:
+    pack = Pack(write(tmp_path / "x", cond, flips=True))
+    rows = torch.tensor([8, 0, 5])
+    assert len(pack) == 9
+    assert torch.equal(pack.x_data(rows + 9), pack.x_data(rows).flip(-1))
+    mixed = pack.x_data(torch.tensor([0, 9 + 5]))
+    assert torch.equal(mixed[0], pack.x_data(rows)[1])
+    assert torch.equal(mixed[1], pack.x_data(rows)[2].flip(-1))
+    assert torch.equal(pack.cond(rows + 9).tokens, pack.cond(rows).tokens)
 
 
 def test_null_is_the_empty_caption(folder: Path, cond: MakeCond) -> None:
@@ -192,3 +209,98 @@ def test_what_does_not_fit_is_refused(folder: Path, how: str) -> None:
     STRANGE[how](folder)
     with pytest.raises(Refused):
         Pack(folder)
+
+
+# -- packs that lie afar -------------------------------------------------------------------------
+
+
+def publish(folder: Path, place: Storage) -> Artefact:
+    """Put a folder of packs on a store, with all the digests that a partition writes."""
+    card = json.loads((folder / CARD_NAME).read_text())
+    write_blocks(folder, [name for name in card["packs"] if (folder / name).is_file()])
+    files = {p.name: sha256_file(p) for p in folder.iterdir() if p.name != CARD_NAME}
+    (folder / CARD_NAME).write_text(json.dumps(card | {"files": files}))
+    place.publish(folder, "shards/s0")
+    return Artefact(path="shards/s0", sha256=sha256_folder(folder))
+
+
+@pytest.mark.parametrize("small", [0, 2**18])
+def test_far_rows_are_the_near_ones(
+    folder: Path, flaky: type[Any], monkeypatch: pytest.MonkeyPatch, small: int
+) -> None:
+    """Whether a small tensor is fetched whole or by its rows."""
+    monkeypatch.setattr(rows_module, "_SMALL", small)
+    place = Storage("flaky://run")
+    far = open_pack(place, publish(folder, place), BlockCache(1, pause=0.01))
+    near = Pack(folder)
+    assert (far.is_far, near.is_far) == (small == 0, False)
+    assert (len(far), far.card, far.train) == (len(near), near.card, near.train)
+    assert (far.text_width, far.pooled_width) == (near.text_width, near.pooled_width)
+    assert torch.equal(far.null.tokens, near.null.tokens)
+    flaky.failures = 2
+    for rows in (torch.tensor([8, 0, 5, 5]), torch.arange(9), torch.tensor([], dtype=torch.long)):
+        far.expect(rows)
+        assert torch.equal(far.x_data(rows), near.x_data(rows))
+        for name, values in vars(near.cond(rows)).items():
+            assert torch.equal(getattr(far.cond(rows), name), values)
+    with pytest.raises(IndexError):
+        far.x_data(torch.tensor([9]))
+
+
+def test_only_what_is_needed_comes_from_afar(tmp_path: Path, cond: MakeCond) -> None:
+    """8 MiB of pictures: rows cross blocks, and a cache of 4 MiB turns over."""
+    folder = write(tmp_path / "x", cond)
+    pictures = torch.randint(0, 256, (680, 3, 64, 64), dtype=torch.uint8)
+    write_pack(folder / "pack-00000.safetensors", pictures, torch.arange(680) % 3, cond(3))
+    values = json.loads((folder / CARD_NAME).read_text())
+    values |= {"packs": {"pack-00000.safetensors": 680}, "records": 600, "held_out": 80}
+    (folder / "pack-00001.safetensors").unlink()
+    (folder / CARD_NAME).write_text(json.dumps(values))
+    place, cache = Storage(f"memory://{tmp_path.name}"), BlockCache(1 / 256)
+    far = open_pack(place, publish(folder, place), cache)
+    near = Pack(folder)
+    assert far.is_far
+    far.x_data(torch.tensor([3, 300]))
+    assert cache.bytes_fetched < 8 * BLOCK_BYTES
+    for step in range(12):
+        rows = torch.from_numpy(seeds.order(0, "x", first=64 * step, count=64, n=600))
+        far.expect(torch.from_numpy(seeds.order(0, "x", first=64 * step + 64, count=64, n=600)))
+        assert torch.equal(far.x_data(rows), near.x_data(rows))
+    place.remove("")
+
+
+FAR_STRANGE: dict[str, Callable[[Storage], Any]] = {
+    "no card": lambda s: s.remove("shards/s0/shard.json"),
+    "torn card": lambda s: s.write_bytes("shards/s0/shard.json", b"{"),
+    "another card": lambda s: s.write_json(
+        "shards/s0/shard.json", s.read_json("shards/s0/shard.json") | {"encoder": "other"}
+    ),
+    "another file": lambda s: s.write_bytes("shards/s0/pack-00000.safetensors", b"\0" * 4096),
+    "file missing": lambda s: s.remove("shards/s0/pack-00001.safetensors"),
+    "file too many": lambda s: s.write_bytes("shards/s0/surprise", b"1"),
+    "no blocks": lambda s: s.remove(f"shards/s0/{BLOCKS_NAME}"),
+    "other blocks": lambda s: s.write_bytes(f"shards/s0/{BLOCKS_NAME}", b"1"),
+}
+
+
+@pytest.mark.parametrize("how", FAR_STRANGE)
+def test_what_was_changed_afar_is_refused(folder: Path, tmp_path: Path, how: str) -> None:
+    place = Storage(f"memory://{tmp_path.name}")
+    made = publish(folder, place)
+    FAR_STRANGE[how](place)
+    with pytest.raises(Refused):
+        open_pack(place, made, BlockCache(1))
+    place.remove("")
+
+
+@pytest.mark.parametrize("how", [h for h in STRANGE if "card" not in h and "schema" not in h])
+def test_far_packs_that_do_not_fit_their_card_are_refused(
+    folder: Path, tmp_path: Path, how: str
+) -> None:
+    """With digests that fit: somebody may have recorded it so."""
+    STRANGE[how](folder)
+    place = Storage(f"memory://{tmp_path.name}")
+    made = publish(folder, place)
+    with pytest.raises(Refused):
+        open_pack(place, made, BlockCache(1))
+    place.remove("")

@@ -10,8 +10,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ExitCode
@@ -122,6 +124,32 @@ def test_a_torn_upload_is_made_again(fresh, part: str) -> None:
     assert run.exists(f"islands/{shard}/{part}")
     run_island(run.uri, shard)
     assert run.sha256(f"islands/{shard}/{part}") == whole
+
+
+def test_a_far_run_is_read_in_parts_and_gives_the_same_bits(fresh, monkeypatch) -> None:
+    near, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(near, manifest, shard)
+    far = Storage("memory://far-run")
+    for name in near.list():
+        far.write_bytes(name, near.read_bytes(name))
+    read: set[str] = set()
+    cat_file = MemoryFileSystem.cat_file
+
+    def noted(self: MemoryFileSystem, path: str, *range_: Any, **options: Any) -> bytes:
+        read.add(path.removeprefix("/far-run/"))
+        return cat_file(self, path, *range_, **options)
+
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", noted)
+    run_island(far.uri, shard)
+    run_island(near.uri, shard)
+    assert [far.sha256(f"islands/{shard}/{name}") for name in RESULTS] == [
+        near.sha256(f"islands/{shard}/{name}") for name in RESULTS
+    ]
+    mine = {name for name in read if name.startswith(("shards/", "commons/"))}
+    assert {name.rpartition("/")[0] for name in mine} == {f"shards/{shard}", "commons"}
+    assert not any(name.endswith(".parquet") for name in mine)
+    far.remove("")
 
 
 def test_killed_in_the_middle_of_training_it_loses_at_most_one_interval(fresh) -> None:

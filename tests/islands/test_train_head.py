@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from atoll.core import flow, seeds
-from atoll.core.conditioning import Conditioning
+from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
@@ -104,9 +104,7 @@ def test_at_noise_text_alone_answers_and_nothing_answers_zero(packs, head) -> No
     x = seeds.normal(1, "noise", first=0, count=3, shape=(1, 4, 4))
     one = torch.ones(3)
     # Captions 1 and 2 stand 3:1 and 1:3 in shard and commons.
-    cond = Conditioning(
-        shard._table.tokens, shard._table.mask, shard._table.pooled, shard._table.is_null
-    )
+    cond = concatenate([shard.null, shard.cond(torch.tensor([1, 0]))])
     with torch.no_grad():
         f = head(x, one, cond)
         elsewhere = head(torch.zeros_like(x), one, cond)

@@ -18,11 +18,11 @@ from atoll.core.errors import AtollError, ConfigError, DataError, Refused, Usage
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.pack import Pack
+from atoll.core.pictures import decode, training_pixels
 from atoll.core.storage import Storage
 from atoll.partitioner import pipeline
 from atoll.partitioner.assignments import owner_names, owner_slug, read_assignments
 from atoll.partitioner.embed import BATCH, Embedder
-from atoll.partitioner.pictures import decode, training_pixels
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.readers import Row
 from atoll.partitioner.records import Spool, gather, record_id

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from atoll.partitioner.pictures import (
+from atoll.core.pictures import (
     MAX_PIXELS,
     UnreadableImage,
     decode,
