@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
 from atoll.core import recipes, seeds
 from atoll.core.cache import BlockCache
@@ -26,7 +27,7 @@ from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing, matmul_rate
 from atoll.islands.data import Batches, ahead
 from atoll.islands.group import Group
-from atoll.islands.learner import Parallel, learner_of
+from atoll.islands.learner import Learner, Parallel
 from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching, held_out_loss, prepare
@@ -217,6 +218,23 @@ def train_here(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )
     return Denoiser(network, card)
+
+
+def learner_of(
+    module: nn.Module, group: Group, parallel: Parallel, device: torch.device
+) -> Learner:
+    """The learner of a network on this rank of a group; the network moves to the device."""
+    # Imported where they are wanted: one process has no use for either.
+    if group.world > 1 and parallel == "fsdp":
+        from atoll.islands.shard import Shard
+
+        return Shard(module, group, device)  # block by block: the whole may have no room there
+    module.to(device)
+    if group.world == 1:
+        return Learner(module, group)
+    from atoll.islands.replica import Replica
+
+    return Replica(module, group)
 
 
 def flops_per_image(

@@ -192,6 +192,8 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
+        # Ray's own 15 is for workers that share a machine with what matters more.
+        "RAY_worker_niceness": "0",
     }
     environment.pop("RAY_AUTH_TOKEN", None)
     if order.gpus:

@@ -1,249 +1,29 @@
-"""An island's job: one shard and the commons in, an expert and a gate head out.
+"""The process of an island's job, as Ray starts it.
 
     python -P -m atoll.islands.job RUN SHARD [--workers N --worker-cpus N --worker-gpus N]
 
-Reads `islands/SHARD/island.json`, the only thing it is told, through a handle scoped to its shard,
-the commons and the base; writes below `islands/SHARD` alone; ends with `exit.json`. Ray starts this
-process and is not imported by it, unless it is to launch several workers (`workers.py`).
+Runs `island.py` and ends with `exit.json`. Ray is not imported, unless several workers are to be
+launched (`workers.py`).
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import signal
 import sys
-import time
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from pathlib import Path
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import FrameType
 
-import torch
-from torch import Tensor
-
-from atoll.core import recipes
-from atoll.core.cache import BlockCache
-from atoll.core.config import Config
-from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_card
-from atoll.core.errors import AtollError, ExitCode, Interrupted, Refused
-from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
+from atoll.core.errors import AtollError, ExitCode, Interrupted
 from atoll.core.journal import log, set_verbosity
-from atoll.core.latents import load_autoencoder
-from atoll.core.manifest import Artefact, Plan, check_artefact
-from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
-from atoll.islands.base import flops_per_image, train_here
-from atoll.islands.compute import computing
-from atoll.islands.group import Group
-from atoll.islands.learner import Learner
-from atoll.islands.loop import Course, Loop, Milestones
-from atoll.islands.lora import attach
-from atoll.islands.preview import grid_files, milestones, preview_grid
-from atoll.islands.settings import TrainConfig, plan_head
-from atoll.islands.signs import HEAD_TRAINING, Process, island_folder, sigterm, submission
-from atoll.islands.spot import heeding
-from atoll.islands.train_head import anchor_of, calibrate, head_loss
+from atoll.islands.island import run_island
+from atoll.islands.signs import Process, island_folder
 
-SCHEMA_VERSION = 1
-# What an island publishes, and the file whose presence says that all of it is there.
-PARTS = {"expert": CARD_NAME, "gate_head": CONFIG_NAME}
-
-
-class IslandOrder(Config):
-    """`island.json`: all that an island is told. It names one shard and nothing of the others."""
-
-    schema_version: int = SCHEMA_VERSION
-    shard: Artefact
-    name: str
-    commons: Artefact
-    base: Artefact
-    vae: Artefact | None = None  # what decodes previews; None: training tensors are pixels
-    recipe: str
-    plan: Plan
-    seed: int
-    config: TrainConfig
-
-
-def run_island(
-    run_uri: str,
-    shard: str,
-    *,
-    enter: Callable[[str], None] = lambda _stage: None,
-    group: Group | None = None,
-) -> None:
-    """Train what is not there yet, in this process; `enter` is told of each stage.
-
-    Of a group every rank does this. The expert is trained by all, and what is light beside it, its
-    head and its preview, by the first rank alone: bitwise as one process would.
-    """
-    group = group or Group()
-    here = island_folder(shard)
-    order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
-    told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
-    run = Storage(run_uri).scoped(read=[part.path for part in told], write=[here])
-    if group.leads:
-        _begin(run, here)
-    torch.set_num_threads(order.config.threads)
-    check_artefact(run, order.base)
-    cache = BlockCache(order.config.cache_gib)
-    pack, commons = (open_pack(run, part, cache) for part in (order.shard, order.commons))
-    if pack.card.encoder != commons.card.encoder:
-        raise Refused("The shard's captions were embedded by another encoder than the commons'")
-    if pack.card.latent_space != commons.card.latent_space:
-        raise Refused("The shard's pictures are in another latent space than the commons'")
-    leave = sigterm if group.world == 1 else group.leave.set
-    with heeding(order.config.spot, leave=leave):
-        enter("expert")
-        if not group.gather(_is_there(run, here, "expert"))[0]:
-            save = _expert(run, order, pack, group)
-            if group.leads:
-                _publish(run, here, "expert", save)
-        if not group.leads:
-            return
-        enter("gate_head")
-        if not _is_there(run, here, "gate_head"):
-            head = _head(run, order, pack, commons, group.alone())
-            _publish(run, here, "gate_head", head.save)
-    if order.config.preview > 0:
-        enter("preview")
-        expert = Denoiser.load(run.local(f"{here}/expert"))
-        decode = _decoder(run, order, pack)
-        grid = preview_grid(expert, pack, order.config, seed=order.seed, decode=decode)
-        for name, data in grid_files(order.plan.images_seen, grid).items():
-            run.write_bytes(f"{here}/{name}", data)
-
-
-def _begin(run: Storage, here: str) -> None:
-    """Forget how the last attempt ended, and write down that there is another."""
-    run.remove(f"{here}/exit.json")
-    started = {
-        "event": "started",
-        "process": os.getpid(),
-        "submission_id": submission(),
-        "unix_seconds": round(time.time(), 3),
-    }
-    run.append_line(f"{here}/journal.jsonl", json.dumps(started))
-
-
-def _decoder(run: Storage, order: IslandOrder, pack: Pack) -> Callable[[Tensor], Tensor] | None:
-    """What makes pictures of x_data; None where x_data are pictures."""
-    if order.vae is None:
-        return None
-    check_artefact(run, order.vae)
-    place = run.local(order.vae.path)
-    return load_autoencoder(place, latent_space=pack.card.latent_space).decode
-
-
-def _is_there(run: Storage, here: str, part: str) -> bool:
-    """Whether an earlier generation published the whole of a part."""
-    return run.exists(f"{here}/{part}/{PARTS[part]}")
-
-
-def _publish(run: Storage, here: str, part: str, save: Callable[[Path], None]) -> None:
-    with run.writing_folder(f"{here}/{part}") as folder:
-        save(folder)
-
-
-def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Callable[[Path], None]:
-    """Train the expert; what writes it into a folder."""
-    base = Denoiser.load(run.local(order.base.path))
-    card = Card(
-        name=order.name,
-        kind="expert",
-        shard=order.name,
-        base_sha256=order.base.sha256,
-        family=base.card.family,
-        prediction=base.card.prediction,
-        latent_space=base.card.latent_space,
-        images_seen=base.card.images_seen,
-    )
-    training = order.config.training.model_copy(update={"prediction": base.card.prediction})
-    adapters = attach(base.network, training.lora, seed=order.seed)
-    expert = Denoiser(base.network, card)
-    trained = train_here(
-        run,
-        island_folder(order.name),
-        expert,
-        pack,
-        training,
-        learning_rate=recipes.recipe_of(order.recipe).learning_rate,
-        plan=order.plan,
-        seed=order.seed,
-        stream=f"expert-{order.name}",
-        threads=order.config.threads,
-        device=order.config.device,
-        bitwise_resume=order.config.bitwise_resume,
-        group=group,
-        parallel=order.config.parallel,
-        milestones=_previews(run, order, expert, pack) if order.config.preview > 0 else None,
-    )
-
-    def save(folder: Path) -> None:
-        if adapters is not None:
-            adapters.save(trained.network, folder, trained.card.family)
-            adapters.merge(trained.network)
-        trained.save(folder)
-
-    return save
-
-
-def _previews(run: Storage, order: IslandOrder, expert: Denoiser, pack: Pack) -> Milestones:
-    """Grids on the way; that of the end is made of the expert as it is published."""
-    config, seed, decode = order.config, order.seed, _decoder(run, order, pack)
-
-    def make(seen: int) -> dict[str, bytes]:
-        # The shapes of a grid are not the training's, and not worth a compilation.
-        compiled = config.training.compile
-        with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
-            return grid_files(seen, preview_grid(expert, pack, config, seed=seed, decode=decode))
-
-    return Milestones(milestones(config, order.plan)[:-1], make)
-
-
-def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:
-    settings = order.config.head
-    config = HeadConfig(
-        shard=order.name,
-        channels=pack.card.picture.channels,
-        pooled=pack.null.pooled.shape[1],
-        width=settings.width,
-    )
-    head = new_head(config, seed=order.seed)
-    anchor = anchor_of(commons, settings.broad, held_out=False)
-    place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
-    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, config, pack))
-    with computing(order.config.device, order.config.threads) as device:
-        loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
-        learner = Learner(head, group)
-        Loop(run, place, head, course, name=f"gate head of {order.name}", learner=learner).run(loss)
-    return calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed)
-
-
-def _head_cost(run: Storage, order: IslandOrder, head: HeadConfig, pack: Pack) -> float:
-    """What an image costs the head, in units of what one costs the expert."""
-    base = run.local(order.base.path)
-    network = json.loads((base / NETWORK_CONFIG).read_text())
-    expert = flops_per_image(read_card(base).family, network, pack, order.config.training)
-    forward = recipes.head_forward_flops(head, pack.card.picture, pack.null)
-    return 2 * recipes.training_flops(forward) / expert  # one of the shard, one of the anchor
-
-
-def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
-    settings = config.head
-    return Course(
-        plan=plan_head(settings, expert, cost=cost),
-        learning_rate=settings.learning_rate,
-        weight_decay=settings.weight_decay,
-        betas=(0.9, 0.99),
-        warmup=0.03,
-        clip=1.0,
-        ema_decays=(0.99,),
-        checkpoints=settings.checkpoints,
-        bitwise_resume=config.bitwise_resume,
-    )
+SCHEMA_VERSION = 1  # of `exit.json`
 
 
 def main(arguments: list[str] | None = None) -> int:

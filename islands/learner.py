@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor, nn
 
 from atoll.core.checkpoint import WHOLE
@@ -41,20 +40,3 @@ class Learner:
     def whole(self) -> nn.Module:
         """The network, whole, with the values of now."""
         return self.module
-
-
-def learner_of(
-    module: nn.Module, group: Group, parallel: Parallel, device: torch.device
-) -> Learner:
-    """The learner of a network on this rank of a group; the network moves to the device."""
-    # Imported where they are wanted: one process has no use for either.
-    if group.world > 1 and parallel == "fsdp":
-        from atoll.islands.shard import Shard
-
-        return Shard(module, group, device)  # block by block: the whole may have no room there
-    module.to(device)
-    if group.world == 1:
-        return Learner(module, group)
-    from atoll.islands.replica import Replica
-
-    return Replica(module, group)

@@ -19,7 +19,7 @@ from atoll.core.manifest import Artefact, Expert, Manifest, check_artefact, requ
 from atoll.core.places import check_islands
 from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
-from atoll.islands.job import PARTS, IslandOrder
+from atoll.islands.island import PARTS, IslandOrder
 from atoll.islands.queue import Queue
 from atoll.islands.settings import TrainConfig, WatchConfig, plan_for
 from atoll.islands.signs import exit_code, island_folder, stop_request

@@ -21,7 +21,7 @@ from atoll.core.errors import AtollError, Failed, MissingError
 from atoll.core.journal import set_verbosity
 from atoll.core.storage import Storage
 from atoll.islands.group import Ranks
-from atoll.islands.job import run_island
+from atoll.islands.island import run_island
 from atoll.islands.signs import Process, ask_to_leave, island_folder, leave_request
 
 # How often Train looks after its workers: a death is noticed, and an end, so much later.

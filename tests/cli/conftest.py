@@ -108,8 +108,8 @@ def interrupted(arguments: list[str], begun: Callable[[], bool]) -> Said:
 
 
 def count(folder: Path) -> int:
-    """How many entries a folder holds, if it is there."""
-    return len(list(folder.iterdir())) if folder.is_dir() else 0
+    """How many entries a folder holds, if it is there; those on their way aside."""
+    return len([path for path in folder.glob("*") if path.name[0] != "."])
 
 
 def tree(folder: Path) -> dict[str, str]:

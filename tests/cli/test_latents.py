@@ -27,7 +27,7 @@ from atoll.core.pictures import training_pixels
 from atoll.core.storage import Storage, sha256_folder
 from atoll.evaluate.reference import load_records
 from atoll.islands.base import train_base
-from atoll.islands.job import run_island
+from atoll.islands.island import run_island
 from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
 from atoll.islands.supervise import _collect, plan_islands, write_order
 from atoll.merge.soup import create

@@ -73,6 +73,7 @@ def test_what_is_set_aside_holds_only_clocks(made: Path) -> None:
     keys = {
         "generation", "images_seen", "of", "images_per_second", "unix_seconds", "schema_version",
         "event", "process", "submission_id", "name", "from_images_seen", "seconds",
+        "flops_per_image", "matmul_flops_per_second",
     }  # fmt: skip
     for path in [path for path in made.rglob("*") if path.name in CLOCKS]:
         text = path.read_text()

@@ -34,7 +34,7 @@ def straight(based: Path, place: Path) -> dict[str, str]:
     """The same training without Ray and without a stop; its files by name -> sha256."""
     from atoll.core.config import apply_overrides
     from atoll.core.manifest import Manifest
-    from atoll.islands.job import run_island
+    from atoll.islands.island import run_island
     from atoll.islands.settings import TrainConfig
     from atoll.islands.supervise import plan_islands, write_order
 

@@ -11,7 +11,7 @@ import torch
 from atoll.core.errors import ConfigError
 from atoll.core.storage import Storage
 from atoll.islands.compute import chosen_device, computing, device_name, matmul_rate
-from atoll.islands.job import run_island
+from atoll.islands.island import run_island
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import RESULTS, order
 

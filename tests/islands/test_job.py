@@ -19,7 +19,7 @@ from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
-from atoll.islands.job import PARTS, run_island
+from atoll.islands.island import PARTS, run_island
 from atoll.islands.settings import DenoiserTraining, TrainConfig
 from atoll.islands.supervise import plan_islands, write_order
 from tests.islands.conftest import TRAIN
@@ -221,7 +221,7 @@ def test_an_island_opens_nothing_of_another_shard(fresh, tmp_path: Path) -> None
         "    if event in ('open', 'os.listdir', 'os.scandir') and given:\n"
         "        seen.append(str(given[0]))\n"
         "sys.addaudithook(hook)\n"
-        "from atoll.islands.job import run_island\n"
+        "from atoll.islands.island import run_island\n"
         f"run_island({run.uri!r}, {shard!r})\n"
         f"open({str(tmp_path / 'seen.json')!r}, 'w').write(json.dumps(seen))\n"
     )

@@ -20,7 +20,7 @@ from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import new_base, train_base, train_here
 from atoll.islands.data import Batches
-from atoll.islands.job import run_island
+from atoll.islands.island import run_island
 from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
 from atoll.islands.step import held_out_loss

@@ -123,7 +123,7 @@ def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(
             "import json, os, pathlib, signal, sys, time\n"
             "here = pathlib.Path(sys.argv[1])\n"
             "for generation in (1, 2):\n"
-            "    mine = f'{generation:06d}-*'\n"
+            "    mine = f'{generation:06d}-*.json'\n"
             "    while len(list((here / 'commits').glob(mine))) < 2: time.sleep(0.02)\n"
             "    line = (here / 'journal.jsonl').read_text().splitlines()[generation - 1]\n"
             "    os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
@@ -291,7 +291,7 @@ def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None
             sys.executable, "-c",
             "import json, os, pathlib, psutil, sys, time\n"
             "here = pathlib.Path(sys.argv[1])\n"
-            "while len(list((here / 'commits').glob('*'))) < 2: time.sleep(0.02)\n"
+            "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
             "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
             "above = psutil.Process(json.loads(line)['process'])\n"
             "while '--head' not in above.cmdline(): above = above.parent()\n"

@@ -11,7 +11,7 @@ from typing import Any
 from atoll.core.errors import ExitCode, Fenced
 from atoll.core.storage import Storage
 from atoll.islands.group import Group
-from atoll.islands.job import run_island
+from atoll.islands.island import run_island
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.signs import (
     SUBMISSION_VARIABLE,
