@@ -6,7 +6,6 @@ the start of Ray, of two interpreters and of torch, and what the first step wait
 
 from __future__ import annotations
 
-import signal
 import subprocess
 import sys
 import tempfile
@@ -18,21 +17,23 @@ from atoll.core.embedding import FitConfig
 from atoll.core.storage import Storage
 from atoll.islands.base import train_base
 from atoll.islands.settings import BaseConfig, DenoiserTraining
+from atoll.islands.signs import ask_to_stop, island_folder
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
 
+_SHARD = "shard-00"
 _LONGEST_SECONDS = 300.0
 
 
 def seconds_to_first_step() -> float:
-    """Until a heartbeat tells of a step that was taken; the command is then interrupted."""
+    """Until a heartbeat tells of a step that was taken; the island is then asked to stop."""
     with tempfile.TemporaryDirectory() as scratch:
         run = Storage(Path(scratch) / "run")
         settings = PartitionConfig(shards=2, commons="0.25", fit=FitConfig(steps=5))
         manifest = partition(write_digits(Storage(scratch)), run, settings)
         training = DenoiserTraining(passes=0.1, checkpoints=1)
         train_base(run, manifest, BaseConfig(recipe="unet-tiny", training=training))
-        command = ["train", run.uri, "--shard=shard-00", "--passes=1000", "--set", "slots=1"]
+        command = ["train", run.uri, f"--shard={_SHARD}", "--passes=1000", "--set", "slots=1"]
         started = time.monotonic()
         process = subprocess.Popen(
             [sys.executable, "-P", "-c", "from atoll.cli.main import run; run()", *command],
@@ -40,9 +41,9 @@ def seconds_to_first_step() -> float:
             stderr=subprocess.DEVNULL,
         )
         try:
-            return _until(run, "islands/shard-00/heartbeat.json", process, started)
+            return _until(run, f"{island_folder(_SHARD)}/heartbeat.json", process, started)
         finally:
-            process.send_signal(signal.SIGINT)
+            ask_to_stop(run, _SHARD)
             process.wait()
 
 

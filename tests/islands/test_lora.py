@@ -25,7 +25,7 @@ from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
 from atoll.islands.step import held_out_loss
 from tests.islands.conftest import TRAIN
-from tests.islands.test_job import RESULTS, kill_when, order, seen
+from tests.islands.test_job import finish_here, kill_when, order, results, seen
 
 CPU = torch.device("cpu")
 LORA = LoraConfig(rank=3, alpha=6.0)
@@ -176,9 +176,7 @@ def test_an_island_resumes_its_adapters_bitwise_after_kill_9(fresh) -> None:
     order(killed, manifest, shard, config)
     kill_when(killed, shard, lambda: seen(killed, here) > seen(straight, here) // 2)
     stopped = shutil.copytree(killed.local(""), Path(killed.uri).with_name("stopped"))
-    run_island(killed.uri, shard)
-    for name in RESULTS:
-        assert killed.sha256(f"{here}/{name}") == straight.sha256(f"{here}/{name}")
+    assert finish_here(killed, shard) == results(straight, shard)
 
     other = TRAIN.model_copy(
         update={
