@@ -289,13 +289,14 @@ def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None
     killer = subprocess.Popen(
         [
             sys.executable, "-c",
-            "import json, os, pathlib, psutil, sys, time\n"
+            "import contextlib, json, os, pathlib, psutil, sys, time\n"
             "here = pathlib.Path(sys.argv[1])\n"
             "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
             "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
             "above = psutil.Process(json.loads(line)['process'])\n"
             "while '--head' not in above.cmdline(): above = above.parent()\n"
-            "for each in [above, *above.children(recursive=True)]: each.kill()\n",
+            "for each in [above, *above.children(recursive=True)]:\n"
+            "    with contextlib.suppress(psutil.NoSuchProcess): each.kill()\n",
             str(here),
         ]
     )  # fmt: skip
