@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import IO
 
 from atoll.core.storage import Storage
 from tests.cli.conftest import SHARDS, TRAIN, atoll, content, count, done
@@ -21,12 +22,12 @@ ROW = {
 }  # fmt: skip
 
 
-def command(*arguments: object) -> subprocess.Popen[str]:
+def command(*arguments: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
     """A command in a terminal of its own."""
     script = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        stdout=stdout, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
 
@@ -67,7 +68,9 @@ def test_stop_and_resume_from_another_terminal(based, tmp_path) -> None:
     assert all(set(row) == ROW for row in planned["shards"])
 
     train = command("train", run, *LONG, "--json")
-    watch = command("status", run, "--watch", "--every=0.5", "--json")
+    # A pipe that nobody reads is full after some 40 looks, and then no more are taken.
+    with (tmp_path / "looks").open("w") as looked:
+        watch = command("status", run, "--watch", "--every=0.5", "--json", stdout=looked)
     try:
         deadline = time.monotonic() + 120
         while count(here / "commits") < 2:
@@ -110,7 +113,8 @@ def test_stop_and_resume_from_another_terminal(based, tmp_path) -> None:
     assert done("logs", run, SHARD, "--lines=1")["lines"] == logs[-1:]
 
     # It goes on while anything may happen: the other two were never asked for.
-    looks = [json.loads(line) for line in watch.communicate()[0].splitlines()]
+    watch.wait()
+    looks = [json.loads(line) for line in (tmp_path / "looks").read_text().splitlines()]
     states = [look["shards"][2]["state"] for look in looks]
     assert states[0] == "planned"
     assert "running" in states
