@@ -218,7 +218,8 @@ class Queue:
         assert site is not None
         now = time.monotonic()
         self._advance(work, advance)
-        ended = exit_code(self._run, work.shard) is not None
+        # A zombie that wakes up before its heir has claimed the place has a last word too.
+        ended = exit_code(self._run, work.shard) is not None and self._speaks(work)
         if not ended and site.answers() and not site.gone():
             try:
                 status = site.jobs.status(work.submission_id)
@@ -245,9 +246,13 @@ class Queue:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
         if status == "PENDING":
             return True
-        spoke = read_object(self._run, process_heartbeat(work.shard)).get("submission_id")
         slow = time.monotonic() - work.started_at > _BEGIN_SECONDS
-        return status == "RUNNING" and spoke != work.submission_id and not slow
+        return status == "RUNNING" and not self._speaks(work) and not slow
+
+    def _speaks(self, work: _Work) -> bool:
+        """Whether the last sign of life of this shard is from the attempt that is waited for."""
+        beat = read_object(self._run, process_heartbeat(work.shard))
+        return beat.get("submission_id") == work.submission_id
 
     def _advance(self, work: _Work, advance: Advance) -> None:
         beat = read_object(self._run, f"{island_folder(work.shard)}/heartbeat.json")
