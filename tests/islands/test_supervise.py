@@ -75,6 +75,14 @@ def ray_processes(marker: str) -> list[str]:
     return found
 
 
+def expect_none_left(marker: str, *, seconds: float) -> None:
+    """That no such process lives on; what was just killed takes a moment to be gone."""
+    deadline = time.monotonic() + seconds
+    while left := ray_processes(marker):
+        assert time.monotonic() < deadline, left
+        time.sleep(0.2)
+
+
 def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: None) -> None:
     together, manifest = fresh("together")
     assert train(together, manifest, TRAIN) == list(manifest.shards)
@@ -175,7 +183,7 @@ def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh, tmp_path: Path
     for shard in begun:
         assert run.read_json(f"islands/{shard}/exit.json")["code"] == ExitCode.INTERRUPTED
         assert run.list(f"islands/{shard}/commits")
-    assert ray_processes(run.uri) == []
+    expect_none_left(run.uri, seconds=10)
 
 
 def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
@@ -200,7 +208,7 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
         assert token_file.stat().st_mode & 0o077 == 0
         with pytest.raises(Failed, match="does not answer"):
             Jobs(type(cluster)(cluster.address, "0" * 64))
-    assert ray_processes(str(Path(folder).parent)) == []
+    expect_none_left(str(Path(folder).parent), seconds=10)
     assert not Path(folder).exists()
 
 
@@ -218,10 +226,7 @@ def test_a_head_dies_with_its_controller() -> None:
     assert ray_processes(str(folder))
     controller.kill()
     controller.wait()
-    deadline = time.monotonic() + 90  # Ray drains a node for up to 30 s before it ends it
-    while ray_processes(str(folder)):
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    expect_none_left(str(folder), seconds=90)  # Ray drains a node for up to 30 s before it ends it
     # Its folder is left; the next start removes it, once nothing has moved there for a while.
     assert folder.exists()
     remove_dead_folders()
