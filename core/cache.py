@@ -22,7 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from atoll.core.blocks import BLOCK_BYTES, FarFile
 from atoll.core.errors import ConfigError, Failed, Refused
 from atoll.core.journal import log
-from atoll.core.outage import ride_out
+from atoll.core.outage import is_outage, ride_out
 from atoll.core.storage import Storage
 
 Block = tuple[FarFile, int]
@@ -175,10 +175,11 @@ class BlockCache:
         what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other files"
         try:
             found = ride_out(
-                what,
+                f"reading {what}",
                 lambda: store.read_ranges(asked),
-                patience=self._patience,
+                patience=lambda: self._patience,
                 pause=self._pause,
+                outage=lambda error: is_outage(error) and not isinstance(error, FileNotFoundError),
             )
         except FileNotFoundError as error:
             raise Refused(

@@ -12,9 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from atoll.core.errors import Failed
-from atoll.core.journal import log
-from atoll.core.outage import LONGEST_PAUSE, is_outage
+from atoll.core.outage import ride_out
 
 GRACE_SECONDS = 60.0  # that an ending training gives to an outage
 
@@ -25,6 +23,7 @@ class Background:
     def __init__(self, *, patience: float = 3600.0, pause: float = 0.5) -> None:
         self._patience = patience
         self._pause = pause
+        self._ends: float | None = None  # when an ending training's grace is over
         self._work: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
         self._error: BaseException | None = None
         self._hurry = threading.Event()  # ends a pause at once
@@ -61,14 +60,15 @@ class Background:
     def drain(self, *, patience: float | None = None) -> None:
         """Wait until all is done; outages may last `patience` seconds from now on."""
         if patience is not None:
-            self._patience = patience
+            self._ends = time.monotonic() + patience
             self._hurry.set()
         self._work.join()
         self.check()
 
     def close(self) -> None:
         """Finish what is queued, if storage takes it in a last while, and let the thread go."""
-        self._patience = min(self._patience, GRACE_SECONDS)
+        if self._ends is None:
+            self._ends = time.monotonic() + GRACE_SECONDS
         self._hurry.set()
         self._work.put(None)
         self._thread.join()
@@ -84,25 +84,15 @@ class Background:
                 self._work.task_done()
 
     def _persist(self, what: str, work: Callable[[], None]) -> None:
-        """Do it, and again until it is done or the outage has lasted too long."""
-        began, pause = time.monotonic(), self._pause
-        while True:
-            try:
-                work()
-                return self._away.clear()
-            except Exception as error:
-                lasted = time.monotonic() - began
-                if not is_outage(error):
-                    raise
-                if lasted + pause > self._patience:
-                    raise Failed(
-                        f"Storage has not taken {what} for {lasted:.0f} s: {error}",
-                        cure="make storage reachable, with room, and run the same command again",
-                    ) from error
-                self._away.set()
-                log.warning(
-                    "storage did not take %s, tried again in %.1f s: %s", what, pause, error
-                )
-                self._hurry.wait(pause)
-                self._hurry.clear()
-                pause = min(2 * pause, LONGEST_PAUSE)
+        began = time.monotonic()
+
+        def patience() -> float:
+            return self._patience if self._ends is None else self._ends - began
+
+        ride_out(f"writing {what}", work, patience=patience, pause=self._pause, sleep=self._wait)
+        self._away.clear()
+
+    def _wait(self, seconds: float) -> None:
+        self._away.set()
+        self._hurry.wait(seconds)
+        self._hurry.clear()

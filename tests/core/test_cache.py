@@ -157,7 +157,7 @@ def test_an_outage_that_does_not_end_is_told(far: dict[str, FarFile], flaky: Any
     flaky.failures = 10**6
     cache = quick(patience=0.05)
     cache.expect([(far["c"], 0)])
-    with pytest.raises(Failed, match=r"has not given x/c for 0 s: the store is away.*it resumes"):
+    with pytest.raises(Failed, match=r"away for 0 s, reading x/c: the store is away.*it resumes"):
         cache.read(far["c"], [0], 11)
     settled(cache)
     flaky.failures = 0
