@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -110,12 +110,6 @@ class Checkpoints:
                 cure="let the newer writer work; this one has changed nothing since",
             )
 
-    def commit(
-        self, images_seen: int, tensors: Mapping[str, Tensor], facts: Mapping[str, Any]
-    ) -> None:
-        """Make a state the newest one; `Fenced` when another writer has taken over."""
-        self.seal(images_seen, [self.write(images_seen, tensors)], facts)
-
     def write(
         self, images_seen: int, tensors: Mapping[str, Tensor], piece: Piece = WHOLE
     ) -> dict[str, Any]:
@@ -147,10 +141,23 @@ class Checkpoints:
         """The commits that are there, the newest one last."""
         return self._storage.list(f"{self._folder}/commits")
 
-    def latest(self) -> Checkpoint | None:
-        """The newest state that verifies, or None."""
-        found = (self.load(name) for name in reversed(self.names()))
-        return next((checkpoint for checkpoint in found if checkpoint is not None), None)
+    def latest(
+        self,
+        piece: Piece = WHOLE,
+        *,
+        names: Sequence[str] | None = None,
+        agreed: Callable[[bool], bool] = lambda found: found,
+    ) -> Checkpoint | None:
+        """The newest state that verifies, or None.
+
+        Of several processes each gets its part: all are given the same `names`, and `agreed` says
+        of whether one verified here whether it did everywhere.
+        """
+        for name in reversed(self.names() if names is None else names):
+            found = self.load(name, piece)
+            if agreed(found is not None):
+                return found
+        return None
 
     def load(self, name: str, piece: Piece = WHOLE) -> Checkpoint | None:
         """A part of a committed state, or None where it does not verify: the log says why.

@@ -25,10 +25,11 @@ from atoll.core.pack import Pack, open_pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
 from atoll.islands.compute import Device, computing, matmul_rate
+from atoll.islands.course import Course
 from atoll.islands.data import Batches, ahead
 from atoll.islands.group import Group
 from atoll.islands.learner import Learner, Parallel
-from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.loop import Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
 from atoll.islands.step import flow_matching, held_out_loss, prepare
 

@@ -28,9 +28,10 @@ from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
 from atoll.islands.base import flops_per_image, train_here
 from atoll.islands.compute import computing
+from atoll.islands.course import Course
 from atoll.islands.group import Group
 from atoll.islands.learner import Learner
-from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import attach
 from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import TrainConfig, plan_head

@@ -13,54 +13,24 @@ import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import FrameType
 from typing import Any
 
-import diffusers
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
-from atoll.core.checkpoint import Checkpoint, Checkpoints
-from atoll.core.errors import ConfigError, Interrupted, Refused
+from atoll.core.checkpoint import Checkpoints
+from atoll.core.errors import ConfigError, Interrupted
 from atoll.core.journal import log, progress
-from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
 from atoll.islands.background import GRACE_SECONDS, Background
-from atoll.islands.compute import device_name
-from atoll.islands.ema import Averages
-from atoll.islands.guard import Guard
+from atoll.islands.course import Course
 from atoll.islands.learner import Learner
 from atoll.islands.metrics import Means, Metrics
-from atoll.islands.settings import GuardConfig, LoraConfig
+from atoll.islands.state import TrainingState
 from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
 
 HEARTBEAT_SECONDS = 2.0
-# Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
-_CARRIED = ("means", "guard")
-# And those without which it is another training.
-_THE_TRAINING = ("plan", "lora")
-
-
-@dataclass(frozen=True)
-class Course:
-    """How one training runs: the plan and what the optimiser is told."""
-
-    plan: Plan
-    learning_rate: float
-    weight_decay: float
-    betas: tuple[float, float]
-    warmup: float
-    clip: float
-    ema_decays: tuple[float, ...]
-    checkpoints: int
-    checkpoint_seconds: float | None = None
-    guard: GuardConfig = field(default_factory=GuardConfig)
-    lora: LoraConfig = field(default_factory=LoraConfig)
-    accumulation: int = 1
-    kernel: str = "fused"
-    bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
 
 
 @dataclass(frozen=True)
@@ -131,22 +101,10 @@ class Loop:
         self._course = course
         self._name = name
         self._told = dict(told or {})
-        self._checkpoints = Checkpoints(storage, folder)
-        self._names = self._learner.names
-        self._parameters = self._learner.parameters
         self._module = module
-        self._averages = Averages(self._parameters, course.ema_decays)
-        self._optimizer = torch.optim.AdamW(
-            self._parameters,
-            lr=course.learning_rate,
-            betas=course.betas,
-            weight_decay=course.weight_decay,
-            fused=course.kernel == "fused",
-            foreach=course.kernel == "foreach",
-        )
-        self._guard = Guard(course.guard, course.plan, name)
+        self._checkpoints = Checkpoints(storage, folder)
+        self._state = TrainingState(self._learner, course, self._checkpoints, name)
         self._metrics = Metrics(storage, folder, course.plan)
-        self._means = Means(self._group)
         self._committed_at = 0.0
 
     def run(
@@ -164,7 +122,7 @@ class Loop:
         """
         generation = self._group.gather(self._checkpoints.claim() if self._group.leads else 0)[0]
         self._checkpoints.generation = generation
-        seen = self._resume(generation)
+        seen = self._resume()
         # Two, so that a heart beats while a large commit is on its way.
         self._background, self._pulse = Background(), Background()
         try:
@@ -198,17 +156,17 @@ class Loop:
         stopping = stop_on_sigterm(self._group.leave)
         with progress(self._name, total, done=seen) as advance, stopping:
             while seen < total:
-                if not self._guard.skips(seen):
+                if not self._state.guard.skips(seen):
                     taken = self._step(loss, seen)
                     if not taken.applied:
                         committed = self._go_back(seen, taken)
                         advance(committed - seen, note="going back")
                         seen = committed
                         continue
-                    self._means.add(taken)
+                    self._state.means.add(taken)
                 seen += batch
                 stop, late = self._agree()
-                advance(batch, note=f"loss {self._means.loss:.3f}")
+                advance(batch, note=f"loss {self._state.means.loss:.3f}")
                 if self._metrics.due(seen):
                     self._write_metrics(seen)
                 if seen in milestones.at:
@@ -255,9 +213,9 @@ class Loop:
         return take_step(
             loss,
             self._learner,
-            self._optimizer,
-            self._averages,
-            self._guard,
+            self._state.optimizer,
+            self._state.averages,
+            self._state.guard,
             Orders(
                 batch=course.plan.batch,
                 accumulation=course.accumulation,
@@ -270,124 +228,59 @@ class Loop:
     def _publish(self, held_out: Callable[[], float] | None) -> None:
         """Give the module its average, of several the one that does best on held-out records."""
         losses = []
-        for index in range(len(self._averages.decays)):
-            self._averages.publish(index)
-            if len(self._averages.decays) == 1 or held_out is None:
+        for index in range(len(self._state.averages.decays)):
+            self._state.averages.publish(index)
+            if len(self._state.averages.decays) == 1 or held_out is None:
                 return
             losses.append(held_out())
         best = self._group.gather(losses.index(min(losses)))[0]
-        self._averages.publish(best)
-        decays = dict(zip(map(str, self._averages.decays), losses, strict=True))
+        self._state.averages.publish(best)
+        decays = dict(zip(map(str, self._state.averages.decays), losses, strict=True))
         self._journal({"event": "published", "name": self._name, "held_out_loss": decays})
 
-    # -- the state on disk -----------------------------------------------------------------------
+    def _resume(self) -> int:
+        """The images seen so far, with the state of then, or 0 and that of the start."""
+        latest = self._state.latest()
+        if latest is None:
+            self._keep_metrics(0)
+            return 0
+        seen = latest.images_seen
+        was = self._state.otherwise(latest)
+        if was is not None:
+            log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, was)
+            self._journal(
+                {
+                    "event": "resumed", "name": self._name, "bitwise": False, "images_seen": seen,
+                    "generation": self._checkpoints.generation, "was": was,
+                    "is": self._state.facts(),
+                }
+            )  # fmt: skip
+        self._state.restore(latest)
+        self._keep_metrics(seen)
+        return seen
 
     def _commit(self, seen: int) -> None:
-        """Copy the state and hand it to the background; what is queued before it comes first.
-
-        Replicas are the same, so that the first one's is the state; of shards each writes its own.
-        """
-        facts = {**self._facts(), "means": self._means.state(), "guard": self._guard.state()}
         self._committed_at = time.monotonic()
-        group, piece, checkpoints = self._group, self._learner.piece, self._checkpoints
-        if not group.leads and piece.count == 1:
-            return
-        tensors = {
-            name: value.detach().to("cpu", copy=True) for name, value in self._tensors().items()
-        }
-        files: list[dict[str, Any]] = []  # of all ranks; kept where sealing is tried again
-
-        def work() -> None:
-            if not files:
-                own = checkpoints.write(seen, tensors, piece)
-                files.extend([own] if piece.count == 1 else group.gather_files(own))
-            if group.leads:
-                checkpoints.seal(seen, files, facts)
-
-        self._background.submit("a checkpoint", work)
-
-    def _tensors(self) -> dict[str, Tensor]:
-        tensors = self._averages.tensors(self._names)
-        for name, parameter in zip(self._names, self._parameters, strict=True):
-            tensors[f"weights/{name}"] = parameter
-            for key, value in self._optimizer.state[parameter].items():
-                tensors[f"optimizer/{key}/{name}"] = value
-        return tensors
+        self._state.commit(seen, self._background)
 
     def _long_ago(self) -> bool:
         seconds = self._course.checkpoint_seconds
         return seconds is not None and time.monotonic() - self._committed_at > seconds
 
-    def _facts(self) -> dict[str, Any]:
-        """What must be the same for a resume to be bitwise."""
-        lora = self._course.lora
-        adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
-        return {
-            **adapters,
-            "plan": self._course.plan.model_dump(),
-            "workers": self._group.world,
-            "parallel": self._learner.parallel,
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda if self._parameters[0].is_cuda else None,
-            "numpy": np.__version__,  # the order of records is its permutation
-            "diffusers": diffusers.__version__,
-            "device": device_name(self._parameters[0].device),
-        }
-
-    def _resume(self, generation: int) -> int:
-        latest = self._latest()
-        if latest is None:
-            self._keep_metrics(0)
-            return 0
-        facts = {key: value for key, value in latest.facts.items() if key not in _CARRIED}
-        if facts != self._facts():
-            self._resume_otherwise(facts, generation, latest.images_seen)
-        self._restore(latest)
-        self._guard.restore(latest.facts["guard"])
-        return latest.images_seen
-
-    def _latest(self) -> Checkpoint | None:
-        """The newest state that verifies on every rank, of those that the first one sees."""
-        for name in reversed(self._group.gather(self._checkpoints.names())[0]):
-            found = self._checkpoints.load(name, self._learner.piece)
-            if not self._group.any(found is None)[0]:
-                return found
-        return None
-
-    def _resume_otherwise(self, facts: dict[str, Any], generation: int, seen: int) -> None:
-        """Refuse what would not be bitwise, or write down that it is not."""
-        ours = self._facts()
-        other = any(facts.get(key) != ours.get(key) for key in _THE_TRAINING)
-        if other or self._course.bitwise_resume:
-            raise Refused(
-                f"The checkpoint of {self._name} was made otherwise: {facts}",
-                allowed=f"{ours}",
-                cure="use the same plan, adapters, workers, threads and versions; where plan and "
-                "adapters are the same, --allow-inexact-resume goes on, and the result is not "
-                "bitwise what it would be",
-            )
-        log.warning("%s goes on from %d images, not bitwise: it was %s", self._name, seen, facts)
-        self._journal(
-            {
-                "event": "resumed", "name": self._name, "generation": generation, "bitwise": False,
-                "images_seen": seen, "was": facts, "is": ours,
-            }
-        )  # fmt: skip
-
     def _go_back(self, seen: int, taken: Taken) -> int:
         """Return to the last commit, knowing what to skip from there."""
         self._background.drain()
-        latest = self._latest()
+        latest = self._state.latest()
         assert latest is not None, "a training commits before its first step"
-        start, end = self._guard.refuse(seen, latest.images_seen, loss=taken.loss, norm=taken.norm)
+        start, end = self._state.guard.refuse(
+            seen, latest.images_seen, loss=taken.loss, norm=taken.norm
+        )
         log.warning(
             "%s: loss %g, gradient %g: back to %d images, %d to %d are skipped",
             self._name, taken.loss, taken.norm, latest.images_seen, start, end,
         )  # fmt: skip
-        self._restore(latest)
-        # The ranges are in the next commit. Killed before it, a training meets the batch again.
-        self._guard.restore(latest.facts["guard"], keep_ranges=True)
+        self._state.restore(latest, keep_ranges=True)
+        self._keep_metrics(latest.images_seen)
         self._journal(
             {
                 "event": "skipped", "name": self._name, "images_seen": seen, "loss": taken.loss,
@@ -396,23 +289,6 @@ class Loop:
         )  # fmt: skip
         return latest.images_seen
 
-    def _restore(self, checkpoint: Checkpoint) -> None:
-        tensors = checkpoint.tensors
-        self._averages.restore(self._names, tensors)
-        with torch.no_grad():
-            for name, parameter in zip(self._names, self._parameters, strict=True):
-                parameter.copy_(tensors[f"weights/{name}"])
-                # Before the first step there is none.
-                if f"optimizer/step/{name}" in tensors:
-                    self._optimizer.state[parameter] = {
-                        key: tensors[f"optimizer/{key}/{name}"].to(parameter.device, copy=True)
-                        for key in ("step", "exp_avg", "exp_avg_sq")
-                    }
-                else:
-                    self._optimizer.state.pop(parameter, None)
-        self._means = Means(self._group, checkpoint.facts["means"])
-        self._keep_metrics(checkpoint.images_seen)
-
     # -- what is said ----------------------------------------------------------------------------
 
     def _keep_metrics(self, seen: int) -> None:
@@ -420,8 +296,8 @@ class Loop:
             self._metrics.keep(seen)
 
     def _write_metrics(self, seen: int) -> None:
-        text = self._metrics.add(seen, self._means)
-        self._means = Means(self._group)
+        text = self._metrics.add(seen, self._state.means)
+        self._state.means = Means(self._group)
         if not self._group.leads:
             return
         name, storage, checkpoints = self._metrics.name, self._storage, self._checkpoints
@@ -438,7 +314,7 @@ class Loop:
         Every rank does, since a sharded network answers only to all; the first one writes.
         It is queued before the commit at the same place: whoever resumes there finds it made.
         """
-        with self._averages.shown(0):
+        with self._state.averages.shown(0):
             self._module.eval()
             files = milestones.make(seen)
             self._module.train()

@@ -36,7 +36,7 @@ def facts(images_seen: int) -> dict[str, Any]:
 
 
 def commit(writer: Checkpoints, images_seen: int) -> None:
-    writer.commit(images_seen, tensors(images_seen), facts(images_seen))
+    writer.seal(images_seen, [writer.write(images_seen, tensors(images_seen))], facts(images_seen))
 
 
 def writer_of(storage: Storage, *, keep: int = 2) -> Checkpoints:
@@ -86,7 +86,8 @@ def test_a_checkpoint_of_another_version_is_refused_and_stays(storage: Storage) 
 
 def test_facts_with_numbers_as_keys_still_verify(storage: Storage) -> None:
     writer = writer_of(storage)
-    writer.commit(8, {"a": torch.ones(1)}, {"times": {2: 1, 10: (1, 2)}, "nan": float("inf")})
+    file = writer.write(8, {"a": torch.ones(1)})
+    writer.seal(8, [file], {"times": {2: 1, 10: (1, 2)}, "nan": float("inf")})
     found = writer.latest()
     assert found is not None
     assert found.facts == {"times": {"2": 1, "10": [1, 2]}, "nan": float("inf")}

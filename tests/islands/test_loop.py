@@ -16,7 +16,8 @@ from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ConfigError, Failed, Fenced, Interrupted, Refused
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
-from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.course import Course
+from atoll.islands.loop import Loop, Milestones
 from atoll.islands.settings import GuardConfig
 from atoll.islands.step import Errors, Loss
 
@@ -143,7 +144,7 @@ def skipping(storage: Storage, name: str, *ranges: tuple[int, int]) -> dict[str,
     network = module()
     loop = Loop(storage, name, network, COURSE, name=name)
     for first, end in ranges:
-        loop._guard._skipped.append({"first": first, "end": end, "commit": -1})
+        loop._state.guard._skipped.append({"first": first, "end": end, "commit": -1})
     loop.run(loss_of(network))
     return weights(network)
 

@@ -20,9 +20,10 @@ from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.islands.base import learner_of, train_here
+from atoll.islands.course import Course
 from atoll.islands.group import Group
 from atoll.islands.learner import Parallel
-from atoll.islands.loop import Course, Loop, Milestones
+from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import attach
 from atoll.islands.settings import DenoiserTraining, LoraConfig
 from atoll.islands.step import Errors

@@ -15,7 +15,8 @@ from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
-from atoll.islands.loop import Course, Loop
+from atoll.islands.course import Course
+from atoll.islands.loop import Loop
 from atoll.islands.settings import HeadTraining, plan_head
 from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
 
