@@ -38,6 +38,7 @@ from atoll.islands.signs import (
 DEAD_SECONDS = 60.0
 STRAGGLER_SHARE = 0.5
 ENDED = ("done", "failed", "stopped")
+_COMPARABLE = ("running", "straggler", "done")  # the others' speed is of no whole training
 _STAGES = {"expert": "", "gate_head": f"/{HEAD_TRAINING}"}
 
 
@@ -153,11 +154,11 @@ def _state(
     if shard in manifest.experts or ended.get("code") == ExitCode.DONE:
         return "done", None
     asked = run.exists(stop_request(shard))
-    if ended:
+    last = attempts[-1] if attempts else {}
+    if ended and _is_last_word(ended, last, process):
         if ended.get("code") == ExitCode.INTERRUPTED:
             return "stopped", None
         return "failed", str(ended.get("reason") or "")
-    last = attempts[-1] if attempts else {}
     if last.get("event") == "ended":
         if asked or last.get("reason") == "interrupted":
             return "stopped", None
@@ -167,6 +168,13 @@ def _state(
     if silent is None or (last and not began):
         return ("stopped" if asked else "planned"), None
     return ("running" if silent <= DEAD_SECONDS else "dead"), None
+
+
+def _is_last_word(ended: dict[str, Any], last: dict[str, Any], process: dict[str, Any]) -> bool:
+    """Whether it is of the latest attempt, and not of one that was taken for dead and woke up."""
+    if last.get("event") == "ended":
+        return last.get("code") == ended.get("code")
+    return not last or last.get("submission_id") == process.get("submission_id")
 
 
 def _speed(run: Storage, here: str, beat: dict[str, Any], *, done: bool) -> float | None:
@@ -193,7 +201,7 @@ def _compared(row: ShardStatus, rows: list[ShardStatus]) -> ShardStatus:
     others = [
         other.images_per_second
         for other in rows
-        if other.shard != row.shard and other.images_per_second and other.state != "dead"
+        if other.shard != row.shard and other.images_per_second and other.state in _COMPARABLE
     ]
     if row.images_per_second is None or not others:
         return row

@@ -85,6 +85,31 @@ def test_a_killed_one_is_dead_until_it_is_started_again(run) -> None:
     assert row(run).state == "stopped"
 
 
+def test_a_last_word_counts_for_the_attempt_that_spoke_it(run) -> None:
+    storage, _ = run
+    frozen = "no sign of life from island a for 17 s"
+    controller(storage, "shard-00", submitted(50), ended(30, code=None, reason=frozen))
+    beat(storage, "shard-00", speed=8, ago=47, process_ago=20)
+    # It woke up, was stopped and said so; to be started again it is all the same.
+    storage.write_json("islands/shard-00/exit.json", {"code": 6, "reason": "Stopped"})
+    assert (row(run).state, row(run).reason) == ("dead", frozen)
+    controller(storage, "shard-00", submitted(10, "2"))
+    assert row(run).state == "planned"
+    controller(storage, "shard-00", ended(5, "2", code=6, reason="Stopped"))
+    assert row(run).state == "stopped"
+
+
+def test_speeds_are_compared_with_what_is_at_work_or_done(run) -> None:
+    storage, _ = run
+    for shard, speed in (("shard-00", 600.0), ("shard-01", 80.0), ("shard-02", 500.0)):
+        beat(storage, shard, speed=speed, ago=1)
+    controller(storage, "shard-01", submitted(50), ended(30, code=None, reason="its process died"))
+    assert row(run).percent == 120.0
+    controller(storage, "shard-02", submitted(50), ended(30, code=7, reason="a changed shard"))
+    storage.write_json("islands/shard-02/exit.json", {"code": 7, "reason": "a changed shard"})
+    assert row(run).percent is None
+
+
 def test_stragglers_are_slow_beside_the_others_or_stand_still(run) -> None:
     storage, _ = run
     for shard, speed in (("shard-00", 49.0), ("shard-01", 100.0), ("shard-02", 96.0)):
