@@ -178,6 +178,7 @@ def test_a_head_dies_with_its_controller() -> None:
     controller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert controller.stdout is not None
     folder = Path(controller.stdout.readline().decode().strip())
+    assert folder.is_absolute()  # it is said only once the head answers
     assert command_lines(str(folder))
     controller.kill()
     controller.wait()
