@@ -10,7 +10,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from atoll.cli.main import run as console_script
+from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-01"  # the one that the tests take out
 SHARDS = ("shard-00", "shard-01", "shard-02")
@@ -95,13 +95,9 @@ def interrupted(arguments: list[str], begun: Callable[[], bool]) -> Said:
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
     try:
-        deadline = time.monotonic() + 120
-        while not begun():
-            assert process.poll() is None, process.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
+        until(begun, by=process, every=0.05)
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=60)
+        out, err = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
     return Said(process.returncode, out, err)

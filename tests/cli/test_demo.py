@@ -31,7 +31,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def test_a_finished_demo_is_left_as_it_is(demo: Path, tmp_path: Path, untouched) -> None:
+def test_a_finished_demo_is_left_as_it_is(demo: Path, untouched) -> None:
     with untouched(demo):
         again = done("demo", "--smallest", "--out", demo)
         assert again["run"] == f"{demo}/run"

@@ -68,16 +68,6 @@ def test_1_an_island_that_fails(based, tmp_path) -> None:
     assert "The loss" in str(error["what"])
 
 
-def test_7_an_island_that_refuses_a_changed_shard(based, tmp_path) -> None:
-    run = tmp_path / "run"
-    shutil.copytree(based, run)
-    pack = run / f"shards/{SHARD}/pack-00000.safetensors"
-    pack.write_bytes(pack.read_bytes()[:-1])
-    error = refused(7, "train", run, "--shard", SHARD, *TRAIN)
-    assert SHARD in str(error["what"])
-    assert "the manifest says" in str(error["what"])
-
-
 # -- 2: usage ------------------------------------------------------------------------------------
 
 
@@ -332,6 +322,16 @@ def test_7_a_digest_that_does_not_match(fresh, tmp_path, untouched) -> None:
     done("verify", fresh)
 
 
+def test_7_an_island_that_refuses_a_changed_shard(based, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    pack = run / f"shards/{SHARD}/pack-00000.safetensors"
+    pack.write_bytes(pack.read_bytes()[:-1])
+    error = refused(7, "train", run, "--shard", SHARD, *TRAIN)
+    assert SHARD in str(error["what"])
+    assert "the manifest says" in str(error["what"])
+
+
 def test_7_foreign_soups(fresh, tmp_path, untouched) -> None:
     ours = fresh / "islands/shard-00/expert"
     stranger = tmp_path / "stranger"
@@ -366,7 +366,7 @@ def test_7_sampling_a_soup_without_a_readable_recipe(fresh) -> None:
         refused(7, "sample", fresh / "soups/pair", "x")
 
 
-def test_7_places_that_are_taken(fresh, corpus, based, tmp_path, untouched) -> None:
+def test_7_places_that_are_taken(fresh, corpus, tmp_path, untouched) -> None:
     taken = tmp_path / "taken"
     taken.mkdir()
     (taken / "notes.txt").write_text("mine")

@@ -77,7 +77,7 @@ def flips(data: bytes) -> Iterator[bytes]:
         yield data[:place] + bytes([data[place] ^ 1]) + data[place + 1 :]
 
 
-def test_a_run_and_its_certificate_hold_wherever_they_lie(made, kept, tmp_path, monkeypatch):
+def test_a_run_and_its_certificate_hold_wherever_they_lie(made, kept, monkeypatch):
     before = tree(kept)
     checks = done("verify", made)["checks"]
     assert all(check["holds"] for check in checks)

@@ -6,12 +6,15 @@ import json
 import shutil
 import subprocess
 import sys
-import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+import pytest
+
 from atoll.core.storage import Storage
 from tests.cli.conftest import SHARDS, TRAIN, atoll, content, count, done
+from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-02"
 LONG = [f"--shard={SHARD}", *TRAIN, "--passes=80", "--set", "training.checkpoints=40"]
@@ -22,13 +25,24 @@ ROW = {
 }  # fmt: skip
 
 
-def command(*arguments: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
-    """A command in a terminal of its own."""
+Command = Callable[..., subprocess.Popen[str]]
+
+
+@pytest.fixture
+def command() -> Iterator[Command]:
+    """A command in a terminal of its own, which is closed after the test."""
     script = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, arguments)],
-        stdout=stdout, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
+    begun: list[subprocess.Popen[str]] = []
+
+    def begin(*arguments: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:
+        words = [sys.executable, "-c", script, *map(str, arguments)]
+        begun.append(subprocess.Popen(words, stdout=stdout, stderr=subprocess.PIPE, text=True))
+        return begun[-1]
+
+    yield begin
+    for process in begun:
+        process.kill()
+        process.wait()
 
 
 def straight(based: Path, place: Path) -> dict[str, str]:
@@ -58,8 +72,7 @@ def results(run: Path) -> dict[str, str]:
     return {name: sha for name, sha in content(run).items() if name.startswith(made)}
 
 
-def test_stop_and_resume_from_another_terminal(based, tmp_path) -> None:
-    expected = straight(based, tmp_path / "straight")
+def test_stop_and_resume_from_another_terminal(based, tmp_path, command: Command) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
     here = run / "islands" / SHARD
@@ -67,30 +80,25 @@ def test_stop_and_resume_from_another_terminal(based, tmp_path) -> None:
     assert [row["state"] for row in planned["shards"]] == ["planned"] * 3
     assert all(set(row) == ROW for row in planned["shards"])
 
-    train = command("train", run, *LONG, "--json")
     # A pipe that nobody reads is full after some 40 looks, and then no more are taken.
-    with (tmp_path / "looks").open("w") as looked:
+    looks = tmp_path / "looks"
+    with looks.open("w") as looked:
         watch = command("status", run, "--watch", "--every=0.5", "--json", stdout=looked)
-    try:
-        deadline = time.monotonic() + 120
-        while count(here / "commits") < 2:
-            assert train.poll() is None, train.communicate()
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        running = done("status", run)["shards"][2]
-        assert (running["state"], running["island"]) == ("running", "local")
-        assert running["generation"] == 1
-        assert 0 < running["images_seen"] <= running["of"]
-        table = atoll("status", run)
-        assert table.code == 0
-        assert table.out.splitlines()[3].startswith(f"{SHARD}  running  local   1")
-        assert atoll("train", run, "--json").code == 7  # the run is in use, and yet
+    expected = straight(based, tmp_path / "straight")
+    until(lambda: looks.stat().st_size, by=watch)  # while nothing is trained
+    train = command("train", run, *LONG, "--json")
+    until(lambda: count(here / "commits") >= 2, by=train, every=0.05)
+    running = done("status", run)["shards"][2]
+    assert (running["state"], running["island"]) == ("running", "local")
+    assert running["generation"] == 1
+    assert 0 < running["images_seen"] <= running["of"]
+    table = atoll("status", run)
+    assert table.code == 0
+    assert table.out.splitlines()[3].startswith(f"{SHARD}  running  local   1")
+    assert atoll("train", run, "--json").code == 7  # the run is in use, and yet
 
-        assert done("stop", run, SHARD)["asked"] == [SHARD]
-        out, _ = train.communicate(timeout=60)
-    finally:
-        train.kill()
-        watch.terminate()
+    assert done("stop", run, SHARD)["asked"] == [SHARD]
+    out, _ = train.communicate(timeout=PATIENCE_SECONDS)
     assert train.returncode == 6
     error = json.loads(out)["error"]
     assert "Stopped as asked: shard-02" in error["what"]
@@ -113,9 +121,11 @@ def test_stop_and_resume_from_another_terminal(based, tmp_path) -> None:
     assert done("logs", run, SHARD, "--lines=1")["lines"] == logs[-1:]
 
     # It goes on while anything may happen: the other two were never asked for.
+    assert watch.poll() is None
+    watch.terminate()
     watch.wait()
-    looks = [json.loads(line) for line in (tmp_path / "looks").read_text().splitlines()]
-    states = [look["shards"][2]["state"] for look in looks]
+    seen = [json.loads(line) for line in looks.read_text().splitlines()]
+    states = [look["shards"][2]["state"] for look in seen]
     assert states[0] == "planned"
     assert "running" in states
 

@@ -6,11 +6,13 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import fsspec
 import pytest
@@ -21,6 +23,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.storage import Storage
 
 DONE = 0
+T = TypeVar("T")
 
 
 @pytest.fixture(autouse=True)
@@ -76,6 +79,18 @@ def flaky() -> Iterator[type[Flaky]]:
     yield Flaky
     Flaky.seconds, Flaky.failures, Flaky.garbled = 0.0, 0, 0
     Storage("flaky://").remove("")
+
+
+def at_once(work: Callable[[int], T], count: int) -> list[T]:
+    """What `work(0)`, `work(1)`, ... return, each in a thread of its own, begun together."""
+    start = threading.Barrier(count)
+
+    def begin(number: int) -> T:
+        start.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as threads:
+        return list(threads.map(begin, range(count)))
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ import torch
 from atoll.core.checkpoint import Checkpoint, Checkpoints
 from atoll.core.errors import ExitCode, Fenced, Refused
 from atoll.core.storage import Storage, canonical_json
+from tests.waiting import PATIENCE_SECONDS, until
 
 PLACE = "islands/s0"
 
@@ -292,15 +293,14 @@ def test_training_killed_at_random_moments_loses_one_interval_at_most(tmp_path: 
                 images_seen += 8
                 commit(writer, images_seen)
                 told.write_text(str(images_seen))
-        while not told.exists():
-            time.sleep(0.001)
+        until(told.exists, every=0.001)
         time.sleep(random_.uniform(0, 0.06))
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
         promised = int(told.read_text() or newest)  # empty where it was killed while it told
         found = Checkpoints(storage, PLACE).latest()
         newest = found.images_seen if found else 0
-        assert newest in (promised, promised + 8) or newest > promised
+        assert newest >= promised
         if found:
             assert_is(found, newest)
     assert newest >= 8 * 15
@@ -323,7 +323,7 @@ def test_racing_claims_are_all_different(tmp_path: Path) -> None:
     ]
     for racer in racers:
         racer.start()
-    claimed = sorted(won.get(timeout=60) for _ in range(40))
+    claimed = sorted(won.get(timeout=PATIENCE_SECONDS) for _ in range(40))
     for racer in racers:
         racer.join()
     assert claimed == list(range(1, 41))

@@ -104,7 +104,7 @@ def test_folder_has_three_files_and_nothing_pickled(saved: Path) -> None:
     assert str(saved) not in (saved / "config.json").read_text()
 
 
-def test_diffusers_loads_the_folder_by_itself(saved: Path, cond: MakeCond) -> None:
+def test_diffusers_loads_the_folder_by_itself(saved: Path) -> None:
     theirs = UNet2DConditionModel.from_pretrained(saved)
     ours = load_network(saved, "unet")
     for (name, one), (other_name, other) in zip(

@@ -17,6 +17,7 @@ import pytest
 from atoll.core import disk
 from atoll.core.disk import recover, replacing
 from atoll.core.errors import Refused
+from tests.waiting import PATIENCE_SECONDS
 
 SWAPS = pytest.mark.parametrize("swaps", [True, False])
 
@@ -77,10 +78,12 @@ def test_there_is_no_moment_without_the_folder(folder: Path) -> None:
     readers = [context.Process(target=_look, args=(folder, stop, missing)) for _ in range(2)]
     for reader in readers:
         reader.start()
-    for _ in range(300):
-        with replacing(folder) as fresh:
-            (fresh / "weights").write_text("new")
-    stop.set()
+    try:
+        for _ in range(300):
+            with replacing(folder) as fresh:
+                (fresh / "weights").write_text("new")
+    finally:
+        stop.set()
     for reader in readers:
         reader.join()
         assert reader.exitcode == 0
@@ -118,7 +121,7 @@ def _hold(folder: Path, ready: Any, release: Any) -> None:
     with replacing(folder, alone=True) as fresh:
         (fresh / "x").write_text("half")
         ready.set()
-        release.wait(30)
+        release.wait(PATIENCE_SECONDS)
         raise SystemExit
 
 
@@ -128,7 +131,7 @@ def test_who_must_be_alone_refuses_a_second(folder: Path) -> None:
     other = context.Process(target=_hold, args=(folder, ready, release))
     other.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE_SECONDS)
         with pytest.raises(Refused, match="at work"), replacing(folder, alone=True):
             pass
         recover(folder)  # takes nothing from a writer that lives
@@ -190,7 +193,7 @@ def test_no_change_of_four_writers_is_lost(
     for writer in writers:
         writer.start()
     for writer in writers:
-        writer.join(120)
+        writer.join(PATIENCE_SECONDS)
         assert writer.exitcode == 0
     assert (folder / "count").read_text() == "100"
     assert os.listdir(tmp_path) == ["x"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import threading
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ import atoll
 from atoll.core.errors import ExitCode, Refused
 from atoll.core.ledger import FOLDER, Ledger, LedgerEntry
 from atoll.core.storage import Storage
+from tests.core.conftest import at_once
 
 ENTRIES = 6
 
@@ -61,7 +61,7 @@ def test_entries_are_files_numbered_and_chained(ledger: Ledger, storage: Storage
     assert ledger.head() == previous
 
 
-def test_nothing_in_it_depends_on_a_clock_or_a_place(ledger: Ledger, storage: Storage) -> None:
+def test_nothing_in_it_depends_on_a_clock_or_a_place(ledger: Ledger) -> None:
     twin = Ledger(Storage("memory://twin"))
     try:
         for e in ledger.entries():
@@ -201,25 +201,17 @@ def test_entry_of_another_form_is_refused(
 
 
 def test_of_racing_appends_one_wins_and_the_others_are_told(storage: Storage) -> None:
-    told: list[Exception] = []
-    start = threading.Barrier(8)
-
-    def race(number: int) -> None:
-        start.wait()
+    def race(number: int) -> str | None:
+        """Its name, where it is told that it has won."""
         try:
-            Ledger(storage).append("shard", str(number), sha(str(number)))
-        except Refused as error:
-            told.append(error)
+            return Ledger(storage).append("shard", str(number), sha(str(number))).name
+        except Refused:
+            return None
 
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(8)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    entries = Ledger(storage).entries()  # whoever won, the chain holds
-    assert len(entries) + len(told) == 8
-    assert entries
-    assert len({entry.name for entry in entries}) == len(entries)
+    won = [name for name in at_once(race, 8) if name is not None]
+    assert won
+    # Whoever won, the chain holds.
+    assert sorted(entry.name for entry in Ledger(storage).entries()) == sorted(won)
 
 
 def test_append_between_look_and_write_is_refused(storage: Storage) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -20,9 +19,10 @@ import sys, subprocess, time
 from atoll.core.lock import exclusive
 from atoll.core.storage import Storage
 with exclusive(Storage(sys.argv[1])):
-    subprocess.Popen([sys.executable, "-c", "import time; time.sleep(3)"], stdout=2)
-    print("held", flush=True)
-    time.sleep(60)
+    # Its standard input is ours: the test ends it by closing that.
+    child = subprocess.Popen([sys.executable, "-c", "import sys; sys.stdin.read()"], stdout=2)
+    print(child.pid, flush=True)
+    time.sleep(600)
 """
 
 
@@ -51,17 +51,19 @@ def test_runs_do_not_lock_each_other(tmp_path: Path) -> None:
 def test_another_process_is_refused_until_kill_9_even_if_its_child_lives(tmp_path: Path) -> None:
     run = Storage(tmp_path / "run")
     holder = subprocess.Popen(
-        [sys.executable, "-c", _HOLD, str(tmp_path / "run")], stdout=subprocess.PIPE, text=True
-    )
+        [sys.executable, "-c", _HOLD, run.uri],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    assert holder.stdin is not None
     assert holder.stdout is not None
-    assert holder.stdout.readline() == "held\n"
+    child = int(holder.stdout.readline())
     with pytest.raises(Refused):
         exclusive(run).__enter__()
     os.kill(holder.pid, signal.SIGKILL)
     holder.wait()
-    time.sleep(0.05)
     with exclusive(run):
-        pass
+        os.kill(child, 0)  # it lives
+    holder.stdin.close()
 
 
 def test_remote_lock_names_its_owner_and_how_to_remove_it() -> None:

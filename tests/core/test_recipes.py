@@ -291,7 +291,7 @@ def test_a_gate_head_of_the_digits_is_light_beside_its_expert(cond: MakeCond) ->
     assert 2 * cost < 0.25
 
 
-def test_an_outline_of_a_configuration_has_the_shapes_of_its_network(cond: MakeCond) -> None:
+def test_an_outline_of_a_configuration_has_the_shapes_of_its_network() -> None:
     for family in FAMILIES:
         network: Any = build(recipe_of(f"{family}-tiny"), DIGIT, 8, seed=0)
         found = outline_of(family, dict(network.config))

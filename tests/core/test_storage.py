@@ -11,7 +11,6 @@ import os
 import stat
 import subprocess
 import sys
-import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,10 +19,13 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from atoll.core.errors import DataError, ExitCode, Failed, Refused
 from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
+from tests.core.conftest import at_once
+from tests.waiting import PATIENCE_SECONDS
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
 
@@ -193,22 +195,12 @@ def test_create_refuses_what_is_there_and_leaves_it(storage: Storage) -> None:
     assert storage.list() == ["gen/1"]
 
 
-def _winners(storage: Storage, name: str, racers: int) -> list[int]:
-    won: list[int] = []
-    start = threading.Barrier(racers)
-
-    def race(number: int) -> None:
-        start.wait()
-        with contextlib.suppress(FileExistsError):
-            storage.create(name, b"%d" % number)
-            won.append(number)
-
-    threads = [threading.Thread(target=race, args=(number,)) for number in range(racers)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    return won
+def _creates(storage: Storage, name: str, data: bytes) -> bool:
+    try:
+        storage.create(name, data)
+    except FileExistsError:
+        return False
+    return True
 
 
 @pytest.fixture
@@ -222,23 +214,21 @@ def eager_threads() -> Iterator[None]:
 
 @pytest.mark.usefixtures("eager_threads")
 def test_of_16_racing_threads_exactly_one_creates(storage: Storage) -> None:
-    for round_ in range(40):
-        won = _winners(storage, f"gen/{round_}", 16)
-        assert len(won) == 1
-        assert storage.read_bytes(f"gen/{round_}") == b"%d" % won[0]
+    for name in [f"gen/{round_}" for round_ in range(40)]:
+        first = at_once(lambda number, name=name: _creates(storage, name, b"%d" % number), 16)
+        assert sum(first) == 1
+        assert storage.read_bytes(name) == b"%d" % first.index(True)
 
 
 def _create_all(uri: str, number: int, rounds: int, start: Any, won: Any) -> None:
     place = Storage(uri)
     for round_ in range(rounds):
         start.wait()
-        try:
-            place.create(f"gen/{round_}", b"%d" % number * 1000)
-        except FileExistsError:
-            # Whoever loses must find the winner's content, all of it.
-            assert len(set(place.read_bytes(f"gen/{round_}").split(b","))) == 1
-        else:
+        if _creates(place, f"gen/{round_}", b"%02d" % number * 1000):
             won.put((round_, number))
+        else:  # whoever loses must find the winner's content, all of it
+            found = place.read_bytes(f"gen/{round_}")
+            assert found == found[:2] * 1000
 
 
 def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
@@ -250,14 +240,14 @@ def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
     ]
     for racer in racers:
         racer.start()
-    winners = dict(won.get(timeout=60) for _ in range(rounds))
+    winners = dict(won.get(timeout=PATIENCE_SECONDS) for _ in range(rounds))
     for racer in racers:
         racer.join()
         assert racer.exitcode == 0
     assert won.empty()
     assert sorted(winners) == list(range(rounds))
     for round_, number in winners.items():
-        assert (tmp_path / f"gen/{round_}").read_bytes() == b"%d" % number * 1000
+        assert (tmp_path / f"gen/{round_}").read_bytes() == b"%02d" % number * 1000
 
 
 # -- folders and digests -------------------------------------------------------------------------
@@ -429,8 +419,6 @@ def test_no_space_reported_by_a_real_device(tmp_path: Path) -> None:
 
 
 def test_no_space_in_the_words_of_safetensors_is_a_failure(storage: Storage) -> None:
-    from safetensors import SafetensorError
-
     said = "Error while serializing: I/O error: No space left on device (os error 28)"
     with pytest.raises(Failed), storage.writing("x"):
         raise SafetensorError(said)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import contextlib
 import io
 import shutil
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -21,11 +24,13 @@ from atoll.core.storage import Storage
 from atoll.islands.base import train_base
 from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
-from atoll.islands.submit import Cluster
+from atoll.islands.submit import ENDED, Cluster, Jobs, Unreachable
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
+from tests.waiting import PATIENCE_SECONDS, until
 
 SHARDS = 3
+CONTROLLER = "controller-journal.jsonl"
 TRAIN = TrainConfig(
     slots=2,
     training=DenoiserTraining(passes=2, checkpoints=4),
@@ -100,3 +105,34 @@ def finding(heads: Sequence[Head]) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atoll.islands.sites.local_heads", given)
         yield
+
+
+def journal(
+    run: Storage, shard: str, event: str, name: str = "journal.jsonl"
+) -> list[dict[str, Any]]:
+    """The lines of one kind in an island's journal, or in that of its controller."""
+    return [line for line in run.read_lines(f"islands/{shard}/{name}") if line["event"] == event]
+
+
+def ended_job(cluster: Cluster, submitted: dict[str, Any]) -> dict[str, Any]:
+    """What Ray says of a job once its process has ended, a moment after its `exit.json`."""
+    jobs, told = Jobs(cluster, ask=False), {"status": ""}
+
+    def ended() -> bool:
+        with contextlib.suppress(Unreachable):  # a head that has just woken up
+            told.update(jobs.details(submitted["submission_id"]))
+        return told["status"] in ENDED
+
+    until(ended, every=0.1)
+    return told
+
+
+def answer(cluster: Cluster, token: str | None) -> int:
+    """The status of the Jobs API's answer to a token."""
+    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+    request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=headers)
+    try:
+        with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as said:
+            return int(said.status)
+    except urllib.error.HTTPError as error:
+        return error.code

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
-import socket
 import traceback
 from collections.abc import Callable, Iterator
 from datetime import timedelta
@@ -15,23 +14,24 @@ import torch
 import torch.distributed as dist
 
 from atoll.islands.group import Ranks
+from tests.waiting import PATIENCE_SECONDS
 
-_PATIENCE_SECONDS = 300
+_HERE = "127.0.0.1"
 
 
 class Pool:
     """Some ranks that wait for work."""
 
     def __init__(self, world: int) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            where = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+        # Listens from now on: a port that was only found to be free may be somebody else's by then.
+        self._meeting = dist.TCPStore(_HERE, 0, is_master=True, wait_for_workers=False)
         spawn = multiprocessing.get_context("spawn")
         self._pipes: list[Connection] = []
         self.processes = []
         for rank in range(world):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_wait, args=(theirs, rank, world, where), daemon=True)
+            given = (theirs, rank, world, self._meeting.port)
+            process = spawn.Process(target=_wait, args=given, daemon=True)
             process.start()
             theirs.close()
             self._pipes.append(ours)
@@ -47,7 +47,7 @@ class Pool:
         answers: list[Any] = []
         for pipe in self._pipes:
             try:
-                answers.append(pipe.recv() if pipe.poll(_PATIENCE_SECONDS) else TimeoutError())
+                answers.append(pipe.recv() if pipe.poll(PATIENCE_SECONDS) else TimeoutError())
             except EOFError as error:  # it was killed
                 answers.append(error)
         return answers
@@ -65,14 +65,14 @@ def pool(world: int) -> Iterator[Pool]:
     finally:
         for process in ranks.processes:
             process.kill()
+            process.join()
 
 
-def _wait(orders: Connection, rank: int, world: int, where: str) -> None:
+def _wait(orders: Connection, rank: int, world: int, port: int) -> None:
     torch.set_num_threads(1)
-    patience = timedelta(seconds=_PATIENCE_SECONDS)
-    dist.init_process_group(
-        "gloo", init_method=where, rank=rank, world_size=world, timeout=patience
-    )
+    patience = timedelta(seconds=PATIENCE_SECONDS)
+    meeting = dist.TCPStore(_HERE, port, is_master=False, timeout=patience)
+    dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=patience)
     with contextlib.suppress(EOFError):
         while True:
             work, given = orders.recv()

@@ -35,7 +35,7 @@ def test_what_waited_through_an_outage_follows_in_its_order() -> None:
     store, background = Store(), Background(pause=0.01)
     for what in "abc":
         background.submit(what, store.work(what))
-    assert store.refused.wait(30)
+    assert store.refused.wait(300)
     background.settle()  # returns, since waiting would not help
     assert not background.idle
     store.away = 0
@@ -48,7 +48,7 @@ def test_what_waited_through_an_outage_follows_in_its_order() -> None:
 def test_an_outage_longer_than_patience_is_told_with_its_cause() -> None:
     store, background = Store(), Background(patience=0.05, pause=0.01)
     background.submit("a checkpoint", store.work("a"))
-    with pytest.raises(Failed, match="away for 0 s, writing a checkpoint: the store is away"):
+    with pytest.raises(Failed, match=r"away for \d+ s, writing a checkpoint: the store is away"):
         background.drain()
     with pytest.raises(Failed, match="writing a checkpoint"):
         background.submit("more", store.work("b"))
@@ -92,7 +92,7 @@ def test_an_ending_training_does_not_wait_for_a_store_for_ever() -> None:
 def test_a_pause_ends_when_the_training_does() -> None:
     store, background = Store(), Background(pause=600.0)
     background.submit("a checkpoint", store.work("a"))
-    assert store.refused.wait(30)
+    assert store.refused.wait(300)
     store.away = 0
     background.close()
     assert store.taken == ["a"]

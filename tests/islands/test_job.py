@@ -23,6 +23,7 @@ from atoll.islands.island import PARTS, run_island
 from atoll.islands.settings import DenoiserTraining, TrainConfig
 from atoll.islands.supervise import plan_islands, write_order
 from tests.islands.conftest import TRAIN
+from tests.waiting import PATIENCE_SECONDS, until
 
 RESULTS = ("expert", "gate_head", "preview.png", "metrics.jsonl")
 
@@ -43,7 +44,7 @@ def start(run: Storage, shard: str) -> subprocess.Popen[bytes]:
 
 def finish(run: Storage, shard: str) -> dict[str, str]:
     """Run the job to its end; the digests of what it made."""
-    assert start(run, shard).wait(timeout=120) == 0
+    assert start(run, shard).wait(timeout=PATIENCE_SECONDS) == 0
     return results(run, shard)
 
 
@@ -70,11 +71,7 @@ def seen(run: Storage, folder: str) -> int:
 def kill_when(run: Storage, shard: str, moment: Callable[[], bool]) -> None:
     """Run the job until the moment has come, and not one step longer."""
     job = start(run, shard)
-    deadline = time.monotonic() + 60
-    while not moment():
-        assert time.monotonic() < deadline
-        assert job.poll() is None
-        time.sleep(0.002)
+    until(moment, by=job, every=0.002)
     job.send_signal(signal.SIGKILL)
     assert job.wait() == -signal.SIGKILL
 
@@ -157,14 +154,7 @@ def test_killed_in_the_middle_of_training_it_loses_at_most_one_interval(fresh) -
     run, manifest = fresh()
     shard = next(iter(manifest.shards))
     order(run, manifest, shard, config)
-    job = start(run, shard)
-    deadline = time.monotonic() + 60
-    while len(run.list(f"islands/{shard}/commits")) < 2:
-        assert time.monotonic() < deadline
-        assert job.poll() is None
-        time.sleep(0.01)
-    job.send_signal(signal.SIGKILL)
-    job.wait()
+    kill_when(run, shard, lambda: len(run.list(f"islands/{shard}/commits")) >= 2)
     at_kill = json.loads(
         run.read_bytes(f"islands/{shard}/metrics.jsonl").decode().splitlines()[-1]
     )["images_seen"]
@@ -182,12 +172,9 @@ def test_sigterm_commits_and_ends_as_interrupted(fresh) -> None:
     shard = next(iter(manifest.shards))
     order(run, manifest, shard, config)
     job = start(run, shard)
-    deadline = time.monotonic() + 60
-    while not run.exists(f"islands/{shard}/heartbeat.json"):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
+    until(lambda: run.exists(f"islands/{shard}/heartbeat.json"), by=job)
     job.terminate()
-    assert job.wait(timeout=30) == ExitCode.INTERRUPTED
+    assert job.wait(timeout=PATIENCE_SECONDS) == ExitCode.INTERRUPTED
     assert run.read_json(f"islands/{shard}/exit.json")["code"] == ExitCode.INTERRUPTED
     latest = Checkpoints(run, f"islands/{shard}").latest()
     assert latest is not None
@@ -203,7 +190,7 @@ def test_a_changed_shard_is_refused(fresh) -> None:
     data[-1] ^= 1
     pack.chmod(0o644)
     pack.write_bytes(data)
-    assert start(run, shard).wait(timeout=60) == ExitCode.REFUSED
+    assert start(run, shard).wait(timeout=PATIENCE_SECONDS) == ExitCode.REFUSED
     assert "sha256" in run.read_json(f"islands/{shard}/exit.json")["reason"]
 
 

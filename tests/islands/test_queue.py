@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import signal
-import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -25,12 +21,12 @@ from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import DenoiserTraining, TrainConfig, WatchConfig
 from atoll.islands.status import ShardStatus, read_status
 from atoll.islands.supervise import train
-from tests.islands.conftest import TRAIN, finding
+from tests.islands.conftest import CONTROLLER, TRAIN, answer, ended_job, finding, journal
+from tests.islands.kills import beside, family, send
 from tests.islands.test_job import finish_here, order, results
-from tests.islands.test_supervise import ended_job, journal
+from tests.waiting import until
 
 NAMES = ("a", "b", "c")
-CONTROLLER = "controller-journal.jsonl"
 
 
 def islands(**named: dict[str, object]) -> tuple[Island, ...]:
@@ -50,24 +46,14 @@ def on_these(heads: list[Head]) -> Iterator[None]:
         yield
 
 
-def answer(address: str, token: str | None) -> int:
-    headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-    request = urllib.request.Request(f"{address}/api/jobs/", headers=headers)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as said:
-            return int(said.status)
-    except urllib.error.HTTPError as error:
-        return error.code
-
-
 def test_every_head_refuses_every_other_token(heads: list[Head]) -> None:
     clusters = [head.cluster for head in heads]
     assert len({cluster.token for cluster in clusters}) == len(NAMES)
     assert len({head.folder for head in heads}) == len(NAMES)
     for cluster in clusters:
         for other in clusters:
-            assert answer(cluster.address, other.token) == (200 if other is cluster else 403)
-        assert answer(cluster.address, None) == 401
+            assert answer(cluster, other.token) == (200 if other is cluster else 403)
+        assert answer(cluster, None) == 401
         assert cluster.token not in repr(cluster)
 
 
@@ -115,64 +101,41 @@ def test_two_shards_queue_on_one_island_and_a_pinned_one_has_its_own(
 LONG = TRAIN.model_copy(
     update={
         "training": DenoiserTraining(passes=70, checkpoints=35),
-        "watch": WatchConfig(dead_seconds=10, unreachable_seconds=5, backoff_seconds=0.1),
+        "watch": WatchConfig(dead_seconds=10, backoff_seconds=0.1),
     }
 )
 
 
-def family(head: Head) -> list[psutil.Process]:
-    """A head and all that it started, the job too."""
-    above = psutil.Process(head.process)
-    return [above, *above.children(recursive=True)]
-
-
-def send(processes: list[psutil.Process], number: signal.Signals) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.send_signal(number)
-
-
-class Disturbance(threading.Thread):
+class Disturbance:
     """Freezes the island that trains first, kills the one that takes over, and watches."""
 
     def __init__(self, run: Storage, manifest: Manifest, heads: list[Head], shard: str) -> None:
-        super().__init__()
         self._run, self._manifest, self._shard = run, manifest, shard
         self._heads = {head.cluster.name: head for head in heads}
         self.frozen: list[psutil.Process] = []
         self.seen: list[ShardStatus] = []
-        self.error: BaseException | None = None
 
-    def run(self) -> None:
-        try:
-            self._disturb()
-        except BaseException as error:
-            self.error = error
-
-    def _disturb(self) -> None:
+    def disturb(self) -> None:
         here = f"islands/{self._shard}"
-        self._until(lambda: len(self._run.list(f"{here}/commits")) >= 2)
+        until(lambda: len(self._run.list(f"{here}/commits")) >= 2)
         self._look(0)
-        first = self._heads[str(self.seen[-1].island)]
-        self.frozen = family(first)
+        self.frozen = self._family_seen()
         send(self.frozen, signal.SIGSTOP)
         self._look(61)  # as somebody sees it a minute later
         before = set(self._run.list(f"{here}/commits"))
-        self._until(lambda: newest_generation(self._run, here) == 2)
-        self._until(lambda: len(set(self._run.list(f"{here}/commits")) - before) >= 2)
+        until(lambda: newest_generation(self._run, here) == 2)
+        until(lambda: len(set(self._run.list(f"{here}/commits")) - before) >= 2)
         self._look(0)
-        send(family(self._heads[str(self.seen[-1].island)]), signal.SIGKILL)
-        self._until(lambda: newest_generation(self._run, here) == 3)
+        send(self._family_seen(), signal.SIGKILL)
+        until(lambda: newest_generation(self._run, here) == 3)
+
+    def _family_seen(self) -> list[psutil.Process]:
+        head = self._heads[str(self.seen[-1].island)]
+        return family(psutil.Process(head.process))
 
     def _look(self, later: float) -> None:
         rows = read_status(self._run, self._manifest, now=time.time() + later).shards
         self.seen += [row for row in rows if row.shard == self._shard]
-
-    def _until(self, moment: Callable[[], bool]) -> None:
-        deadline = time.monotonic() + 120
-        while not moment():
-            assert time.monotonic() < deadline
-            time.sleep(0.02)
 
 
 def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie_is_fenced(
@@ -186,11 +149,9 @@ def test_a_shard_moves_from_a_frozen_island_and_from_a_killed_one_and_the_zombie
     run, manifest = fresh("run")
     told: TrainConfig = LONG.model_copy(update={"islands": islands(a={}, b={}, c={})})
     disturbance = Disturbance(run, manifest, heads, shard)
-    disturbance.start()
     try:
-        assert train(run, manifest, told, shards=[shard]) == [shard]
-        disturbance.join()
-        assert disturbance.error is None, disturbance.error
+        with beside(disturbance.disturb):
+            assert train(run, manifest, told, shards=[shard]) == [shard]
         assert results(run, shard) == expected
         submitted = journal(run, shard, "submitted", CONTROLLER)
         assert [line["generation"] for line in submitted] == [1, 2, 3]

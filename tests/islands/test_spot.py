@@ -17,6 +17,7 @@ from atoll.core.storage import Storage
 from atoll.islands import spot
 from atoll.islands.loop import Loop
 from tests.islands.test_loop import COURSE, loss_of, module, straight, weights
+from tests.waiting import PATIENCE_SECONDS, until
 
 NOTICE = json.dumps({"action": "terminate", "time": "2026-11-20T08:22:00Z"})
 
@@ -79,6 +80,7 @@ def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
     monkeypatch.setenv("GCE_METADATA_HOST", place)
     # A proxy that the environment names is not the machine's own metadata service.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setattr(spot, "_ANSWER_SECONDS", PATIENCE_SECONDS)
     yield played
     server.shutdown()
     server.server_close()
@@ -100,9 +102,7 @@ def test_a_notice_becomes_a_commit_and_the_rest_is_bitwise(
 
     def notice() -> None:
         cloud.notice = True
-        deadline = time.monotonic() + 20
-        while not told and time.monotonic() < deadline:
-            time.sleep(0.01)
+        until(lambda: told)
 
     told: list[int] = []
     network = module()
@@ -116,10 +116,12 @@ def test_a_notice_becomes_a_commit_and_the_rest_is_bitwise(
             notice()
         return loss_of(network)(first, count)
 
-    with pytest.raises(Interrupted), spot.heeding(name, poll_seconds=0.02):
-        loop.run(loss)
+    try:
+        with pytest.raises(Interrupted), spot.heeding(name, poll_seconds=0.02):
+            loop.run(loss)
+    finally:
+        signal.signal(signal.SIGTERM, before)
     assert told == [1]
-    signal.signal(signal.SIGTERM, before)
     latest = Checkpoints(run, "run").latest()
     assert latest is not None
     assert latest.images_seen == 204
@@ -134,17 +136,12 @@ def test_a_service_that_does_not_answer_is_asked_again(cloud: Cloud) -> None:
     before = signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     try:
         with spot.heeding("azure", poll_seconds=0.02):
-            deadline = time.monotonic() + 20
-            while len(cloud.asked) < 3 and time.monotonic() < deadline:
-                time.sleep(0.01)
-            assert len(cloud.asked) >= 3
+            until(lambda: len(cloud.asked) >= 3)
             assert not stopped.is_set()
             cloud.broken, cloud.notice = False, True
-            while not stopped.is_set() and time.monotonic() < deadline:
-                time.sleep(0.01)
+            until(stopped.is_set)
     finally:
         signal.signal(signal.SIGTERM, before)
-    assert stopped.is_set()
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import struct
-from pathlib import Path
 
 import pytest
 
@@ -165,7 +164,7 @@ def test_torn_and_foreign_files_are_passed_over(run) -> None:
     assert (row(run).state, row(run).loss) == ("planned", 1.5)
 
 
-def test_curves_are_tensorboard_s(run, tmp_path: Path) -> None:
+def test_curves_are_tensorboard_s(run) -> None:
     from atoll.islands.curves import EVENTS, Curves, _masked
 
     storage, _ = run

@@ -24,6 +24,7 @@ from atoll.core.places import Island
 from atoll.islands import submit
 from atoll.islands.submit import Cluster, Jobs, Unreachable, remote_cluster, shipped_code
 from tests.islands.conftest import local_head
+from tests.waiting import PATIENCE_SECONDS
 
 TOKEN = "7f3a9c0d1e2b4a5968778695a4b3c2d1"
 
@@ -83,6 +84,7 @@ def test_tls_is_checked_by_the_ca_that_is_named_and_no_proxy_comes_between(
         ],
         check=True, capture_output=True,
     )  # fmt: skip
+    monkeypatch.setattr(submit, "_ANSWER_SECONDS", PATIENCE_SECONDS)
     for name in ("http_proxy", "https_proxy", "RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
         monkeypatch.setenv(name, "http://127.0.0.1:1")
     with local_head(1) as head:
@@ -144,7 +146,7 @@ def test_what_never_answers_is_given_up_in_time(monkeypatch) -> None:
         begun = time.monotonic()
         with pytest.raises(Unreachable, match="does not answer"):
             Jobs(Cluster(f"http://127.0.0.1:{silent.getsockname()[1]}", TOKEN))
-        assert time.monotonic() - begun < 3
+        assert time.monotonic() - begun < 60  # and not for ever
 
 
 def test_the_code_that_goes_along_is_an_island_s_and_runs_alone(tmp_path: Path) -> None:

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import json
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
-import time
-import urllib.error
-import urllib.request
 import venv
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,10 +22,26 @@ from atoll.core.places import Island
 from atoll.core.storage import Storage
 from atoll.islands.heads import Head, HeadOrder, local_heads, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining, WatchConfig
-from atoll.islands.submit import ENDED, Cluster, Jobs, shipped_code
+from atoll.islands.submit import Jobs, shipped_code
 from atoll.islands.supervise import plan_islands, train
-from tests.islands.conftest import TRAIN, finding, local_head
+from tests.islands.conftest import (
+    CONTROLLER,
+    TRAIN,
+    answer,
+    ended_job,
+    finding,
+    journal,
+    local_head,
+)
+from tests.islands.kills import (
+    beside,
+    command_lines,
+    expect_none_left,
+    kill_attempts,
+    kill_head_of,
+)
 from tests.islands.test_job import RESULTS, finish_here, order, results
+from tests.waiting import PATIENCE_SECONDS, until
 
 CLOCKS = ("heartbeat.json", "journal.jsonl")
 
@@ -44,43 +57,6 @@ def head() -> Iterator[Head]:
 def on_head(head: Head) -> Iterator[None]:
     with finding([head]):
         yield
-
-
-def journal(
-    run: Storage, shard: str, event: str, name: str = "journal.jsonl"
-) -> list[dict[str, object]]:
-    lines = run.read_bytes(f"islands/{shard}/{name}").decode().splitlines()
-    return [entry for line in lines if (entry := json.loads(line))["event"] == event]
-
-
-def ended_job(cluster: Cluster, submitted: dict[str, object]) -> dict[str, object]:
-    """What Ray says of a job once its process has ended, a moment after its `exit.json`."""
-    jobs, deadline = Jobs(cluster), time.monotonic() + 60
-    while jobs.status(str(submitted["submission_id"])) not in ENDED:
-        assert time.monotonic() < deadline
-        time.sleep(0.1)
-    return jobs.details(str(submitted["submission_id"]))
-
-
-def ray_processes(marker: str) -> list[str]:
-    """Command lines of living processes that mention a folder."""
-    found = []
-    for place in Path("/proc").glob("[0-9]*/cmdline"):
-        try:
-            text = place.read_bytes().replace(b"\0", b" ").decode(errors="replace")
-        except OSError:
-            continue
-        if marker in text:
-            found.append(text)
-    return found
-
-
-def expect_none_left(marker: str, *, seconds: float) -> None:
-    """That no such process lives on; what was just killed takes a moment to be gone."""
-    deadline = time.monotonic() + seconds
-    while left := ray_processes(marker):
-        assert time.monotonic() < deadline, left
-        time.sleep(0.2)
 
 
 def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: None) -> None:
@@ -125,24 +101,8 @@ def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(
     )
     run, manifest = fresh()
     shard = "shard-00"
-    killer = subprocess.Popen(
-        [
-            sys.executable, "-c",
-            "import json, os, pathlib, signal, sys, time\n"
-            "here = pathlib.Path(sys.argv[1])\n"
-            "for generation in (1, 2):\n"
-            "    mine = f'{generation:06d}-*.json'\n"
-            "    while len(list((here / 'commits').glob(mine))) < 2: time.sleep(0.02)\n"
-            "    line = (here / 'journal.jsonl').read_text().splitlines()[generation - 1]\n"
-            "    os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
-            str(run.local(f"islands/{shard}")),
-        ]
-    )  # fmt: skip
-    try:
+    with beside(lambda: kill_attempts(run, shard, (1, 2))):
         assert train(run, manifest, config, shards=[shard]) == [shard]
-        assert killer.wait(timeout=10) == 0
-    finally:
-        killer.kill()
     started = journal(run, shard, "started")
     assert len(started) == 3
     assert len({entry["submission_id"] for entry in started}) == 3
@@ -155,7 +115,7 @@ def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(
     assert finish_here(undisturbed, shard) == results(run, shard)
 
 
-def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh, tmp_path: Path) -> None:
+def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh) -> None:
     run, manifest = fresh()
     script = (
         "import sys\n"
@@ -172,43 +132,38 @@ def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh, tmp_path: Path
         "    sys.exit(int(error.exit_code))\n"
     )
     controller = subprocess.Popen([sys.executable, "-c", script, run.uri])
-    deadline = time.monotonic() + 90
-    while sum(run.exists(f"islands/{s}/heartbeat.json") for s in manifest.shards) < 2:
-        assert time.monotonic() < deadline
-        assert controller.poll() is None
-        time.sleep(0.1)
-    controller.send_signal(signal.SIGINT)
-    assert controller.wait(timeout=60) == ExitCode.INTERRUPTED
-    begun = [s for s in manifest.shards if run.exists(f"islands/{s}/heartbeat.json")]
-    for shard in begun:
+
+    def begun() -> list[str]:
+        return [s for s in manifest.shards if run.exists(f"islands/{s}/heartbeat.json")]
+
+    try:
+        until(lambda: len(begun()) >= 2, by=controller)
+        controller.send_signal(signal.SIGINT)
+        assert controller.wait(timeout=PATIENCE_SECONDS) == ExitCode.INTERRUPTED
+    finally:
+        controller.kill()
+    for shard in begun():
         assert run.read_json(f"islands/{shard}/exit.json")["code"] == ExitCode.INTERRUPTED
         assert run.list(f"islands/{shard}/commits")
-    expect_none_left(run.uri, seconds=10)
+    expect_none_left(run.uri)
 
 
 def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
     with local_head(1) as cluster:
         for token, expected in ((None, 401), ("0" * 64, 403), (cluster.token, 200)):
-            headers = {} if token is None else {"Authorization": f"Bearer {token}"}
-            request = urllib.request.Request(f"{cluster.address}/api/jobs/", headers=headers)
-            try:
-                with urllib.request.urlopen(request, timeout=10) as answer:
-                    status = answer.status
-            except urllib.error.HTTPError as error:
-                status = error.code
-            assert status == expected
+            assert answer(cluster, token) == expected
         assert "127.0.0.1" in cluster.address
         port = cluster.address.rsplit(":", 1)[1]
         folder = next(  # ours, whatever other heads there are
             line.split("--temp-dir ")[1].split()[0]
-            for line in ray_processes(f"--dashboard-port {port} ")
+            for line in command_lines(f"--dashboard-port {port} ")
             if "--temp-dir " in line
         )
         token_file = Path(folder).parent / "token"
         assert token_file.stat().st_mode & 0o077 == 0
         with pytest.raises(Failed, match="does not answer"):
             Jobs(type(cluster)(cluster.address, "0" * 64))
-    expect_none_left(str(Path(folder).parent), seconds=10)
+    expect_none_left(str(Path(folder).parent))
     assert not Path(folder).exists()
 
 
@@ -223,19 +178,25 @@ def test_a_head_dies_with_its_controller() -> None:
     controller = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE)
     assert controller.stdout is not None
     folder = Path(controller.stdout.readline().decode().strip())
-    assert ray_processes(str(folder))
+    assert folder.is_absolute()  # it is said only once the head answers
+    assert command_lines(str(folder))
     controller.kill()
     controller.wait()
-    expect_none_left(str(folder), seconds=90)  # Ray drains a node for up to 30 s before it ends it
+    expect_none_left(str(folder))  # Ray drains a node for up to 30 s before it ends it
     # Its folder is left; the next start removes it, once nothing has moved there for a while.
     assert folder.exists()
     remove_dead_folders()
     assert folder.exists()
     for path in [folder, *folder.rglob("*")]:
         if not path.is_symlink():
-            os.utime(path, (0, 0))
-    remove_dead_folders()
-    assert not folder.exists()
+            with contextlib.suppress(FileNotFoundError):  # a start of somebody else's was quicker
+                os.utime(path, (0, 0))
+
+    def gone() -> bool:
+        remove_dead_folders()  # which leaves alone what another start is about to remove
+        return not folder.exists()
+
+    until(gone)
 
 
 def test_the_plan_is_written_before_the_first_job_and_does_not_move(fresh) -> None:
@@ -281,7 +242,7 @@ def without_atoll(folder: Path) -> Path:
     return python
 
 
-def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None:
+def test_the_only_head_is_started_again_when_it_dies(fresh) -> None:
     """Killed with all that it started; the shard goes on at the next generation, bitwise."""
     config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
     shard = "shard-01"
@@ -290,28 +251,10 @@ def test_the_only_head_is_started_again_when_it_dies(fresh, monkeypatch) -> None
     expected = finish_here(straight, shard)
 
     run, manifest = fresh("run")
-    here = run.local(f"islands/{shard}")
-    killer = subprocess.Popen(
-        [
-            sys.executable, "-c",
-            "import contextlib, json, os, pathlib, psutil, sys, time\n"
-            "here = pathlib.Path(sys.argv[1])\n"
-            "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
-            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
-            "above = psutil.Process(json.loads(line)['process'])\n"
-            "while '--head' not in above.cmdline(): above = above.parent()\n"
-            "for each in [above, *above.children(recursive=True)]:\n"
-            "    with contextlib.suppress(psutil.NoSuchProcess): each.kill()\n",
-            str(here),
-        ]
-    )  # fmt: skip
-    try:
+    with beside(lambda: kill_head_of(run, shard)):
         assert train(run, manifest, config, shards=[shard]) == [shard]
-        assert killer.wait(timeout=10) == 0
-    finally:
-        killer.kill()
     assert results(run, shard) == expected
-    submitted = journal(run, shard, "submitted", "controller-journal.jsonl")
+    submitted = journal(run, shard, "submitted", CONTROLLER)
     assert [line["generation"] for line in submitted] == [1, 2]
 
 
@@ -340,7 +283,7 @@ def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_pat
         monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
         assert train(run, manifest, config, shards=[shard]) == [shard]
         assert results(run, shard) == expected
-        (began,) = journal(run, shard, "submitted", "controller-journal.jsonl")
+        (began,) = journal(run, shard, "submitted", CONTROLLER)
         assert began["code_sha256"] == hashlib.sha256(shipped_code()).hexdigest()
         details = ended_job(cluster, began)
         assert details["driver_exit_code"] == 0

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -21,10 +19,11 @@ from atoll.islands.signs import (
 from atoll.islands.submit import Cluster, Jobs
 from atoll.islands.supervise import train
 from atoll.islands.workers import Each, _cause
-from tests.islands.conftest import TRAIN
+from tests.islands.conftest import CONTROLLER, TRAIN, journal
+from tests.islands.kills import beside, kill_attempts
 from tests.islands.ranks import pool
 from tests.islands.test_job import order
-from tests.islands.test_supervise import journal
+from tests.waiting import PATIENCE_SECONDS
 
 SHARD = "shard-00"
 # The workers are the island's business and not the order's.
@@ -39,23 +38,9 @@ def island(group: Group, uri: str) -> None:
 
 def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh) -> None:
     run, manifest = fresh()
-    killer = subprocess.Popen(
-        [
-            sys.executable, "-c",
-            "import json, os, pathlib, signal, sys, time\n"
-            "here = pathlib.Path(sys.argv[1])\n"
-            "while len(list((here / 'commits').glob('0*.json'))) < 2: time.sleep(0.02)\n"
-            "line = (here / 'journal.jsonl').read_text().splitlines()[0]\n"
-            "os.kill(json.loads(line)['process'], signal.SIGKILL)\n",
-            str(run.local(f"islands/{SHARD}")),
-        ]
-    )  # fmt: skip
-    try:
+    with beside(lambda: kill_attempts(run, SHARD, [1])):
         assert train(run, manifest, CONFIG, shards=[SHARD]) == [SHARD]
-        assert killer.wait(timeout=10) == 0
-    finally:
-        killer.kill()
-    first, second = journal(run, SHARD, "ended", "controller-journal.jsonl")
+    first, second = journal(run, SHARD, "ended", CONTROLLER)
     assert first["code"] == ExitCode.FAILED
     assert "worker 0" in str(first["reason"])
     assert second["code"] == ExitCode.DONE
@@ -87,7 +72,7 @@ def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeyp
         monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-2")
         assert not left.wait(0.2)
         ask_to_leave(run, SHARD)
-        assert left.wait(10)
+        assert left.wait(PATIENCE_SECONDS)
 
 
 def test_a_job_with_workers_takes_nothing_itself(monkeypatch) -> None:

@@ -275,13 +275,13 @@ def mixtures(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
     return [torch.tensor(row, dtype=dtype) for row in rows], weights
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(mixtures())
 def test_any_mixture(mixture):
     check(*mixture)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(mixtures(), st.randoms(use_true_random=False), st.integers(1, 7))
 def test_order_and_chunking_do_not_show(mixture, random, chunk):
     tensors, weights = mixture

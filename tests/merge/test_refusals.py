@@ -17,6 +17,7 @@ from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageEr
 from atoll.core.storage import sha256_folder
 from atoll.merge import exact, soup, tensors
 from atoll.merge.verify import verify
+from tests.waiting import PATIENCE_SECONDS
 
 WEIGHTS = tensors.WEIGHTS_NAME
 
@@ -163,7 +164,7 @@ def test_an_ingredient_that_changed_or_went_away(make_expert, pair, tmp_path):
     soup.remove(pair, "b")  # needs only what stays
 
 
-def test_a_place_that_is_taken(make_expert, pair, tmp_path):
+def test_a_place_that_is_taken(pair, tmp_path):
     a = tmp_path / "experts" / "a"
     refused(Refused, pair, lambda: soup.create(pair, {a: 1}), "another soup")
     refused(Refused, a, lambda: soup.create(a, {a: 1}), "holds no soup")
@@ -255,7 +256,7 @@ def _hold(folder: Path, ready, release) -> None:
     with disk.replacing(folder, alone=True) as partial:
         (partial / "x").write_text("half")
         ready.set()
-        release.wait(30)
+        release.wait(PATIENCE_SECONDS)
         raise SystemExit
 
 
@@ -266,7 +267,7 @@ def test_a_second_writer(make_expert, pair):
     other = context.Process(target=_hold, args=(pair, ready, release))
     other.start()
     try:
-        assert ready.wait(30)
+        assert ready.wait(PATIENCE_SECONDS)
         refused(Refused, pair, lambda: soup.add(pair, {newcomer: 1}), "at work")
     finally:
         release.set()

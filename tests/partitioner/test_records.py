@@ -112,7 +112,6 @@ def test_commons_and_private_are_divided_by_hash_or_by_owner(
 
 def test_unreadable_pictures_are_listed_counted_and_refused_beyond_the_share(
     digits: list[dict[str, Any]], parquet: Write, config: Configure, tmp_path: Path,
-    caplog: pytest.LogCaptureFixture,
 ) -> None:  # fmt: skip
     bad = [{**digits[0], "image": digits[0]["image"][:60]}, {**digits[1], "image": b"nonsense"}]
     corpus = parquet(tmp_path / "c.parquet", digits[:198] + bad)

@@ -93,7 +93,7 @@ def test_counts_are_looked_up_by_name(heads: dict[str, GateHead]) -> None:
     assert torch.equal(p, q)
 
 
-def test_confident_heads_do_not_overflow(heads: dict[str, GateHead]) -> None:
+def test_confident_heads_do_not_overflow() -> None:
     class Sure(torch.nn.Module):
         def __init__(self, f: float) -> None:
             super().__init__()
@@ -109,7 +109,7 @@ def test_confident_heads_do_not_overflow(heads: dict[str, GateHead]) -> None:
     torch.testing.assert_close(p, expected, rtol=1e-2, atol=1e-6)
 
 
-def test_odds_stay_in_float32(heads: dict[str, GateHead]) -> None:
+def test_odds_stay_in_float32() -> None:
     asked = question(4, 0.4)
     gate = Gate({shard: head(shard) for shard in RECORDS}, RECORDS)
     with torch.no_grad():
@@ -121,6 +121,6 @@ def test_odds_stay_in_float32(heads: dict[str, GateHead]) -> None:
     assert torch.equal(wide, before)
 
 
-def test_the_gate_moves_to_another_device(heads: dict[str, GateHead]) -> None:
+def test_the_gate_moves_to_another_device() -> None:
     gate = Gate({shard: head(shard) for shard in RECORDS}, RECORDS).to("meta", torch.bfloat16)
     assert {(w.device.type, w.dtype) for w in gate.parameters()} == {("meta", torch.float32)}

@@ -76,7 +76,7 @@ def test_the_closed_form_is_the_formula(make_world: Callable[..., World], prompt
     caption=st.integers(0, 2),
     slip=st.sampled_from([0.0, 0.2]),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_full_is_the_global_velocity(
     make_world: Callable[..., World],
     prompt: Any,
