@@ -30,7 +30,7 @@ from atoll.islands.submit import REDIRECTS, Cluster, Jobs
 
 _START_SECONDS = 90.0
 _STOP_SECONDS = 20.0
-_DEAD_SECONDS = 300.0  # Ray drains a node for up to 30 s after its owner is gone
+_DEAD_SECONDS = 300.0  # of a folder where nothing has moved
 _PREFIX = "atoll-ray-"
 _PORTS = (
     "--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port",
@@ -103,11 +103,21 @@ class Head:
                 continue
             log.debug("a local Ray head answers at %s", self.cluster.address)
             return
+        how = f"within {_START_SECONDS:.0f} s" if self.alive() else "and ended"
         raise Failed(
-            f"The local Ray head did not start within {_START_SECONDS:.0f} s. "
-            f"Its last words:\n{self.last_words()}",
+            f"The local Ray head did not start {how}. Its last words:\n{self.last_words()}",
             cure="free memory or ports, or give --address of a running cluster",
         )
+
+    def wait_or_restart(self) -> None:
+        """`wait`, and once more at other ports where it ended: others may have taken one."""
+        try:
+            self.wait()
+        except Failed:
+            if self.alive():
+                raise
+            log.warning("a local Ray head ended at its start; once more, at other ports")
+            self.restart()
 
     def alive(self) -> bool:
         """Whether its process is there; without it nothing that it started is of any use."""
@@ -153,7 +163,7 @@ def local_heads(orders: Sequence[HeadOrder]) -> Iterator[list[Head]]:
         for n, order in enumerate(orders):
             heads.append(Head(order, ports[n * len(_PORTS) : (n + 1) * len(_PORTS)]))
         for head in heads:
-            head.wait()
+            head.wait_or_restart()
         yield heads
     finally:
         for head in heads:
@@ -192,6 +202,8 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
+        # A head that ends has no node to move work to: jobs have committed by then.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray's own 15 is for workers that share a machine with what matters more.
         "RAY_worker_niceness": "0",
     }

@@ -20,6 +20,7 @@ from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.places import Island
 from atoll.core.storage import Storage
+from atoll.islands import heads
 from atoll.islands.heads import Head, HeadOrder, local_heads, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining, WatchConfig
 from atoll.islands.submit import Jobs, shipped_code
@@ -167,6 +168,25 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
     assert not Path(folder).exists()
 
 
+def test_a_head_that_ends_at_its_start_is_tried_once_more_at_other_ports(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    free, given = heads._free_ports, []
+
+    def at_first_none(count: int) -> list[int]:
+        # As if others had taken one; Ray itself looks for half a minute before it believes that.
+        given.append([99_999] * count if not given else free(count))
+        return given[-1]
+
+    monkeypatch.setattr(heads, "_free_ports", at_first_none)
+    with local_head(1) as cluster:
+        assert answer(cluster, cluster.token) == 200
+    assert len(given) == 2
+    monkeypatch.setattr(heads, "_free_ports", lambda count: [99_999] * count)
+    with pytest.raises(Failed, match="did not start and ended"), local_head(1):
+        pass
+
+
 def test_a_head_dies_with_its_controller() -> None:
     script = (
         "import os, sys, time\n"
@@ -182,7 +202,7 @@ def test_a_head_dies_with_its_controller() -> None:
     assert command_lines(str(folder))
     controller.kill()
     controller.wait()
-    expect_none_left(str(folder))  # Ray drains a node for up to 30 s before it ends it
+    expect_none_left(str(folder))
     # Its folder is left; the next start removes it, once nothing has moved there for a while.
     assert folder.exists()
     remove_dead_folders()
