@@ -164,6 +164,11 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
         stated = (part.records, part.held_out, manifest.picture, manifest.latent_space)
         found = (card.records, card.held_out, card.picture, card.latent_space)
         told[f"{name}: records"] = (stated, found)
+        strange = [p for p in (card.shapes or {}).values() if p not in manifest.pictures]
+        told[f"{name}: shapes"] = (
+            (manifest.buckets is None, []),
+            (card.shapes is None, strange),
+        )
     for name, expert in manifest.experts.items():
         images_seen = read_card(run.local(expert.path)).images_seen
         told[f"{name}: images_seen"] = (expert.images_seen, images_seen)

@@ -17,7 +17,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import accumulate, chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -171,8 +171,8 @@ class Pack:
             raise Refused(f"The packs in {where} do not hold the rows that {CARD_NAME} names")
         self._shapes = _shapes(card)
         if card.shapes is not None and any(
-            tuple(part[name].shape[1:]) != picture.shape
-            for part, (_, picture) in zip(parts, self._shapes, strict=True)
+            tuple(part[name].shape[1:]) != card.shapes[file].shape
+            for file, part in zip(card.packs, parts, strict=True)
             for name in card.stored
         ):
             raise Refused(f"The packs in {where} do not have the shapes that {CARD_NAME} names")
@@ -262,14 +262,16 @@ class Pack:
 
 
 def _shapes(card: ShardCard) -> list[tuple[range, Picture]]:
-    """Which rows every file holds, and their shape; one entry where all have the same."""
+    """Runs of rows of one shape, and the shape."""
     if card.shapes is None:
         return [(range(sum(card.packs.values())), card.picture)]
     if card.shapes.keys() != card.packs.keys():
         raise Refused(f"{CARD_NAME} of {card.name} names the shapes of other files than its packs")
-    ends = list(accumulate(card.packs.values()))
-    rows = [range(end - count, end) for end, count in zip(ends, card.packs.values(), strict=True)]
-    return [(run, card.shapes[name]) for run, name in zip(rows, card.packs, strict=True)]
+    runs, end = [], 0
+    for picture, names in groupby(card.packs, key=card.shapes.__getitem__):
+        start, end = end, end + sum(card.packs[name] for name in names)
+        runs.append((range(start, end), picture))
+    return runs
 
 
 def _whole(tensor: Tensor | FarTensor) -> Tensor:

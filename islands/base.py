@@ -18,6 +18,7 @@ from atoll.core.cache import BlockCache
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError, Refused
+from atoll.core.families import check_shapes
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
@@ -30,7 +31,7 @@ from atoll.islands.group import Group
 from atoll.islands.learner import Learner, Parallel
 from atoll.islands.loop import Course, Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
-from atoll.islands.step import flow_matching, held_out_loss, prepare
+from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, prepare
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -79,9 +80,13 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
     if config.start is None:
         name = config.recipe or recipes.default_recipe(picture)
         seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
-        network = recipes.build(recipes.recipe_of(name), picture, **widths, seed=seed)
+        recipe = recipes.recipe_of(name)
+        check_shapes(recipe.family, recipe.config, manifest.pictures)
+        network = recipes.build(recipe, picture, **widths, seed=seed)
     else:
         start = load_start(config.start, picture, **widths, prediction=training.prediction)
+        made: Any = start.network
+        check_shapes(start.family, made.config, manifest.pictures)
         network, origin = start.network, {"start": config.start, "start_sha256": start.sha256}
         name = config.recipe or recipes.nearest_recipe(
             network, start.family, picture, commons.text_width
@@ -200,8 +205,10 @@ def train_here(
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)
         where: dict[str, Any] = {"seed": seed, "device": chosen}
-        batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
-        others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
+        rows: dict[str, Any] = {"rows": pack.train, "batch": plan.batch}
+        batches = Batches(pack, training, stream=stream, **rows, **where)
+        rows = {"rows": pack.held_out, "batch": HELD_OUT_BATCH}
+        others = Batches(pack, training, stream="held-out", **rows, **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         stride = plan.batch // training.accumulation

@@ -26,7 +26,7 @@ from atoll.islands.learner import Learner
 from atoll.islands.settings import DenoiserTraining, WeightConfig
 
 # Noised held-out records that the averages are compared on, and how many at once.
-_HELD_OUT, _HELD_OUT_BATCH = 512, 64
+_HELD_OUT, HELD_OUT_BATCH = 512, 64
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def held_out_loss(
     @torch.no_grad()
     def measured() -> float:
         loss = flow_matching(denoiser, batches, config)
-        each = [loss(first, _HELD_OUT_BATCH).each for first in range(0, _HELD_OUT, _HELD_OUT_BATCH)]
+        starts = range(0, _HELD_OUT, HELD_OUT_BATCH)
+        each = [loss(first, HELD_OUT_BATCH).each for first in starts]
         return float(torch.cat(each).double().mean())
 
     return measured
