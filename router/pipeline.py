@@ -141,7 +141,10 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         if height is None and width is None:
             return main
         factor = 1 if self.vae is None else Autoencoder(self.vae).factor
-        sides = [height or main.height * factor, width or main.width * factor]
+        sides = [
+            main.height * factor if height is None else height,
+            main.width * factor if width is None else width,
+        ]
         if min(sides) < 1 or any(side % factor for side in sides):
             raise UsageError(
                 f"Pictures of {sides[0]}x{sides[1]} are asked for",
