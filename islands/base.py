@@ -207,8 +207,12 @@ def train_here(
         where: dict[str, Any] = {"seed": seed, "device": chosen}
         rows: dict[str, Any] = {"rows": pack.train, "batch": plan.batch}
         batches = Batches(pack, training, stream=stream, **rows, **where)
-        rows = {"rows": pack.held_out, "batch": HELD_OUT_BATCH}
+        # In more batches where there are several shapes, so that each has its share of them.
+        alike = len(pack.buckets(pack.held_out)) < 2
+        held = HELD_OUT_BATCH if alike else HELD_OUT_BATCH // 4
+        rows = {"rows": pack.held_out, "batch": held}
         others = Batches(pack, training, stream="held-out", **rows, **where)
+        measured = held_out_loss(denoiser, others, training, batch=held)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         stride = plan.batch // training.accumulation
@@ -217,7 +221,7 @@ def train_here(
                 storage, folder, denoiser.network, course, name=stream, learner=learner, told=told
             ).run(
                 flow_matching(denoiser, coming, training),
-                held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+                held_out=measured if pack.held_out else None,
                 milestones=milestones,
             )
         network = learner.whole().to("cpu")

@@ -188,6 +188,25 @@ def test_rows_of_a_bucket_are_one_tensor_and_those_of_two_are_none(made: Storage
         pack.x_data(torch.tensor([0, pack.train[-1]]))
 
 
+def test_the_report_counts_the_shapes_and_shows_each(made: Storage) -> None:
+    page = made.read_bytes("partition/report.html").decode()
+    for folder in folders(Manifest.load(made)):
+        pack = Pack(made.local(folder))
+        sizes = {
+            shape: sum(
+                len(bucket)
+                for rows in (pack.train, pack.held_out)
+                for bucket in pack.buckets(rows)
+                if bucket.picture.size == shape
+            )
+            for shape in SHAPES
+        }
+        listed = ", ".join(f"{n} of {s}" for s, n in sorted(sizes.items(), key=lambda i: -i[1]))
+        assert f"By height x width: {listed}." in page
+    assert "<b>3</b><span>shapes in the commons</span>" in page
+    assert page.count('alt="30 pictures of') == 3  # ten of each shape
+
+
 def test_the_square_alone_is_what_there_is_without_buckets(
     corpus: str, tmp_path: Path, config: Configure
 ) -> None:
