@@ -116,17 +116,3 @@ def test_epochs_have_turns_of_their_own() -> None:
     assert one != sorted(one)
     other = Turns((64, 64), 8, 1, ("s",))
     assert [other.at(turn)[0] for turn in range(16)] != one
-
-
-@given(st.lists(st.tuples(st.integers(1, 5), st.integers(0, 2)), min_size=1, max_size=6))
-def test_a_bucket_knows_its_rows_wherever_they_stand(runs: list[tuple[int, int]]) -> None:
-    shapes, rows, end = [], {}, 0
-    for length, kind in runs:
-        start, end = end, end + length
-        shapes.append((range(start, end), Picture(channels=1, height=4, width=4 + kind)))
-        rows.setdefault(kind, []).extend(range(start, end))
-    found = buckets_among(shapes, range(end))
-    assert [bucket.picture.width - 4 for bucket in found] == list(rows)
-    for bucket, mine in zip(found, rows.values(), strict=True):
-        assert bucket.rows(torch.arange(len(bucket))).tolist() == mine
-    assert buckets_among(shapes, range(0)) == []
