@@ -9,6 +9,7 @@ Both sides get the same times, noise law and caption dropout.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -23,11 +24,10 @@ from atoll.core.pack import Pack
 from atoll.islands.data import drop, rows_at
 from atoll.islands.settings import HeadTraining
 from atoll.islands.step import Errors, Loss
-from atoll.islands.turns import places
 
 _PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
 _DRAWS = 512  # noised records of each side that a band is fitted and measured on
-_DRAWS_OF_ONE_SHAPE = 16  # at once, where there are several shapes
+_TURN = 16  # records of one shape at a time, where there are several
 
 
 @dataclass(frozen=True)
@@ -80,21 +80,85 @@ def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
     )
 
 
+def head_loss(
+    head: GateHead, pack: Pack, anchor: Anchor, config: HeadTraining, *, seed: int
+) -> Loss:
+    """Binary cross-entropy of shard against anchor, balanced at every t; and of text alone."""
+    stream = f"head-{head.config.shard}"
+    device = next(head.parameters()).device
+
+    def loss(first: int, count: int) -> Errors:
+        t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
+        f, is_shard, cond = _raw(
+            head, pack, pack.train, anchor, t, config,
+            seed=seed, stream=stream, purpose="train", first=first, count=count,
+        )  # fmt: skip
+        wanted = is_shard.float().to(device)
+        picture = functional.binary_cross_entropy_with_logits(f, wanted, reduction="none")
+        text = functional.binary_cross_entropy_with_logits(head.raw_text(cond.to(f)), wanted)
+        return Errors(picture.mean() + text, picture.detach(), t.to(device))
+
+    return loss
+
+
 def _raw(
+    head: GateHead,
+    pack: Pack,
+    rows: range,
+    anchor: Anchor,
+    t: Tensor,
+    config: HeadTraining,
+    *,
+    seed: int,
+    stream: str,
+    purpose: str,
+    first: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Raw f of shard and anchor records `first` onwards, noised to times `t` `(2 * count,)`.
+
+    With it which of them are the shard's, and their captions before dropout. Each side keeps to the
+    shapes that it has, which are part of what tells them apart. Where there are several they take
+    short turns: a batch that is of one shape here and of another there would teach the shape alone.
+    """
+    alone = len(pack.buckets(rows)) == len(anchor.commons.buckets(anchor.rows)) == 1
+    turn = None if alone else _TURN
+    uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
+    f, is_shard, conds = [], [], []
+    for start, length in _pieces(first, count, turn):
+        where = {"first": start, "count": length}
+        picked = rows_at(pack, rows, seed, stream, "order", **where, batch=turn)
+        other, other_cond = anchor.draw(seed, purpose, **where, batch=turn)
+        here = slice(2 * (start - first), 2 * (start - first + length))
+        cond = concatenate([pack.cond(picked), other_cond])
+        dropped = drop(cond, pack.null, uniform[here], config.condition_dropout)
+        sides = (pack.x_data(picked), other)
+        f.append(_of_sides(head, sides, t[here], dropped, seed, stream, first=2 * start))
+        is_shard.append(torch.arange(2 * length) < length)
+        conds.append(cond)
+    return torch.cat(f), torch.cat(is_shard), concatenate(conds)
+
+
+def _pieces(first: int, count: int, turn: int | None) -> Iterator[tuple[int, int]]:
+    """The records `first` to `first + count - 1`, cut where one turn ends and the next begins."""
+    end = first + count
+    while first < end:
+        length = end - first if turn is None else min(end - first, turn - first % turn)
+        yield first, length
+        first += length
+
+
+def _of_sides(
     head: GateHead,
     sides: tuple[Tensor, Tensor],
     t: Tensor,
     cond: Conditioning,
-    *,
     seed: int,
     stream: str,
+    *,
     first: int,
 ) -> Tensor:
-    """Raw f `(batch,)` of shard and anchor records behind one another, noised to times `t`.
-
-    In one pass where both sides are of one shape, else in two. Which shapes the shard has, and how
-    often, is part of what tells it from the anchor, so each side keeps to its own.
-    """
+    """Raw f `(batch,)` of both sides, in one pass where they are of one shape, else in two."""
     alike = sides[0].shape[1:] == sides[1].shape[1:]
     f, start = [], 0
     for x_data in [torch.cat(sides)] if alike else sides:
@@ -105,32 +169,6 @@ def _raw(
         f.append(head.raw(x_t, t[here].to(x_t), cond[here].to(x_t)))
         start = here.stop
     return torch.cat(f)
-
-
-def head_loss(
-    head: GateHead, pack: Pack, anchor: Anchor, config: HeadTraining, *, seed: int
-) -> Loss:
-    """Binary cross-entropy of shard against anchor, balanced at every t; and of text alone."""
-    stream = f"head-{head.config.shard}"
-    device = next(head.parameters()).device
-
-    def loss(first: int, count: int) -> Errors:
-        where = {"first": first, "count": count, "batch": config.batch}
-        rows = rows_at(pack, pack.train, seed, stream, "order", **where)
-        x_data, cond = pack.x_data(rows), pack.cond(rows)
-        other, other_cond = anchor.draw(seed, "train", **where)
-        t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
-        uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
-        both = concatenate([cond, other_cond])
-        dropped = drop(both, pack.null, uniform, config.condition_dropout)
-        f = _raw(head, (x_data, other), t, dropped, seed=seed, stream=stream, first=2 * first)
-        t, both = t.to(device), both.to(f)
-        is_shard = (torch.arange(2 * count) < count).float().to(device)
-        picture = functional.binary_cross_entropy_with_logits(f, is_shard, reduction="none")
-        text = functional.binary_cross_entropy_with_logits(head.raw_text(both), is_shard)
-        return Errors(picture.mean() + text, picture.detach(), t)
-
-    return loss
 
 
 @torch.no_grad()
@@ -171,34 +209,12 @@ def _noised_logits(
 ) -> tuple[Tensor, Tensor]:
     """Raw f on held-out shard records and on the anchor, at times within one band."""
     stream = f"calibrate-{head.config.shard}-{centre:.3f}"
-    buckets = pack.buckets(pack.held_out)
-    alone = len(buckets) == len(anchor.commons.buckets(anchor.rows)) == 1
-    count = _DRAWS if alone else _DRAWS_OF_ONE_SHAPE
-    own, others = [], []
-    for first in range(0, _DRAWS, count):
-        here = {"first": first, "count": count, "batch": count}
-        picked = places(buckets, seed, stream, "order", **here)
-        other, other_cond = anchor.draw(seed, f"calibrate-{centre:.3f}", **here)
-        where = {"first": 2 * first, "count": 2 * count}
-        offset = seeds.uniform(seed, stream, "time", **where)[:, 0].float() - 0.5
-        cond = drop(
-            concatenate([pack.cond(picked), other_cond]),
-            pack.null,
-            seeds.uniform(seed, stream, "dropout", **where),
-            config.condition_dropout,
-        )
-        f = _raw(
-            head,
-            (pack.x_data(picked), other),
-            centre + offset / config.bands,
-            cond,
-            seed=seed,
-            stream=stream,
-            first=2 * first,
-        )
-        own.append(f[:count])
-        others.append(f[count:])
-    return torch.cat(own), torch.cat(others)
+    offset = seeds.uniform(seed, stream, "time", first=0, count=2 * _DRAWS)[:, 0].float() - 0.5
+    f, is_shard, _ = _raw(
+        head, pack, pack.held_out, anchor, centre + offset / config.bands, config,
+        seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}", first=0, count=_DRAWS,
+    )  # fmt: skip
+    return f[is_shard], f[~is_shard]
 
 
 def _band(centre: float, own: Tensor, others: Tensor) -> Band:

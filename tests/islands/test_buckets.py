@@ -307,6 +307,11 @@ def test_the_gate_head_meets_every_shape_of_shard_and_anchor(run: Storage, commo
     # Both sides together where they are of one shape, each by itself where not.
     sizes = {(8, 8), (6, 12), (12, 6)}
     assert met == {(count, size) for count in (16, 32) for size in sizes}
+    # The same records whether a batch is a turn, some turns, or cut across them.
+    assert torch.equal(loss(0, 48).t, torch.cat([loss(0, 20).t, loss(20, 28).t]))
+    met.clear()
+    loss(20, 28)
+    assert {count for count, _ in met} <= {12, 16, 24, 32}
     calibrated = calibrate(head, shard, commons, settings, seed=0)
     assert [band.t for band in calibrated.config.bands] == [0.25, 0.75]
     whole = [
