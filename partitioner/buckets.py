@@ -16,7 +16,7 @@ from atoll.core.errors import ConfigError
 
 _STEP = 8  # positions of a training tensor: what the deepest of the recipes divides by
 _LARGEST_RATIO = 2
-_LEAST, _MOST = 4, 1024  # pixels of a side, as of `size`
+_LEAST, _MOST = 4, 2048  # pixels of a side: those of `size`, and twice as many
 
 Size = tuple[int, int]
 """Height and width in pixels."""

@@ -78,7 +78,7 @@ def test_other_numbers_than_there_are_shapes_are_refused(count: int) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["0", "-3", "true", "2.5", "16x16", "[]", '["16"]', '["3x16"]', '["16x2000"]',
+    "text", ["0", "-3", "true", "2.5", "16x16", "[]", '["16"]', '["3x16"]', '["16x2049"]',
              '["16x16", "16x16"]', "[16]", '{"a": 1}', '["16X16"]', '[" 16x16"]'],
 )  # fmt: skip
 def test_settings_that_are_none_say_what_is_allowed(text: str) -> None:
@@ -94,6 +94,7 @@ def test_the_setting_is_there_only_where_it_is_given() -> None:
     assert apply_overrides(given, ["buckets=null"]) == PartitionConfig()
     assert apply_overrides(given, ["buckets=3"]).buckets == 3
     assert sizes_of(given.buckets, 99) == [(16, 24), (16, 16)]
+    assert sizes_of(["832x1216"], 99, factor=8) == [(832, 1216)]
     with pytest.raises(ConfigError, match="multiples of 16"):
         sizes_of(given.buckets, 99, factor=16)
 
