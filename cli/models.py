@@ -34,6 +34,9 @@ def register(app: typer.Typer) -> None:
         guidance: GuidanceOption = 1.0,
         seed: Annotated[int, typer.Option(help="Seed of the noise and of draws.")] = 0,
         count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
+        size: Annotated[
+            str | None, typer.Option(metavar="HxW", help="Height and width [the run's main shape]")
+        ] = None,
         out: Annotated[str, typer.Option(help="Folder for the pictures.")] = "out/pictures",
         encoder: Annotated[
             str | None, typer.Option(help="Encoder folder, for a denoiser outside a run.")
@@ -44,7 +47,7 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> Result:
         """Sample pictures: PNG files, one per prompt and count, named by their number."""
-        from atoll.cli.systems import load_model
+        from atoll.cli.systems import load_model, of_size
         from atoll.cli.systems import sample as do_sample
         from atoll.core.journal import progress
         from atoll.core.storage import Storage
@@ -52,6 +55,7 @@ def register(app: typer.Typer) -> None:
         from atoll.router.trace import strip_png, trace_json
 
         loaded = load_model(model, encoder=encoder, device=device)
+        loaded = loaded if size is None else of_size(loaded, size)
         loaded.routing(routing)  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]
         with progress("sampling", steps) as advance:
@@ -69,6 +73,7 @@ def register(app: typer.Typer) -> None:
             "schema_version": 1, "model": model, "routing": routing, "steps": steps,
             "guidance": guidance, "seed": seed, "prompts": prompts,
         }  # fmt: skip
+        settings |= {} if size is None else {"size": size}
         place.write_json("sample.json", settings)
         result: dict[str, Any] = {"pictures": files, "experts_per_step": made.experts_per_step}
         if trace:

@@ -6,7 +6,7 @@ A denoiser on its own is an ensemble of one: the same trajectory, the same sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +21,7 @@ from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.latents import Autoencoder, autoencoder_beside
 from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture
+from atoll.partitioner.buckets import parse
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, parse_routing
@@ -43,6 +44,7 @@ class Model:
     shards: Sequence[str]
     encoder: Encoder
     picture: Picture  # the shape of x_data
+    takes: Callable[[Picture], None]  # refuses shapes that the experts cannot make
     device: torch.device = CPU
     latent_space: str = PIXELS
     vae: Autoencoder | None = None  # of latents
@@ -59,6 +61,23 @@ class Pictures:
     x_data: Tensor
     trace: list[TraceStep]  # empty unless it was asked for
     experts_per_step: float  # forward passes a picture and a step, both branches counted
+
+
+def of_size(model: Model, text: str) -> Model:
+    """The model as one that makes pictures of `text`, "HxW" in pixels."""
+    factor = 1 if model.vae is None else model.vae.factor
+    try:
+        height, width = parse(text)
+    except ValueError as error:
+        raise UsageError(f"--size {text}: {error}") from error
+    if height % factor or width % factor:
+        raise UsageError(
+            f"--size {text} does not divide", allowed=f"HxW, both multiples of {factor}"
+        )
+    shape = {"height": height // factor, "width": width // factor}
+    picture = model.picture.model_copy(update=shape)
+    model.takes(picture)
+    return replace(model, picture=picture)
 
 
 @torch.no_grad()
@@ -142,6 +161,7 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
         shards=model.shards,
         encoder=load_encoder(folder / "text_encoder"),
         picture=model.ensemble_config.picture,
+        takes=model.check_takes,
         device=device,
         latent_space=model.latent_space,
         vae=_vae(folder, model.latent_space, device),
@@ -188,6 +208,7 @@ def one_expert(
         shards=[denoiser.card.shard or denoiser.card.name],
         encoder=encoder,
         picture=Picture(channels=config.in_channels, height=height, width=width),
+        takes=denoiser.check_takes,
         device=device,
         latent_space=denoiser.card.latent_space,
         vae=vae,

@@ -141,6 +141,7 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
     from atoll.core.denoiser import read_card
     from atoll.core.latents import load_autoencoder
     from atoll.core.pack import read_shard_card
+    from atoll.partitioner.buckets import sizes_of
     from atoll.partitioner.previous import saved_config
 
     config = saved_config(run)
@@ -152,10 +153,14 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
         "commons.declared": (manifest.commons.declared, config.commons),
         "encoder.spec": (manifest.encoder.spec, run.read_json("encoder/config.json")["spec"]),
     }
+    main, factor = manifest.picture, 1
     if manifest.vae is not None:
         loaded = load_autoencoder(run.local(manifest.vae.path))
+        main, factor = manifest.vae.picture, loaded.factor
         told["vae.spec"] = (manifest.vae.spec, config.vae)
         told["vae.latent_space"] = (manifest.vae.latent_space, loaded.latent_space)
+    sizes = [(p.height * factor, p.width * factor) for p in manifest.pictures]
+    told["buckets"] = (sizes, sizes_of(config.buckets, main.height, factor=factor))
     for entry, fit in ((manifest.encoder, encoder), (manifest.partition, centroids)):
         told[f"{entry.path}: fitted_on"] = (entry.fitted_on, [] if fit is None else fit.shards)
     parts: dict[str, Commons | Shard] = {"commons": manifest.commons, **manifest.shards}
@@ -164,6 +169,11 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
         stated = (part.records, part.held_out, manifest.picture, manifest.latent_space)
         found = (card.records, card.held_out, card.picture, card.latent_space)
         told[f"{name}: records"] = (stated, found)
+        strange = [p for p in (card.shapes or {}).values() if p not in manifest.pictures]
+        told[f"{name}: shapes"] = (
+            (manifest.buckets is None, []),
+            (card.shapes is None, strange),
+        )
     for name, expert in manifest.experts.items():
         images_seen = read_card(run.local(expert.path)).images_seen
         told[f"{name}: images_seen"] = (expert.images_seen, images_seen)

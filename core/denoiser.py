@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from atoll.core import flow
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import MissingError, Refused, UsageError
-from atoll.core.families import FAMILIES
-from atoll.core.manifest import check_schema
+from atoll.core.families import FAMILIES, check_shapes
+from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json
 
 CARD_NAME = "atoll.json"
@@ -87,6 +87,11 @@ class Denoiser:
         weight = next(self.network.parameters())
         output = self.output(x_t.to(weight), t.to(weight.device), cond.to(weight)).to(x_t)
         return flow.to_velocity(output, x_t, t, self.card.prediction)
+
+    def check_takes(self, picture: Picture) -> None:
+        """Refuse pictures of a shape that the network does not take, by a `ConfigError`."""
+        config: Any = self.network.config
+        check_shapes(self.card.family, config, [picture])
 
     def save(self, folder: Path) -> None:
         """Write a component folder that diffusers loads too."""

@@ -7,7 +7,7 @@ another key in every class; the table says which.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -147,3 +147,9 @@ def sample_size(family: str, config: Mapping[str, Any], picture: Picture) -> int
             cure=f"choose a picture size that is a multiple of {step}",
         )
     return picture.height if picture.height == picture.width else (picture.height, picture.width)
+
+
+def check_shapes(family: str, config: Mapping[str, Any], pictures: Iterable[Picture]) -> None:
+    """Refuse a network that does not take pictures of all these shapes, by a `ConfigError`."""
+    for picture in pictures:
+        sample_size(family, config, picture)

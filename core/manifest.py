@@ -41,6 +41,11 @@ class Picture(Entry):
     def shape(self) -> tuple[int, int, int]:
         return (self.channels, self.height, self.width)
 
+    @property
+    def size(self) -> str:
+        """Its sides in words."""
+        return f"{self.height}x{self.width}"
+
 
 # The latent space of training tensors that are pictures themselves.
 PIXELS = "pixels"
@@ -102,7 +107,11 @@ class Manifest(Entry):
     """All of `manifest.json`."""
 
     schema_version: int = SCHEMA_VERSION
-    picture: Picture
+    picture: Picture  # where there are buckets, that of the main one
+    # All shapes of training tensors, where there are several; the key is absent where not.
+    buckets: list[Picture] | None = Field(
+        default=None, min_length=1, exclude_if=lambda buckets: buckets is None
+    )
     encoder: Encoder
     vae: Vae | None = None  # None: training tensors are pixels
     partition: Partition
@@ -141,6 +150,11 @@ class Manifest(Entry):
     def save(self, storage: Storage) -> None:
         """Write it, complete or not at all."""
         storage.write_json(MANIFEST_NAME, self.model_dump(mode="json"))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        """The shapes of training tensors, one or several."""
+        return self.buckets or [self.picture]
 
     @property
     def latent_space(self) -> str:

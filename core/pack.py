@@ -7,7 +7,8 @@ mirrored latents. `caption` int32 `(n,)` into a table of the unique captions: `t
 `(m, length, width)`, `text_mask` uint8 `(m, length)`, `text_pooled` float16 `(m, dim)`. Row 0 of
 the table is always the empty caption, cond_null. The rows held out come after the rows to train on;
 `shard.json` says how many there are of each, and `blocks.safetensors` what every part of these
-files must be (`core/blocks.py`).
+files must be (`core/blocks.py`). Where a run has buckets every file is of one shape, which
+`shard.json` names; the rows to train on come bucket by bucket, and so do those held out.
 """
 
 from __future__ import annotations
@@ -16,17 +17,18 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from functools import cached_property
-from itertools import chain
+from itertools import accumulate, chain, groupby
 from pathlib import Path
 from typing import Any
 
 import torch
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.core.blocks import BLOCKS_NAME, read_blocks
+from atoll.core.buckets import Bucket, buckets_among
 from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import Refused
@@ -54,6 +56,10 @@ class ShardCard(BaseModel):
     flips: bool = False  # whether training sees every record mirrored as well
     packs: dict[str, int]  # file name -> rows, in order
     files: dict[str, str]  # file name -> sha256, of every other file of the folder
+    # Pack's name -> its shape, where the run has buckets; absent where all are `picture`.
+    shapes: dict[str, Picture] | None = Field(
+        default=None, exclude_if=lambda shapes: shapes is None
+    )
 
     @property
     def stored(self) -> tuple[str, ...]:
@@ -163,6 +169,13 @@ class Pack:
             or sum(rows) != card.records + card.held_out
         ):
             raise Refused(f"The packs in {where} do not hold the rows that {CARD_NAME} names")
+        self._shapes = _shapes(card)
+        if card.shapes is not None and any(
+            tuple(part[name].shape[1:]) != card.shapes[file].shape
+            for file, part in zip(card.packs, parts, strict=True)
+            for name in card.stored
+        ):
+            raise Refused(f"The packs in {where} do not have the shapes that {CARD_NAME} names")
         self.card = card
         self._cache = cache
         self._stored = [Rows([part[name] for part in parts]) for name in card.stored]
@@ -189,6 +202,10 @@ class Pack:
     def held_out(self) -> range:
         """Rows that no training ever uses."""
         return range(self.card.records, self.card.records + self.card.held_out)
+
+    def buckets(self, rows: range) -> list[Bucket]:
+        """Which of some rows are of one shape, for each shape in the order of its first row."""
+        return buckets_among(self._shapes, rows)
 
     @cached_property
     def null(self) -> Conditioning:
@@ -242,6 +259,19 @@ class Pack:
             text["text_pooled"].float(),
             self._is_null[captions],
         )
+
+
+def _shapes(card: ShardCard) -> list[tuple[range, Picture]]:
+    """Runs of rows of one shape, and the shape."""
+    if card.shapes is None:
+        return [(range(sum(card.packs.values())), card.picture)]
+    if card.shapes.keys() != card.packs.keys():
+        raise Refused(f"{CARD_NAME} of {card.name} names the shapes of other files than its packs")
+    runs, end = [], 0
+    for picture, names in groupby(card.packs, key=card.shapes.__getitem__):
+        start, end = end, end + sum(card.packs[name] for name in names)
+        runs.append((range(start, end), picture))
+    return runs
 
 
 def _whole(tensor: Tensor | FarTensor) -> Tensor:
@@ -301,6 +331,13 @@ def join(packs: list[Pack]) -> Pack:
         [p._caption[r] + s for p, r, s in zip(packs, rows, starts[:-1], strict=True)]
     )
     joined._is_null = torch.cat([pack._is_null for pack in packs])
+    firsts = accumulate((len(pack.train) for pack in packs), initial=0)
+    joined._shapes = [
+        (range(start + run.start, start + run.stop), bucket.picture)
+        for start, pack in zip(firsts, packs, strict=False)
+        for bucket in pack.buckets(pack.train)
+        for run in bucket.runs
+    ]
     joined.card = packs[0].card.model_copy(
         update={"name": "all", "records": len(joined), "held_out": 0}
     )

@@ -67,9 +67,13 @@ def is_gray(image: Image.Image) -> bool:
     return bool((values == values[:, :, :1]).all())
 
 
-def training_pixels(image: Image.Image, size: int, channels: int) -> Tensor:
-    """uint8 `(channels, size, size)`: the centre square, resampled unless it fits already."""
-    if image.size != (size, size):
-        image = ImageOps.fit(image, (size, size), Image.Resampling.LANCZOS)
+def training_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) -> Tensor:
+    """uint8 `(channels, height, width)`: the centre, resampled unless it fits already.
+
+    `size` is the side of a square, or height and width; of the picture as much is kept as fills it.
+    """
+    height, width = (size, size) if isinstance(size, int) else size
+    if image.size != (width, height):
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     values = np.array(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    return torch.from_numpy(values.reshape(size, size, channels)).permute(2, 0, 1).contiguous()
+    return torch.from_numpy(values.reshape(height, width, channels)).permute(2, 0, 1).contiguous()

@@ -1,8 +1,8 @@
 """Rows of tensors in safetensors files, near or far, picked by number.
 
 A file on this machine is mapped into memory and a far one read through the block cache; several
-tensors of one shape of row stand one behind another as if they were one. Nothing is copied to join
-them, and a far tensor's rows are fetched when they are asked for.
+tensors stand one behind another as if they were one. Nothing is copied to join them, and a far
+tensor's rows are fetched when they are asked for.
 """
 
 from __future__ import annotations
@@ -122,18 +122,22 @@ class Rows:
         self.parts = [part for part, _ in here]
         self.lengths = [length for _, length in here]
         self._ends = torch.tensor(self.lengths, dtype=torch.long).cumsum(0)
-        self.shape = tuple(parts[0].shape[1:])  # of a row
+        self.shape = tuple(parts[0].shape[1:])  # of a row, or of the first one's
         self.dtype = parts[0].dtype
 
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def __getitem__(self, rows: Tensor) -> Tensor:
-        """The rows `(batch,)` in their order, `(batch, ...)`."""
+        """The rows `(batch,)` in their order, `(batch, ...)`; `ValueError` if shapes differ."""
         if len(self.parts) == 1:
             return self.parts[0][rows]
-        picked = torch.empty((len(rows), *self.shape), dtype=self.dtype)
-        for part, mine, its in self._held(rows):
+        held = list(self._held(rows))
+        shapes = {tuple(part.shape[1:]) for part, _, _ in held} or {self.shape}
+        if len(shapes) > 1:
+            raise ValueError(f"rows of shapes {sorted(shapes)} are no one tensor; ask for each")
+        picked = torch.empty((len(rows), *shapes.pop()), dtype=self.dtype)
+        for part, mine, its in held:
             picked[mine] = part[its]
         return picked
 

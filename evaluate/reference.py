@@ -3,7 +3,8 @@
 Reads `shards/*/`, `commons/`: pixels from the packs, so that real pictures went through the same
 resize as those that were trained on (a resize of another kind is worth more Frechet distance than a
 model); captions and labels from the Parquet files beside them. Of a run on latents the pictures too
-are read there, and resized in the same way: what the autoencoder loses counts against a model.
+are read there, and resized in the same way: what the autoencoder loses counts against a model. So
+are those of a run of several shapes, to the main one, in which models are asked for pictures.
 """
 
 from __future__ import annotations
@@ -53,7 +54,8 @@ def load_records(run: Storage, manifest: Manifest, *, split: str = HELD_OUT) -> 
     """All records of a split, shard by shard and the commons last; `DataError` when empty."""
     folders = {name: shard.path for name, shard in sorted(manifest.shards.items())}
     folders["commons"] = manifest.commons.path
-    size = None if manifest.vae is None else manifest.vae.picture
+    several = manifest.picture if manifest.buckets else None
+    size = several if manifest.vae is None else manifest.vae.picture
     parts = [_read(run.local(path), name, split, size) for name, path in folders.items()]
     records = Records(
         torch.cat([part.pictures for part in parts]),
@@ -90,7 +92,8 @@ def _read(folder: Path, shard: str, split: str, size: Picture | None) -> Records
     else:
         pictures = torch.empty((len(found), *size.shape), dtype=torch.uint8)
         for place, row in enumerate(found):
-            pictures[place] = training_pixels(decode(row["image"]), size.height, size.channels)
+            image = decode(row["image"])
+            pictures[place] = training_pixels(image, (size.height, size.width), size.channels)
     return Records(
         pictures,
         tuple(str(row["caption"]) for row in found),

@@ -18,6 +18,7 @@ from atoll.core.cache import BlockCache
 from atoll.core.config import differences, save_config, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError, Refused
+from atoll.core.families import check_shapes
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, Plan, check_artefact
@@ -31,7 +32,7 @@ from atoll.islands.group import Group
 from atoll.islands.learner import Learner, Parallel
 from atoll.islands.loop import Loop, Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, plan_for
-from atoll.islands.step import flow_matching, held_out_loss, prepare
+from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, prepare
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -80,9 +81,13 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
     if config.start is None:
         name = config.recipe or recipes.default_recipe(picture)
         seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
-        network = recipes.build(recipes.recipe_of(name), picture, **widths, seed=seed)
+        recipe = recipes.recipe_of(name)
+        check_shapes(recipe.family, recipe.config, manifest.pictures)
+        network = recipes.build(recipe, picture, **widths, seed=seed)
     else:
         start = load_start(config.start, picture, **widths, prediction=training.prediction)
+        made: Any = start.network
+        check_shapes(start.family, made.config, manifest.pictures)
         network, origin = start.network, {"start": config.start, "start_sha256": start.sha256}
         name = config.recipe or recipes.nearest_recipe(
             network, start.family, picture, commons.text_width
@@ -201,8 +206,14 @@ def train_here(
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)
         where: dict[str, Any] = {"seed": seed, "device": chosen}
-        batches = Batches(pack, training, rows=pack.train, stream=stream, **where)
-        others = Batches(pack, training, rows=pack.held_out, stream="held-out", **where)
+        rows: dict[str, Any] = {"rows": pack.train, "batch": plan.batch}
+        batches = Batches(pack, training, stream=stream, **rows, **where)
+        # In more batches where there are several shapes, so that each has its share of them.
+        alike = len(pack.buckets(pack.held_out)) < 2
+        held = HELD_OUT_BATCH if alike else HELD_OUT_BATCH // 4
+        rows = {"rows": pack.held_out, "batch": held}
+        others = Batches(pack, training, stream="held-out", **rows, **where)
+        measured = held_out_loss(denoiser, others, training, batch=held)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         stride = plan.batch // training.accumulation
@@ -211,7 +222,7 @@ def train_here(
                 storage, folder, denoiser.network, course, name=stream, learner=learner, told=told
             ).run(
                 flow_matching(denoiser, coming, training),
-                held_out=held_out_loss(denoiser, others, training) if pack.held_out else None,
+                held_out=measured if pack.held_out else None,
                 milestones=milestones,
             )
         network = learner.whole().to("cpu")

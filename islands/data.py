@@ -20,6 +20,7 @@ from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.pack import Pack
 from atoll.islands.settings import DenoiserTraining, TimeConfig
+from atoll.islands.turns import places
 
 T = TypeVar("T")
 
@@ -50,17 +51,27 @@ def times(config: TimeConfig, seed: int, stream: str, *, first: int, count: int)
     return uniform.float()
 
 
-def rows_at(pack: Pack, rows: range, seed: int, *words: str, first: int, count: int) -> Tensor:
+def rows_at(
+    pack: Pack,
+    rows: range,
+    seed: int,
+    *words: str,
+    first: int,
+    count: int,
+    batch: int | None = None,
+) -> Tensor:
     """Which of the pack's `rows` stand at `first` to `first + count - 1` of a stream, `(count,)`.
 
+    Where these are of several shapes the stream is one of batches, each of one shape (`turns.py`).
     Where the pack says so every other one is mirrored, by a coin of (seed, stream, position), and
     never a record that is held out. What stands behind them is named to the pack, which fetches it
     meanwhile if it lies afar.
     """
 
+    buckets = pack.buckets(rows)
+
     def drawn(first: int, count: int) -> Tensor:
-        order = seeds.order(seed, *words, first=first, count=count, n=len(rows))
-        found = torch.from_numpy(order) + rows.start
+        found = places(buckets, seed, *words, first=first, count=count, batch=batch)
         if not pack.card.flips or rows != pack.train:
             return found
         coin = seeds.uniform(seed, *words, "flip", first=first, count=count)[:, 0]
@@ -77,7 +88,11 @@ def drop(cond: Conditioning, null: Conditioning, uniform: Tensor, rate: float) -
 
 
 class Batches:
-    """The noised batches of some rows of a pack, by position."""
+    """The noised batches of some rows of a pack, by position.
+
+    Of a pack of several shapes `batch` positions, from a multiple of it on, are of one shape, and
+    so must be what is asked for at once.
+    """
 
     def __init__(
         self,
@@ -88,6 +103,7 @@ class Batches:
         seed: int,
         stream: str,
         device: torch.device,
+        batch: int | None = None,
     ) -> None:
         self._pack = pack
         self._config = config
@@ -95,12 +111,13 @@ class Batches:
         self._seed = seed
         self._stream = stream
         self._device = device
+        self._batch = batch
 
     def __call__(self, first: int, count: int) -> Batch:
         """Records `first` to `first + count - 1` of the stream, on the device."""
         pack, seed, stream = self._pack, self._seed, self._stream
         where = {"first": first, "count": count}
-        rows = rows_at(pack, self._rows, seed, stream, "order", **where)
+        rows = rows_at(pack, self._rows, seed, stream, "order", **where, batch=self._batch)
         x_data = pack.x_data(rows)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)

@@ -26,7 +26,7 @@ from atoll.islands.learner import Learner
 from atoll.islands.settings import DenoiserTraining, WeightConfig
 
 # Noised held-out records that the averages are compared on, and how many at once.
-_HELD_OUT, _HELD_OUT_BATCH = 512, 64
+_HELD_OUT, HELD_OUT_BATCH = 512, 64
 
 
 @dataclass(frozen=True)
@@ -101,14 +101,18 @@ def prepare(denoiser: Denoiser, config: DenoiserTraining, device: torch.device) 
 
 
 def held_out_loss(
-    denoiser: Denoiser, batches: Callable[[int, int], Batch], config: DenoiserTraining
+    denoiser: Denoiser,
+    batches: Callable[[int, int], Batch],
+    config: DenoiserTraining,
+    *,
+    batch: int = HELD_OUT_BATCH,
 ) -> Callable[[], float]:
     """The unweighted error on records that no training uses, at the same noise every time."""
 
     @torch.no_grad()
     def measured() -> float:
         loss = flow_matching(denoiser, batches, config)
-        each = [loss(first, _HELD_OUT_BATCH).each for first in range(0, _HELD_OUT, _HELD_OUT_BATCH)]
+        each = [loss(first, batch).each for first in range(0, _HELD_OUT, batch)]
         return float(torch.cat(each).double().mean())
 
     return measured

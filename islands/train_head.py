@@ -9,6 +9,7 @@ Both sides get the same times, noise law and caption dropout.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,7 @@ from atoll.islands.step import Errors, Loss
 
 _PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
 _DRAWS = 512  # noised records of each side that a band is fitted and measured on
+_TURN = 16  # records of one shape at a time, where there are several
 
 
 @dataclass(frozen=True)
@@ -39,16 +41,16 @@ class Anchor:
     std: Tensor
 
     def draw(
-        self, seed: int, purpose: str, *, first: int, count: int
+        self, seed: int, purpose: str, *, first: int, count: int, batch: int | None = None
     ) -> tuple[Tensor, Conditioning]:
         """Records `first` onwards: x_data `(count, channel, height, width)` and captions.
 
         Keyed by the run's seed alone and not by a shard, so that all heads meet one anchor. A broad
         sample is Gaussian with the commons' pixel mean and twice its deviation, under a caption of
-        the commons, so that text alone cannot tell it from the rest.
+        the commons, so that text alone cannot tell it from the rest. `batch` is as of `rows_at`.
         """
         stream = f"anchor-{purpose}"
-        rows = rows_at(self.commons, self.rows, seed, stream, first=first, count=count)
+        rows = rows_at(self.commons, self.rows, seed, stream, first=first, count=count, batch=batch)
         x_data = self.commons.x_data(rows)
         noise = seeds.normal(
             seed, stream, "broad", first=first, count=count, shape=tuple(x_data.shape[1:])
@@ -61,7 +63,14 @@ class Anchor:
 def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
     """The anchor to train against, or the held-out one to calibrate and measure on."""
     rows = commons.held_out if held_out else commons.train
-    pixels = commons.x_data(torch.tensor(commons.train))
+    whole = [
+        commons.x_data(bucket.rows(torch.arange(len(bucket))))
+        for bucket in commons.buckets(commons.train)
+    ]
+    pixels = whole[0]
+    if len(whole) > 1:  # of several shapes, as one picture
+        columns = [x_data.transpose(0, 1).flatten(1) for x_data in whole]
+        pixels = torch.cat(columns, dim=1)[None, :, :, None]
     return Anchor(
         commons,
         rows,
@@ -79,26 +88,87 @@ def head_loss(
     device = next(head.parameters()).device
 
     def loss(first: int, count: int) -> Errors:
-        rows = rows_at(pack, pack.train, seed, stream, "order", first=first, count=count)
-        x_data, cond = pack.x_data(rows), pack.cond(rows)
-        other, other_cond = anchor.draw(seed, "train", first=first, count=count)
         t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
-        x_noise = seeds.normal(
-            seed, stream, "x_noise", first=2 * first, count=2 * count, shape=tuple(x_data.shape[1:])
-        )
-        uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
-        both = concatenate([cond, other_cond])
-        dropped = drop(both, pack.null, uniform, config.condition_dropout)
-        x_t = flow.interpolate(torch.cat([x_data, other]), x_noise, t).to(device)
-        t, both, dropped = t.to(device), both.to(x_t), dropped.to(x_t)
-        is_shard = (torch.arange(2 * count) < count).float().to(device)
-        picture = functional.binary_cross_entropy_with_logits(
-            head.raw(x_t, t, dropped), is_shard, reduction="none"
-        )
-        text = functional.binary_cross_entropy_with_logits(head.raw_text(both), is_shard)
-        return Errors(picture.mean() + text, picture.detach(), t)
+        f, is_shard, cond = _raw(
+            head, pack, pack.train, anchor, t, config,
+            seed=seed, stream=stream, purpose="train", first=first, count=count,
+        )  # fmt: skip
+        wanted = is_shard.float().to(device)
+        picture = functional.binary_cross_entropy_with_logits(f, wanted, reduction="none")
+        text = functional.binary_cross_entropy_with_logits(head.raw_text(cond.to(f)), wanted)
+        return Errors(picture.mean() + text, picture.detach(), t.to(device))
 
     return loss
+
+
+def _raw(
+    head: GateHead,
+    pack: Pack,
+    rows: range,
+    anchor: Anchor,
+    t: Tensor,
+    config: HeadTraining,
+    *,
+    seed: int,
+    stream: str,
+    purpose: str,
+    first: int,
+    count: int,
+) -> tuple[Tensor, Tensor, Conditioning]:
+    """Raw f of shard and anchor records `first` onwards, noised to times `t` `(2 * count,)`.
+
+    With it which of them are the shard's, and their captions before dropout. Each side keeps to the
+    shapes that it has, which are part of what tells them apart. Where there are several they take
+    short turns: a batch that is of one shape here and of another there would teach the shape alone.
+    """
+    alone = len(pack.buckets(rows)) == len(anchor.commons.buckets(anchor.rows)) == 1
+    turn = None if alone else _TURN
+    uniform = seeds.uniform(seed, stream, "dropout", first=2 * first, count=2 * count)
+    f, is_shard, conds = [], [], []
+    for start, length in _pieces(first, count, turn):
+        where = {"first": start, "count": length}
+        picked = rows_at(pack, rows, seed, stream, "order", **where, batch=turn)
+        other, other_cond = anchor.draw(seed, purpose, **where, batch=turn)
+        here = slice(2 * (start - first), 2 * (start - first + length))
+        cond = concatenate([pack.cond(picked), other_cond])
+        dropped = drop(cond, pack.null, uniform[here], config.condition_dropout)
+        sides = (pack.x_data(picked), other)
+        f.append(_of_sides(head, sides, t[here], dropped, seed, stream, first=2 * start))
+        is_shard.append(torch.arange(2 * length) < length)
+        conds.append(cond)
+    return torch.cat(f), torch.cat(is_shard), concatenate(conds)
+
+
+def _pieces(first: int, count: int, turn: int | None) -> Iterator[tuple[int, int]]:
+    """The records `first` to `first + count - 1`, cut where one turn ends and the next begins."""
+    end = first + count
+    while first < end:
+        length = end - first if turn is None else min(end - first, turn - first % turn)
+        yield first, length
+        first += length
+
+
+def _of_sides(
+    head: GateHead,
+    sides: tuple[Tensor, Tensor],
+    t: Tensor,
+    cond: Conditioning,
+    seed: int,
+    stream: str,
+    *,
+    first: int,
+) -> Tensor:
+    """Raw f `(batch,)` of both sides, in one pass where they are of one shape, else in two."""
+    alike = sides[0].shape[1:] == sides[1].shape[1:]
+    f, start = [], 0
+    for x_data in [torch.cat(sides)] if alike else sides:
+        here = slice(start, start + len(x_data))
+        where = {"first": first + start, "count": len(x_data)}
+        x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
+        x_t = flow.interpolate(x_data, x_noise, t[here]).to(next(head.parameters()).device)
+        f.append(head.raw(x_t, t[here].to(x_t), cond[here].to(x_t)))
+        start = here.stop
+    return torch.cat(f)
 
 
 @torch.no_grad()
@@ -115,13 +185,12 @@ def calibrate(
         log.warning("%s has no held-out records: its gate head is not calibrated", pack.card.name)
         return head.eval()
     anchor = anchor_of(commons, config.broad, held_out=True)
-    rows = pack.held_out
     bands = []
     for index in range(config.bands):
         centre = (index + 0.5) / config.bands
-        own, others = _noised_logits(head, pack, rows, anchor, config, centre, seed=seed)
+        own, others = _noised_logits(head, pack, anchor, config, centre, seed=seed)
         bands.append(_band(centre, own, others))
-    own_text = head.raw_text(pack.cond(torch.tensor(rows)))
+    own_text = head.raw_text(pack.cond(torch.tensor(pack.held_out)))
     other_text = head.raw_text(commons.cond(torch.tensor(anchor.rows)))
     text = _band(1.0, own_text, other_text)
     calibrated = GateHead(head.config.model_copy(update={"bands": bands, "text": text}))
@@ -132,7 +201,6 @@ def calibrate(
 def _noised_logits(
     head: GateHead,
     pack: Pack,
-    rows: range,
     anchor: Anchor,
     config: HeadTraining,
     centre: float,
@@ -141,24 +209,12 @@ def _noised_logits(
 ) -> tuple[Tensor, Tensor]:
     """Raw f on held-out shard records and on the anchor, at times within one band."""
     stream = f"calibrate-{head.config.shard}-{centre:.3f}"
-    picked = torch.from_numpy(
-        seeds.order(seed, stream, "order", first=0, count=_DRAWS, n=len(rows))
-    )
-    picked = picked + rows.start
-    other, other_cond = anchor.draw(seed, f"calibrate-{centre:.3f}", first=0, count=_DRAWS)
-    x_data = torch.cat([pack.x_data(picked), other])
-    where = {"first": 0, "count": len(x_data)}
-    offset = seeds.uniform(seed, stream, "time", **where)[:, 0].float() - 0.5
-    t = centre + offset / config.bands
-    x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
-    cond = drop(
-        concatenate([pack.cond(picked), other_cond]),
-        pack.null,
-        seeds.uniform(seed, stream, "dropout", **where),
-        config.condition_dropout,
-    )
-    f = head.raw(flow.interpolate(x_data, x_noise, t), t, cond)
-    return f[:_DRAWS], f[_DRAWS:]
+    offset = seeds.uniform(seed, stream, "time", first=0, count=2 * _DRAWS)[:, 0].float() - 0.5
+    f, is_shard, _ = _raw(
+        head, pack, pack.held_out, anchor, centre + offset / config.bands, config,
+        seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}", first=0, count=_DRAWS,
+    )  # fmt: skip
+    return f[is_shard], f[~is_shard]
 
 
 def _band(centre: float, own: Tensor, others: Tensor) -> Band:

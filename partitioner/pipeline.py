@@ -19,6 +19,7 @@ from atoll.core.manifest import Encoder as EncoderArtefact
 from atoll.core.pictures import is_gray
 from atoll.core.storage import Storage
 from atoll.partitioner.assignments import COMMONS, listed, write_assignments, write_unreadable
+from atoll.partitioner.buckets import sizes_of
 from atoll.partitioner.cluster import Centroids
 from atoll.partitioner.embed import Embedder, make_encoder
 from atoll.partitioner.placement import (
@@ -54,7 +55,7 @@ def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
         gathered = gather(corpus, spool, config)
         public = training_only(gathered.commons, config)
         autoencoder = None if config.vae is None else load_autoencoder(config.vae)
-        picture = _picture(public, gathered.private, spool, config, autoencoder)
+        pictures = _pictures(public, gathered.private, spool, config, autoencoder)
         fitting = public if config.fit_on == "commons" else _everybody(gathered, config)
         encoder = make_encoder(fitting, spool, config)
         if config.by_owner:
@@ -66,7 +67,8 @@ def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
             placement = place_by_clusters(gathered, centroids, embed, config)
         sources = corpora(corpus, config)
         start_anew(run, config)
-        writer = ShardWriter(run, spool, encoder, autoencoder, picture, config)
+        buckets = [] if config.buckets is None else pictures
+        writer = ShardWriter(run, spool, encoder, autoencoder, _main(pictures), buckets, config)
         return _write(writer, gathered, placement, centroids, sources)
 
 
@@ -74,14 +76,14 @@ def _everybody(gathered: Gathered, config: PartitionConfig) -> list[Record]:
     return training_only(without_duplicates(gathered.commons + gathered.private), config)
 
 
-def _picture(
+def _pictures(
     public: Sequence[Record],
     private: Sequence[Record],
     spool: Spool,
     config: PartitionConfig,
     autoencoder: Autoencoder | None,
-) -> Picture:
-    """The shape of pictures: as configured, else as the commons' training records are.
+) -> list[Picture]:
+    """The shapes of pictures: as configured, else the square of the commons' training records.
 
     An autoencoder decides how many channels, and is worth its while with larger pictures.
     """
@@ -100,10 +102,18 @@ def _picture(
         if coloured:
             log.warning("the commons is grey and private pictures are not: they are made grey, "
                         "unless you --set channels=3")  # fmt: skip
-    picture = Picture(channels=channels, height=size, width=size)
+    factor = 1 if autoencoder is None else autoencoder.factor
+    fitted = sizes_of(config.buckets, size, factor=factor)
+    pictures = [Picture(channels=channels, height=high, width=wide) for high, wide in fitted]
     if autoencoder is not None:
-        autoencoder.latents_of(picture)  # refused before anything is written
-    return picture
+        for picture in pictures:
+            autoencoder.latents_of(picture)  # refused before anything is written
+    return pictures
+
+
+def _main(pictures: Sequence[Picture]) -> Picture:
+    """The one that stands for all where one is asked for: the square, or the first."""
+    return next((each for each in pictures if each.height == each.width), pictures[0])
 
 
 # -- what is written -----------------------------------------------------------------------------
@@ -158,7 +168,8 @@ def _write(
     write_unreadable(run, listed(gathered.unreadable, by_owner=config.by_owner))
     write_report(run)
     manifest = Manifest(
-        picture=writer.shape,
+        picture=writer.shape(writer.picture),
+        buckets=[writer.shape(picture) for picture in writer.buckets] or None,
         encoder=encoder,
         vae=vae,
         partition=Partition(

@@ -86,8 +86,8 @@ def start_anew(run: Storage, config: PartitionConfig) -> None:
 def _differences(earlier: dict[str, Any], now: dict[str, Any], prefix: str = "") -> list[str]:
     """Each dotted key whose value changed, with both values."""
     found: list[str] = []
-    for key in sorted(now):
-        one, other = earlier.get(key), now[key]
+    for key in sorted({*earlier, *now}):
+        one, other = earlier.get(key), now.get(key)
         if isinstance(one, dict) and isinstance(other, dict):
             found += _differences(one, other, f"{prefix}{key}.")
         elif one != other:

@@ -46,6 +46,7 @@ class Record:
     owner: str | None
     offset: int
     length: int
+    size: tuple[int, int]  # height and width of the picture
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,17 +163,17 @@ def scan(source: Source, spool: Spool) -> Scan:
             found.rows += 1
             found.uncaptioned += not row.caption
             try:
-                decode(row.image)
+                picture = decode(row.image)
             except UnreadableImage as error:
                 found.unreadable.append(Unreadable(record_id(row), str(error), row.owner))
                 found.complaints.append(f"{row.where}: {error}")
             else:
-                found.records.append(_record(row, spool))
+                found.records.append(_record(row, spool, (picture.height, picture.width)))
             advance(1)
     return found
 
 
-def _record(row: Row, spool: Spool) -> Record:
+def _record(row: Row, spool: Spool, size: tuple[int, int]) -> Record:
     return Record(
         id=record_id(row),
         content=digest(row.image, row.caption),
@@ -181,6 +182,7 @@ def _record(row: Row, spool: Spool) -> Record:
         owner=row.owner,
         offset=spool.append(row.image),
         length=len(row.image),
+        size=size,
     )
 
 

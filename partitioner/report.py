@@ -59,6 +59,7 @@ class Section:
     words: list[str]
     montage: str  # PNG, base64
     shown: int
+    shapes: list[tuple[str, int]]  # and how many records are of each; empty where there is one
 
     @property
     def records(self) -> int:
@@ -97,7 +98,12 @@ def _context(run: Storage) -> dict[str, Any]:
         {name: captions[name].total() for name in names},
         most=_WORDS,
     )
-    sections = [_section(name, rows, words[name], _montage(run, folders[name])) for name in names]
+    sections = [
+        _section(
+            name, rows, words[name], _montage(run, folders[name], cards[name]), _shapes(cards[name])
+        )
+        for name in names
+    ]
     private = [section for section in sections if section.name != COMMONS]
     config = saved_config(run)
     return {
@@ -124,7 +130,11 @@ def _folder(name: str) -> str:
 
 
 def _section(
-    name: str, rows: dict[str, list[Assigned]], words: list[str], montage: tuple[str, int]
+    name: str,
+    rows: dict[str, list[Assigned]],
+    words: list[str],
+    montage: tuple[str, int],
+    shapes: list[tuple[str, int]],
 ) -> Section:
     here = rows[name]
     everything = [row for group in rows.values() for row in group]
@@ -141,6 +151,7 @@ def _section(
         words=words,
         montage=montage[0],
         shown=montage[1],
+        shapes=shapes,
     )
 
 
@@ -168,11 +179,28 @@ def _data_files(card: ShardCard) -> list[str]:
     return sorted(name for name in card.files if name.endswith(".parquet"))
 
 
-def _montage(run: Storage, folder: str) -> tuple[str, int]:
-    """A sheet of the first records, which ids make a random sample: base64 PNG, and how many."""
-    table = pq.ParquetFile(run.local(f"{folder}/data-00000.parquet"))
-    batch = next(table.iter_batches(batch_size=_COLUMNS * _ROWS, columns=["image"]))
-    images = batch.column("image").to_pylist()
+def _shapes(card: ShardCard) -> list[tuple[str, int]]:
+    """The shapes of a folder with buckets, each with how many of its records are of it."""
+    found: Counter[str] = Counter()
+    for name, picture in (card.shapes or {}).items():
+        found[picture.size] += card.packs[name]
+    return found.most_common()
+
+
+def _montage(run: Storage, folder: str, card: ShardCard) -> tuple[str, int]:
+    """A sheet of the first records, which ids make a random sample: base64 PNG, and how many.
+
+    Where there are buckets, of the first records of each shape.
+    """
+    numbers = {
+        picture.size: n for n, picture in reversed([*enumerate((card.shapes or {}).values())])
+    }
+    images = []
+    for number in sorted(numbers.values()) or [0]:
+        table = pq.ParquetFile(run.local(f"{folder}/data-{number:05d}.parquet"))
+        most = _COLUMNS * _ROWS // max(1, len(numbers))
+        batch = next(table.iter_batches(batch_size=most, columns=["image"]))
+        images += batch.column("image").to_pylist()
     sheet = Image.new("RGBA", (_COLUMNS * _TILE, -(-len(images) // _COLUMNS) * _TILE))
     for number, data in enumerate(images):
         row, column = divmod(number, _COLUMNS)

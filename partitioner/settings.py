@@ -9,6 +9,7 @@ from pydantic import BeforeValidator, Field
 from atoll.core.config import Config
 from atoll.core.embedding import FitConfig
 from atoll.core.errors import UsageError
+from atoll.partitioner.buckets import parse
 
 CLUSTERS = "clusters"
 
@@ -35,6 +36,16 @@ def _as_text(value: Any) -> Any:
     return str(value) if isinstance(value, (int, float)) else value
 
 
+def _as_buckets(value: Any) -> Any:
+    if isinstance(value, (list, tuple)) and value:
+        sizes = [parse(str(text)) for text in value]
+        if len(set(sizes)) < len(sizes):
+            raise ValueError("a shape is listed twice; leave it out once")
+    elif value is not None and (type(value) is not int or value < 1):
+        raise ValueError('allowed: how many shapes, or a list of them, ["HxW", ...]')
+    return value
+
+
 class PartitionConfig(Config):
     """Everything but the corpus and the run."""
 
@@ -49,6 +60,11 @@ class PartitionConfig(Config):
     seed: int = 0
     # Taken from the commons when not given: a private record must not decide for the others.
     size: int | None = Field(default=None, ge=4, le=1024)
+    # How many shapes pictures are fitted to, or which, "HxW"; None: the one square. Not saved where
+    # there are none, so that such a partition is what it was before there were any.
+    buckets: Annotated[int | tuple[str, ...] | None, BeforeValidator(_as_buckets)] = Field(
+        default=None, exclude_if=lambda buckets: buckets is None
+    )
     channels: Literal[1, 3] | None = None  # None: also the autoencoder's
     flips: bool = False  # training sees pictures mirrored too; not for text or digits
     max_unreadable: float = Field(default=0.01, ge=0, le=1)
@@ -86,6 +102,11 @@ def check_options(config: PartitionConfig) -> None:
         raise UsageError(
             f"--commons {config.commons} is not a fraction",
             allowed="a number between 0 and 1, owners separated by commas, or a URI",
+        )
+    if isinstance(config.buckets, tuple) and config.size is not None:
+        raise UsageError(
+            f"The shapes of buckets are listed, so size={config.size} says nothing",
+            cure="leave size out, or give buckets a number",
         )
     if config.by_owner and fraction is not None:
         raise UsageError(

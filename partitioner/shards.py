@@ -2,12 +2,13 @@
 
 `data-*.parquet` holds the original bytes and is the source of truth; `pack-*.safetensors` beside
 it the same rows as `core/pack.py` defines them, and the digests by which these are read in parts.
-Nothing in the folder depends on another shard.
+Nothing in the folder depends on another shard. Where there are buckets a file holds records of one,
+which are in order by split, by bucket and by id.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +27,7 @@ from atoll.core.manifest import PIXELS, Picture
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
 from atoll.core.pictures import training_pixels
 from atoll.core.storage import Storage, sha256_file
+from atoll.partitioner.buckets import nearest
 from atoll.partitioner.records import TRAIN, Record, Spool, canonical, split_of
 from atoll.partitioner.settings import PartitionConfig
 
@@ -51,15 +53,13 @@ class ShardWriter:
     spool: Spool
     encoder: Encoder
     autoencoder: Autoencoder | None
-    picture: Picture  # in pixels
+    picture: Picture  # in pixels; of several shapes the main one
+    buckets: Sequence[Picture]  # likewise, all shapes; empty where there is one
     config: PartitionConfig
 
-    @property
-    def shape(self) -> Picture:
-        """The shape of a training tensor."""
-        if self.autoencoder is None:
-            return self.picture
-        return self.autoencoder.latents_of(self.picture)
+    def shape(self, picture: Picture) -> Picture:
+        """The shape of a picture's training tensor."""
+        return picture if self.autoencoder is None else self.autoencoder.latents_of(picture)
 
     @cached_property
     def latent_space(self) -> str:
@@ -69,30 +69,47 @@ class ShardWriter:
         """Write `folder` with the given records, in canonical order; its card."""
         ordered = canonical(records, self.config.holdout)
         training = sum(split_of(record, self.config.holdout) == TRAIN for record in ordered)
-        step = self.config.records_per_file
-        parts = [ordered[start : start + step] for start in range(0, len(ordered), step)]
-        packs = {}
+        splits = [ordered[:training], ordered[training:]] if self.buckets else [ordered]
+        parts = [part for records in splits for part in self._files(records)]
+        packs, shapes = {}, {}
         with self.run.writing_folder(folder) as place:
             with progress(f"writing {name}", len(ordered)) as advance:
-                for number, part in enumerate(parts):
+                for number, (picture, part) in enumerate(parts):
+                    pack = f"pack-{number:05d}.safetensors"
                     self._write_records(place / f"data-{number:05d}.parquet", part)
-                    self._write_pack(place / f"pack-{number:05d}.safetensors", part)
-                    packs[f"pack-{number:05d}.safetensors"] = len(part)
+                    self._write_pack(place / pack, part, picture)
+                    packs[pack], shapes[pack] = len(part), self.shape(picture)
                     advance(len(part))
             write_blocks(place, list(packs))
             card = ShardCard(
                 name=name,
                 records=training,
                 held_out=len(ordered) - training,
-                picture=self.shape,
+                picture=self.shape(self.picture),
                 encoder=self.encoder.fingerprint(),
                 latent_space=self.latent_space,
                 flips=self.config.flips,
                 packs=packs,
                 files={file.name: sha256_file(file) for file in sorted(place.iterdir())},
+                shapes=shapes if self.buckets else None,
             )
             write_shard_card(place, card)
         return card
+
+    def _files(self, records: Sequence[Record]) -> Iterator[tuple[Picture, Sequence[Record]]]:
+        """The records of each file in their order, and the shape of its pictures."""
+        groups = [(self.picture, records)]
+        if self.buckets:
+            sizes = [(picture.height, picture.width) for picture in self.buckets]
+            given = [nearest(record.size, sizes) for record in records]
+            groups = [
+                (picture, [r for r, index in zip(records, given, strict=True) if index == mine])
+                for mine, picture in enumerate(self.buckets)
+            ]
+        step = self.config.records_per_file
+        for picture, group in groups:
+            for start in range(0, len(group), step):
+                yield picture, group[start : start + step]
 
     def _write_records(self, path: Path, records: Sequence[Record]) -> None:
         with pq.ParquetWriter(path, SCHEMA, compression="zstd") as writer:
@@ -108,11 +125,11 @@ class ShardWriter:
                 }
                 writer.write_table(pa.table(columns, schema=SCHEMA))
 
-    def _write_pack(self, path: Path, records: Sequence[Record]) -> None:
-        shape = self.picture.shape
-        pixels = torch.empty((len(records), *shape), dtype=torch.uint8)
+    def _write_pack(self, path: Path, records: Sequence[Record], picture: Picture) -> None:
+        size = (picture.height, picture.width)
+        pixels = torch.empty((len(records), *picture.shape), dtype=torch.uint8)
         for row, record in enumerate(records):
-            pixels[row] = training_pixels(self.spool.picture(record), shape[1], shape[0])
+            pixels[row] = training_pixels(self.spool.picture(record), size, picture.channels)
         captions = ["", *sorted({record.caption for record in records} - {""})]
         where = {caption: row for row, caption in enumerate(captions)}
         caption = torch.tensor([where[record.caption] for record in records])

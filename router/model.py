@@ -69,6 +69,11 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         """The experts as functions, in the order of `shards`."""
         return [expert.velocity for expert in self._experts]
 
+    def check_takes(self, picture: Picture) -> None:
+        """Refuse a shape of x_data that an expert cannot make, by a `ConfigError`."""
+        for expert in self._experts:
+            expert.check_takes(picture)
+
     def trajectory(
         self, cond: Conditioning, null: Conditioning, *, routing: str, **options: Any
     ) -> Trajectory:

@@ -28,7 +28,7 @@ from atoll.core import sampler, seeds
 from atoll.core.embedding import Encoder
 from atoll.core.errors import Refused, UsageError
 from atoll.core.latents import Autoencoder
-from atoll.core.manifest import PIXELS
+from atoll.core.manifest import PIXELS, Picture
 from atoll.core.storage import canonical_json
 from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel
@@ -81,6 +81,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         prompt: str | Sequence[str] = "",
         *,
+        height: int | None = None,
+        width: int | None = None,
         num_inference_steps: int = 30,
         guidance_scale: float = 1.0,
         routing: str = "full",
@@ -93,7 +95,9 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
     ) -> AtollOutput:
         """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
 
-        `routing` is one of `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch.
+        `height` and `width` are in pixels, the main shape's by default; of a shape that no expert
+        was trained on pictures are made as well, and look it. `routing` is one of
+        `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
@@ -103,6 +107,7 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UsageError("No picture is asked for", allowed="one prompt or more, '' among them")
         encoder: Encoder = self.text_encoder
         model: EnsembleModel = self.transformer
+        picture = self._picture(height, width)
         trajectory = model.trajectory(
             encoder.condition(prompts),
             encoder.condition([""]),
@@ -112,7 +117,7 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             first=first,
             trace=trace,
         )
-        x_t = x_noise(seed, first, len(prompts), model.ensemble_config.picture.shape)
+        x_t = x_noise(seed, first, len(prompts), picture.shape)
         x_t = x_t.to(self.device)
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
@@ -128,6 +133,28 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             x_t = Autoencoder(self.vae).decode(x_t)
         images = to_pil(x_t) if output_type == "pil" else x_t
         return AtollOutput(images=images, trace=trajectory.trace)
+
+    def _picture(self, height: int | None, width: int | None) -> Picture:
+        """The shape of x_data for pictures of some pixels; refused where there is none."""
+        model: EnsembleModel = self.transformer
+        main = model.ensemble_config.picture
+        if height is None and width is None:
+            return main
+        factor = 1 if self.vae is None else Autoencoder(self.vae).factor
+        sides = [
+            main.height * factor if height is None else height,
+            main.width * factor if width is None else width,
+        ]
+        if min(sides) < 1 or any(side % factor for side in sides):
+            raise UsageError(
+                f"Pictures of {sides[0]}x{sides[1]} are asked for",
+                allowed=f"height and width that are multiples of {factor}",
+            )
+        picture = Picture(
+            channels=main.channels, height=sides[0] // factor, width=sides[1] // factor
+        )
+        model.check_takes(picture)
+        return picture
 
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the folder that `from_pretrained` reads, `atoll.json` included.

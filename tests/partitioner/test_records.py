@@ -38,7 +38,7 @@ def gathered(corpus: str, config: PartitionConfig) -> Gathered:
 
 def record(number: int, content: str = "") -> Record:
     name = digest(str(number))
-    return Record(name, content or name, "c", None, None, 0, 0)
+    return Record(name, content or name, "c", None, None, 0, 0, (8, 8))
 
 
 def test_the_id_is_of_everything_a_record_holds() -> None:
