@@ -6,7 +6,7 @@ any start, outside the run's lineage.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -206,23 +206,17 @@ def train_here(
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)
         where: dict[str, Any] = {"seed": seed, "device": chosen}
-        rows: dict[str, Any] = {"rows": pack.train, "batch": plan.batch}
-        batches = Batches(pack, training, stream=stream, **rows, **where)
-        # In more batches where there are several shapes, so that each has its share of them.
-        alike = len(pack.buckets(pack.held_out)) < 2
-        held = HELD_OUT_BATCH if alike else HELD_OUT_BATCH // 4
-        rows = {"rows": pack.held_out, "batch": held}
-        others = Batches(pack, training, stream="held-out", **rows, **where)
-        measured = held_out_loss(denoiser, others, training, batch=held)
+        stride = plan.batch // training.accumulation
+        steps: dict[str, Any] = {"batch": plan.batch, "stride": stride}
+        batches = Batches(pack, training, rows=pack.train, stream=stream, **steps, **where)
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
-        stride = plan.batch // training.accumulation
         with ahead(batches, chosen, stride=stride) as coming:
             Loop(
                 storage, folder, denoiser.network, course, name=stream, learner=learner, told=told
             ).run(
                 flow_matching(denoiser, coming, training),
-                held_out=measured if pack.held_out else None,
+                held_out=_held_out(denoiser, pack, training, **where),
                 milestones=milestones,
             )
         network = learner.whole().to("cpu")
@@ -230,6 +224,19 @@ def train_here(
         update={"images_seen": denoiser.card.images_seen + plan.images_seen}
     )
     return Denoiser(network, card)
+
+
+def _held_out(
+    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, **where: Any
+) -> Callable[[], float] | None:
+    """The loss on records that no training uses; None where there are none."""
+    if not pack.held_out:
+        return None
+    # In more batches where there are several shapes, so that each has its share of them.
+    batch = HELD_OUT_BATCH if len(pack.buckets(pack.held_out)) == 1 else HELD_OUT_BATCH // 4
+    where |= {"rows": pack.held_out, "batch": batch, "stream": "held-out"}
+    batches = Batches(pack, training, **where)
+    return held_out_loss(denoiser, batches, training, batch=batch)
 
 
 def learner_of(

@@ -59,13 +59,14 @@ def rows_at(
     first: int,
     count: int,
     batch: int | None = None,
+    stride: int | None = None,
 ) -> Tensor:
     """Which of the pack's `rows` stand at `first` to `first + count - 1` of a stream, `(count,)`.
 
     Where these are of several shapes the stream is one of batches, each of one shape (`turns.py`).
     Where the pack says so every other one is mirrored, by a coin of (seed, stream, position), and
-    never a record that is held out. What stands behind them is named to the pack, which fetches it
-    meanwhile if it lies afar.
+    never a record that is held out. What will be asked for next, as many every `stride` positions
+    (`count` if not said), is named to the pack, which fetches it meanwhile if it lies afar.
     """
 
     buckets = pack.buckets(rows)
@@ -78,7 +79,8 @@ def rows_at(
         return found + len(pack) * (coin < 0.5)
 
     if pack.is_far:
-        pack.expect(drawn(first + count, _AHEAD * count))
+        later = [first + n * (stride or count) for n in range(1, _AHEAD + 1)]
+        pack.expect(torch.cat([drawn(each, count) for each in later]))
     return drawn(first, count)
 
 
@@ -91,7 +93,8 @@ class Batches:
     """The noised batches of some rows of a pack, by position.
 
     Of a pack of several shapes `batch` positions, from a multiple of it on, are of one shape, and
-    so must be what is asked for at once.
+    so must be what is asked for at once. `stride` is as of `rows_at`: one of several ranks asks for
+    its share alone.
     """
 
     def __init__(
@@ -104,6 +107,7 @@ class Batches:
         stream: str,
         device: torch.device,
         batch: int | None = None,
+        stride: int | None = None,
     ) -> None:
         self._pack = pack
         self._config = config
@@ -111,13 +115,15 @@ class Batches:
         self._seed = seed
         self._stream = stream
         self._device = device
-        self._batch = batch
+        self._batch, self._stride = batch, stride
 
     def __call__(self, first: int, count: int) -> Batch:
         """Records `first` to `first + count - 1` of the stream, on the device."""
         pack, seed, stream = self._pack, self._seed, self._stream
         where = {"first": first, "count": count}
-        rows = rows_at(pack, self._rows, seed, stream, "order", **where, batch=self._batch)
+        rows = rows_at(
+            pack, self._rows, seed, stream, "order", **where, batch=self._batch, stride=self._stride
+        )
         x_data = pack.x_data(rows)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)

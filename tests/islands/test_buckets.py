@@ -216,6 +216,25 @@ def test_far_packs_are_the_near_ones(run: Storage, commons: Pack, monkeypatch) -
     place.remove("")
 
 
+@pytest.mark.parametrize("world", [1, 2])
+def test_a_rank_has_its_own_share_fetched_ahead(
+    run: Storage, monkeypatch: pytest.MonkeyPatch, world: int
+) -> None:
+    pack = Pack(run.local("commons"))
+    told: list[torch.Tensor] = []
+    monkeypatch.setattr(Pack, "is_far", True)
+    monkeypatch.setattr(pack, "expect", told.append)
+    count = 8 // world
+
+    def asked(first: int) -> torch.Tensor:
+        where = {"first": first + count * (world - 1), "count": count, "batch": 8, "stride": 8}
+        return rows_at(pack, pack.train, 0, "s", **where)
+
+    rows = [asked(first) for first in range(0, 88, 8)]
+    assert torch.equal(told[0], torch.cat(rows[1:9]))
+    assert torch.equal(told[2], torch.cat(rows[3:11]))
+
+
 def test_joined_packs_have_the_buckets_of_all(run: Storage) -> None:
     packs = [Pack(run.local(f"shards/{name}")) for name in Manifest.load(run).shards]
     joined = join(packs)
