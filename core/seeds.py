@@ -66,7 +66,7 @@ def normal(
     return torch.from_numpy(flat).reshape(count, *shape)
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=64)  # a stream over several shapes goes from one to the other and back
 def _permutation(stream: int, n: int) -> NDArray[np.int64]:
     order = np.random.Generator(np.random.Philox(key=stream)).permutation(n)
     order.flags.writeable = False

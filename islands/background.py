@@ -65,10 +65,10 @@ class Background:
         self._work.join()
         self.check()
 
-    def close(self) -> None:
+    def close(self, *, patience: float = GRACE_SECONDS) -> None:
         """Finish what is queued, if storage takes it in a last while, and let the thread go."""
         if self._ends is None:
-            self._ends = time.monotonic() + GRACE_SECONDS
+            self._ends = time.monotonic() + patience
         self._hurry.set()
         self._work.put(None)
         self._thread.join()

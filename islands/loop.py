@@ -140,7 +140,7 @@ class Loop:
             self._pulse.drain()
         finally:
             self._background.close()
-            self._pulse.close()
+            self._pulse.close(patience=0)  # no heartbeat is worth waiting for
         self._module.eval()
         self._publish(held_out)
 

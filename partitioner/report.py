@@ -192,13 +192,14 @@ def _montage(run: Storage, folder: str, card: ShardCard) -> tuple[str, int]:
 
     Where there are buckets, of the first records of each shape.
     """
-    numbers = {
-        picture.size: n for n, picture in reversed([*enumerate((card.shapes or {}).values())])
-    }
+    first: dict[str, int] = {}
+    for number, picture in enumerate((card.shapes or {}).values()):
+        first.setdefault(picture.size, number)
+    numbers = list(first.values())[: _COLUMNS * _ROWS] or [0]
     images = []
-    for number in sorted(numbers.values()) or [0]:
+    for number in numbers:
         table = pq.ParquetFile(run.local(f"{folder}/data-{number:05d}.parquet"))
-        most = _COLUMNS * _ROWS // max(1, len(numbers))
+        most = _COLUMNS * _ROWS // len(numbers)
         batch = next(table.iter_batches(batch_size=most, columns=["image"]))
         images += batch.column("image").to_pylist()
     sheet = Image.new("RGBA", (_COLUMNS * _TILE, -(-len(images) // _COLUMNS) * _TILE))

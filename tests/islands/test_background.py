@@ -70,10 +70,10 @@ def test_what_is_no_outage_is_told_at_once() -> None:
 def test_an_ending_training_gives_a_long_outage_its_grace_from_then_on() -> None:
     store, background = Store(), Background(pause=0.01)
     background.submit("a checkpoint", store.work("a"))
-    time.sleep(2.0)  # longer than the grace that follows
+    time.sleep(6.0)  # longer than the grace that follows
     background.submit("more", store.work("b"))
     store.away = 1
-    background.drain(patience=1.5)
+    background.drain(patience=5.0)
     assert store.taken == ["a", "b"]
     background.close()
 

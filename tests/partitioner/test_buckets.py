@@ -208,6 +208,25 @@ def test_the_report_counts_the_shapes_and_shows_each(made: Storage) -> None:
     assert page.count('alt="30 pictures of') == 3  # ten of each shape
 
 
+def test_the_report_of_more_shapes_than_it_has_places_shows_the_first_of_them(
+    tmp_path: Path, config: Configure, parquet: Write, png: Callable[[Any], bytes]
+) -> None:
+    rows = [
+        {
+            "image": png(np.full((8, width), number)), "caption": "a bar", "label": str(width),
+            "owner": "Ada" if number % 2 else "Museum",
+        }
+        for width in range(8, 48) for number in range(4)
+    ]  # fmt: skip
+    shapes = tuple(f"8x{width}" for width in range(8, 48))
+    run = Storage(tmp_path / "run")
+    corpus = parquet(tmp_path / "bars.parquet", rows)
+    manifest = partition(corpus, run, asked(config, buckets=shapes, holdout=0.0))
+    assert len(manifest.pictures) == 40
+    page = run.read_bytes("partition/report.html").decode()
+    assert page.count('alt="32 pictures of') == 2
+
+
 def test_the_square_alone_is_what_there_is_without_buckets(
     corpus: str, tmp_path: Path, config: Configure
 ) -> None:
