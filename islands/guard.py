@@ -78,6 +78,6 @@ class Guard:
         return Failed(
             f"The loss of {self._name} is {loss:g} with a gradient of {norm:g} after {first} "
             f"images; {tried}",
-            cure="lower training.optimizer.learning_rate, or look into the data there; the last "
-            "checkpoint is kept",
+            cure="lower the learning rate (training.optimizer.learning_rate, of a gate head "
+            "head.learning_rate), or look into the data there; the last checkpoint is kept",
         )

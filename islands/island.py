@@ -34,7 +34,7 @@ from atoll.islands.learner import Learner
 from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import attach
 from atoll.islands.preview import grid_files, milestones, preview_grid
-from atoll.islands.settings import TrainConfig, plan_head
+from atoll.islands.settings import GuardConfig, TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
@@ -234,5 +234,9 @@ def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
         clip=1.0,
         ema_decays=(0.99,),
         checkpoints=settings.checkpoints,
+        checkpoint_seconds=config.training.checkpoint_seconds,
+        # A classifier that is nearly always right has gradients of nearly nothing, beside which
+        # those of its next mistake are a spike; clipping is enough.
+        guard=GuardConfig(spike=None),
         bitwise_resume=config.bitwise_resume,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 
@@ -16,16 +17,17 @@ from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
 from atoll.islands.course import Course
+from atoll.islands.island import _head_course
 from atoll.islands.loop import Loop
-from atoll.islands.settings import HeadTraining, plan_head
+from atoll.islands.settings import DenoiserTraining, HeadTraining, TrainConfig, plan_head
 from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
 
 SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1, 1]
 STD = 0.3
 
 
-def make_pack(folder: Path, name: str, mean: float, caption: int) -> Pack:
-    """Gaussian 4x4 pictures about a mean, all under one of two captions."""
+def make_pack(folder: Path, name: str, mean: float, caption: int, *, shared: bool = True) -> Pack:
+    """Gaussian 4x4 pictures about a mean, under two captions, or one that the other side lacks."""
     folder.mkdir()
     count = 2_000
     x = mean + STD * seeds.normal(0, name, first=0, count=count, shape=(1, 4, 4))
@@ -37,7 +39,8 @@ def make_pack(folder: Path, name: str, mean: float, caption: int) -> Pack:
         torch.tensor([True, False, False]),
     )
     # Two captions on both sides, the shard's own three times as often as the other.
-    captions = torch.where(torch.arange(count) % 4 == 0, 3 - caption, caption)
+    other = 3 - caption if shared else caption
+    captions = torch.where(torch.arange(count) % 4 == 0, other, caption)
     write_pack(folder / "pack-00000.safetensors", pixels, captions, table)
     card = ShardCard(
         name=name, records=1_500, held_out=500, picture=Picture(channels=1, height=4, width=4),
@@ -80,6 +83,23 @@ def exact_ratio(x_t: Tensor, t: Tensor) -> Tensor:
     """log N(x_t; (1-t) m, v) - log N(x_t; -(1-t) m, v) = 2 (1-t) m sum(x_t) / v."""
     variance = ((1 - t) * STD) ** 2 + t**2
     return 2 * (1 - t) * SHIFT * x_t.sum(dim=(1, 2, 3)) / variance
+
+
+def test_a_shard_that_is_easily_told_from_the_anchor_fails_no_head(tmp_path: Path) -> None:
+    shard = make_pack(tmp_path / "a", "a", 0.9, 1, shared=False)
+    commons = make_pack(tmp_path / "c", "commons", -0.9, 2, shared=False)
+    # Captions all but give the side away, and now and then one is dropped.
+    settings = HeadTraining(images=24_000, width=8, broad=0.0, condition_dropout=0.02)
+    config = TrainConfig(head=settings.model_copy(update={"learning_rate": 4e-3}))
+    head = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
+    course = _head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
+    loss = head_loss(head, shard, anchor_of(commons, 0.0, held_out=False), settings, seed=0)
+    place = Storage(tmp_path / "run")
+    Loop(place, "head", head, course, name="head").run(loss)
+    journal = place.read_bytes("head/journal.jsonl").decode()
+    assert [json.loads(line)["event"] for line in journal.splitlines()] == ["trained"]
+    with torch.no_grad():
+        assert float(loss(0, 512).loss) < 0.05
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
@@ -145,6 +165,12 @@ def test_a_wrong_sign_off_centre_leaves_the_odds_alone() -> None:
     torch.manual_seed(0)
     band = _band(0.5, torch.randn(2_000) + 1, torch.randn(2_000) + 3)
     assert (band.slope, band.intercept) == (0, 0)
+
+
+def test_a_head_commits_by_the_clock_as_its_expert_does() -> None:
+    config = TrainConfig(training=DenoiserTraining(checkpoint_seconds=5))
+    course = _head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
+    assert (course.checkpoint_seconds, course.checkpoints) == (5, 2)
 
 
 def test_a_head_stays_light_beside_its_expert() -> None:
