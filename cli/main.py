@@ -13,7 +13,7 @@ from typing import Annotated
 import typer
 
 from atoll import __version__
-from atoll.cli import corpora, demonstration, models, removal, soups, training, watching
+from atoll.cli import corpora, demonstration, models, recipes, removal, soups, training, watching
 from atoll.cli.output import fail, interrupted
 from atoll.core.errors import AtollError, Failed, Refused, UsageError
 
@@ -47,6 +47,7 @@ def _root(
 
 demonstration.register(app)
 corpora.register(app)
+recipes.register(app)
 training.register(app)
 watching.register(app)
 models.register(app)

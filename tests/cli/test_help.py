@@ -14,8 +14,8 @@ from atoll.cli.main import app
 from tests.cli.conftest import atoll, done
 
 COMMANDS = [
-    ("demo",), ("partition",), ("base",), ("train",), ("status",), ("logs",), ("stop",),
-    ("resume",), ("assemble",), ("sample",), ("evaluate",),
+    ("demo",), ("partition",), ("recipes",), ("base",), ("train",), ("status",), ("logs",),
+    ("stop",), ("resume",), ("assemble",), ("sample",), ("evaluate",),
     ("unlearn",), ("verify",), ("soup", "create"), ("soup", "add"), ("soup", "remove"),
     ("soup", "verify"), ("soup", "show"),
 ]  # fmt: skip
