@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from atoll.core.manifest import Plan
 from atoll.islands.settings import GuardConfig, LoraConfig
@@ -25,4 +27,22 @@ class Course:
     lora: LoraConfig = field(default_factory=LoraConfig)
     accumulation: int = 1
     kernel: str = "fused"
+    loss: Mapping[str, Any] = field(default_factory=dict)  # what the loss was told, as JSON
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
+
+    def settings(self) -> dict[str, Any]:
+        """What decides the bits besides the plan, the averages and the adapters, as JSON.
+
+        Not how often it commits: that alters none.
+        """
+        return {
+            **self.loss,
+            "learning_rate": self.learning_rate,
+            "weight_decay": self.weight_decay,
+            "betas": list(self.betas),
+            "warmup": self.warmup,
+            "clip": self.clip,
+            **{f"guard.{key}": value for key, value in self.guard.model_dump().items()},
+            "accumulation": self.accumulation,
+            "kernel": self.kernel,
+        }

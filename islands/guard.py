@@ -79,5 +79,6 @@ class Guard:
             f"The loss of {self._name} is {loss:g} with a gradient of {norm:g} after {first} "
             f"images; {tried}",
             cure="lower the learning rate (training.optimizer.learning_rate, of a gate head "
-            "head.learning_rate), or look into the data there; the last checkpoint is kept",
+            "head.learning_rate), or look into the data there; the last checkpoint is kept, and "
+            "--allow-inexact-resume goes on from it with other settings",
         )

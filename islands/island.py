@@ -238,5 +238,6 @@ def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
         # A classifier that is nearly always right has gradients of nearly nothing, beside which
         # those of its next mistake are a spike; clipping is enough.
         guard=GuardConfig(spike=None),
+        loss=settings.model_dump(mode="json", include={"broad", "condition_dropout"}),
         bitwise_resume=config.bitwise_resume,
     )

@@ -173,8 +173,9 @@ class Loop:
                     self._show(seen, milestones)
                 due = due or seen % every == 0 or late
                 if due:
-                    # The one before is there long since; if not, it is waited for, so that no more
-                    # than an interval is ever at risk. Unless storage is away: then it is not.
+                    # The one before is there long since; if not, it is waited for, so that never
+                    # more is at risk than an interval and what is learnt while one commit is on
+                    # its way. Unless storage is away: then it is not.
                     self._background.settle()
                 if seen == total or stop or (due and self._all_idle()):
                     self._commit(seen)

@@ -22,7 +22,7 @@ from atoll.islands.metrics import Means
 # Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
 _CARRIED = ("means", "guard")
 # And those without which it is another training.
-_THE_TRAINING = ("plan", "lora")
+_THE_TRAINING = ("plan", "lora", "ema_decays")
 
 
 class TrainingState:
@@ -95,9 +95,9 @@ class TrainingState:
             raise Refused(
                 f"The checkpoint of {self._name} was made otherwise: {was}",
                 allowed=f"{ours}",
-                cure="use the same plan, adapters, workers, threads and versions; where plan and "
-                "adapters are the same, --allow-inexact-resume goes on, and the result is not "
-                "bitwise what it would be",
+                cure="use the same plan, settings, workers, threads and versions; where plan, "
+                "averages and adapters are the same, --allow-inexact-resume goes on, and the "
+                "result is not bitwise what it would be",
             )
         return was
 
@@ -128,7 +128,9 @@ class TrainingState:
         adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
         return {
             **adapters,
+            **self._course.settings(),
             "plan": self._course.plan.model_dump(),
+            "ema_decays": list(self._course.ema_decays),
             "workers": self._learner.group.world,
             "parallel": self._learner.parallel,
             "threads": torch.get_num_threads(),

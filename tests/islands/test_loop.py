@@ -8,6 +8,7 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -377,6 +378,43 @@ def test_resuming_under_other_versions_needs_leave_and_is_journalled(
     # The version is only said to be another one: the result is the same all the same.
     expected = straight(storage)
     assert all(torch.equal(value, expected[name]) for name, value in weights(network).items())
+
+
+OTHERWISE: list[dict[str, Any]] = [
+    {"learning_rate": 5e-3},
+    {"weight_decay": 0.5},
+    {"betas": (0.8, 0.99)},
+    {"warmup": 0.7},
+    {"clip": 0.1},
+    {"guard": GuardConfig(spike=2.0)},
+    {"accumulation": 2},
+    {"kernel": "foreach"},
+    {"loss": {"weight": "cosmap"}},
+]
+
+
+@pytest.mark.parametrize("change", OTHERWISE, ids=lambda change: next(iter(change)))
+def test_resuming_with_other_settings_is_never_called_bitwise(
+    storage: Storage, change: dict[str, Any]
+) -> None:
+    straight(storage)
+    assert getattr(COURSE, next(iter(change))) != next(iter(change.values()))
+    other = replace(COURSE, **change)
+    with pytest.raises(Refused, match="--allow-inexact-resume"):
+        Loop(storage, "straight", module(), other, name="straight").run(loss_of(module()))
+    other = replace(other, bitwise_resume=False)
+    Loop(storage, "straight", module(), other, name="straight").run(loss_of(module()))
+    lines = [json.loads(x) for x in storage.read_bytes("straight/journal.jsonl").splitlines()]
+    assert [line["bitwise"] for line in lines if line["event"] == "resumed"] == [False]
+
+
+def test_other_averages_are_another_training_and_other_commits_are_not(storage: Storage) -> None:
+    straight(storage)
+    other = replace(COURSE, ema_decays=(0.9, 0.5), bitwise_resume=False)
+    with pytest.raises(Refused, match="ema_decays"):
+        Loop(storage, "straight", module(), other, name="straight").run(loss_of(module()))
+    oftener = replace(COURSE, checkpoints=20, checkpoint_seconds=1.0)
+    Loop(storage, "straight", module(), oftener, name="straight").run(loss_of(module()))
 
 
 def test_metrics_have_no_clock_and_the_journal_has(storage: Storage) -> None:
