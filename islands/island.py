@@ -23,7 +23,7 @@ from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_
 from atoll.core.errors import Refused
 from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
 from atoll.core.latents import load_autoencoder
-from atoll.core.manifest import Artefact, Plan, check_artefact
+from atoll.core.manifest import Artefact, Plan, check_artefact, check_schema
 from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
 from atoll.islands.base import flops_per_image, train_here
@@ -73,7 +73,9 @@ def run_island(
     """
     group = group or Group()
     here = island_folder(shard)
-    order = IslandOrder.model_validate(Storage(run_uri).read_json(f"{here}/island.json"))
+    values = Storage(run_uri).read_json(f"{here}/island.json")
+    check_schema(values, SCHEMA_VERSION, f"{run_uri}/{here}/island.json")
+    order = IslandOrder.model_validate(values)
     told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
     run = Storage(run_uri).scoped(read=[part.path for part in told], write=[here])
     if group.leads:

@@ -25,7 +25,9 @@ class Shard(Learner):
     parallel = "fsdp"
 
     def __init__(self, module: nn.Module, group: Group, device: torch.device) -> None:
-        self._whole = copy.deepcopy(module)
+        # Its outline alone: a second network beside the first has no room either.
+        meta = {id(p): nn.Parameter(p.to("meta"), p.requires_grad) for p in module.parameters()}
+        self._whole = copy.deepcopy(module, meta)
         mesh = init_device_mesh(device.type, (group.world,))
         for block in _blocks(module):
             fully_shard(block, mesh=mesh)
@@ -59,10 +61,11 @@ class Shard(Learner):
 
     @torch.no_grad()
     def whole(self) -> nn.Module:
-        values = dict(self.module.named_parameters())
-        for name, parameter in self._whole.named_parameters():
-            value = values[name]
-            parameter.copy_(value.full_tensor() if isinstance(value, DTensor) else value)
+        values = {
+            name: (value.full_tensor() if isinstance(value, DTensor) else value).to("cpu")
+            for name, value in self.module.named_parameters()
+        }
+        self._whole.load_state_dict(values, strict=False, assign=True)
         return self._whole
 
 

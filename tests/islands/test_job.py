@@ -16,7 +16,7 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.checkpoint import Checkpoints
-from atoll.core.errors import ExitCode
+from atoll.core.errors import ExitCode, Refused
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
 from atoll.islands.island import PARTS, run_island
@@ -192,6 +192,16 @@ def test_a_changed_shard_is_refused(fresh) -> None:
     pack.write_bytes(data)
     assert start(run, shard).wait(timeout=PATIENCE_SECONDS) == ExitCode.REFUSED
     assert "sha256" in run.read_json(f"islands/{shard}/exit.json")["reason"]
+
+
+def test_an_order_of_another_version_is_refused(fresh) -> None:
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(run, manifest, shard)
+    name = f"islands/{shard}/island.json"
+    run.write_json(name, {**run.read_json(name), "schema_version": 99})
+    with pytest.raises(Refused, match="schema version 99"):
+        run_island(run.uri, shard)
 
 
 def test_an_island_opens_nothing_of_another_shard(fresh, tmp_path: Path) -> None:
