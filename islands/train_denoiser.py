@@ -75,10 +75,17 @@ def train_here(
     with computing(device, threads) as chosen:
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)
-        where: dict[str, Any] = {"seed": seed, "device": chosen}
         stride = plan.batch // training.accumulation
-        steps: dict[str, Any] = {"batch": plan.batch, "stride": stride}
-        batches = Batches(pack, training, rows=pack.train, stream=stream, **steps, **where)
+        batches = Batches(
+            pack,
+            training,
+            rows=pack.train,
+            seed=seed,
+            stream=stream,
+            device=chosen,
+            batch=plan.batch,
+            stride=stride,
+        )
         course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         with ahead(batches, chosen, stride=stride) as coming:
@@ -86,7 +93,7 @@ def train_here(
                 storage, folder, denoiser.network, course, name=stream, learner=learner, told=told
             ).run(
                 flow_matching(denoiser, coming, training),
-                held_out=_held_out(denoiser, pack, training, **where),
+                held_out=_held_out(denoiser, pack, training, seed=seed, device=chosen),
                 milestones=milestones,
             )
         network = learner.whole().to("cpu")
@@ -97,15 +104,16 @@ def train_here(
 
 
 def _held_out(
-    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, **where: Any
+    denoiser: Denoiser, pack: Pack, training: DenoiserTraining, *, seed: int, device: torch.device
 ) -> Callable[[], float] | None:
     """The loss on records that no training uses; None where there are none."""
     if not pack.held_out:
         return None
     # In more batches where there are several shapes, so that each has its share of them.
     batch = HELD_OUT_BATCH if len(pack.buckets(pack.held_out)) == 1 else HELD_OUT_BATCH // 4
-    where |= {"rows": pack.held_out, "batch": batch, "stream": "held-out"}
-    batches = Batches(pack, training, **where)
+    batches = Batches(
+        pack, training, rows=pack.held_out, seed=seed, stream="held-out", device=device, batch=batch
+    )
     return held_out_loss(denoiser, batches, training, batch=batch)
 
 
