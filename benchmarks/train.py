@@ -33,11 +33,11 @@ from atoll.core.flow import Prediction
 from atoll.core.manifest import Artefact, Picture, Plan
 from atoll.core.pack import Pack, ShardCard, open_pack, write_pack, write_shard_card
 from atoll.core.storage import Storage, sha256_file, sha256_folder
-from atoll.islands.base import course_of
 from atoll.islands.data import Batches
 from atoll.islands.loop import Loop
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import Errors, flow_matching
+from atoll.islands.train_denoiser import course_of
 from benchmarks.start import seconds_to_first_step
 
 BAR = 0.98

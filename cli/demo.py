@@ -43,9 +43,10 @@ from atoll.core.storage import Storage
 from atoll.evaluate.evaluation import Evaluation, System, evaluate_systems
 from atoll.evaluate.reference import TRAIN, load_records
 from atoll.evaluate.views import read_curve
-from atoll.islands.base import train_base, train_here
+from atoll.islands.base import train_base
 from atoll.islands.settings import TrainConfig
 from atoll.islands.supervise import train
+from atoll.islands.train_denoiser import train_here
 from atoll.merge import soup as soups
 from atoll.partitioner.pipeline import partition
 from atoll.router.assemble import add_export, assemble

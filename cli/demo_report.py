@@ -63,15 +63,15 @@ def write_demo_report(
     outcome: Outcome, place: Storage, run: Storage, manifest: Manifest, *, name: str
 ) -> None:
     """Write the report at the demo's place."""
-    digits = outcome.settings.corpus is None
-    what = "1,797 handwritten digits" if digits else f"The corpus {outcome.settings.corpus}"
+    corpus = outcome.settings.corpus
+    what = "1,797 handwritten digits were" if corpus is None else f"The corpus {corpus} was"
     trace = outcome.traced.trace if outcome.traced else []
     pictures = outcome.traced.x_data if outcome.traced else torch.empty(0)
     data = ReportData(
         title="Atoll: a diffusion model from islands, and how it forgets",
         shards=tuple(manifest.shards),
         sentence=(
-            f"{what} were partitioned into {len(manifest.shards)} shards, each trained as an "
+            f"{what} partitioned into {len(manifest.shards)} shards, each trained as an "
             "isolated Ray job, put together as an ensemble and as a soup, and one shard was taken "
             "out again, exactly."
         ),

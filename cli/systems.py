@@ -20,8 +20,7 @@ from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.latents import Autoencoder, autoencoder_beside
-from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture
-from atoll.partitioner.buckets import parse
+from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture, parse_size
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, parse_routing
@@ -67,7 +66,7 @@ def of_size(model: Model, text: str) -> Model:
     """The model as one that makes pictures of `text`, "HxW" in pixels."""
     factor = 1 if model.vae is None else model.vae.factor
     try:
-        height, width = parse(text)
+        height, width = parse_size(text)
     except ValueError as error:
         raise UsageError(f"--size {text}: {error}") from error
     if height % factor or width % factor:

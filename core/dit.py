@@ -16,9 +16,8 @@ from torch import Tensor, nn
 from atoll.core.transformer import (
     Attention,
     TimeEmbedding,
+    embed_patches,
     feed_forward,
-    patchify,
-    positions,
     unpatchify,
     zero,
 )
@@ -108,9 +107,7 @@ class DiT(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
         """
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
-        x = self.patches(patchify(hidden_states, patch))
-        place = positions(height // patch, width // patch, x.shape[2], x.device)
-        x = x + place.to(x)
+        x = embed_patches(self.patches, hidden_states, patch)
         time = self.time(timestep.reshape(-1).expand(batch), x.dtype)
         steer = time + self.text(pooled_projections)
         for block in self.blocks:

@@ -6,6 +6,7 @@ that a run after a removal can be compared with one that never had the shard, by
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -15,6 +16,11 @@ from atoll.core.storage import Storage
 
 MANIFEST_NAME = "manifest.json"
 SCHEMA_VERSION = 1
+# Pixels of a side: those that `partition` takes for a square, and twice as many.
+_LEAST_SIDE, _MOST_SIDE = 4, 2048
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
 
 
 class Entry(BaseModel):
@@ -43,8 +49,20 @@ class Picture(Entry):
 
     @property
     def size(self) -> str:
-        """Its sides in words."""
+        """Its sides in words, as `parse_size` reads them."""
         return f"{self.height}x{self.width}"
+
+
+def parse_size(text: str) -> Size:
+    """The size that "HxW" names; `ValueError` says what is wrong with others."""
+    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
+    size = (int(found[1]), int(found[2])) if found else (0, 0)
+    if not all(_LEAST_SIDE <= side <= _MOST_SIDE for side in size):
+        raise ValueError(
+            f"'{text}' is no shape; allowed: HxW, height and width from {_LEAST_SIDE} to "
+            f"{_MOST_SIDE} pixels"
+        )
+    return size
 
 
 # The latent space of training tensors that are pictures themselves.

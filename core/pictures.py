@@ -15,6 +15,8 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from atoll.core.manifest import Size
+
 # Formats that decode in this process; Pillow would hand others (EPS) to programs outside.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 MAX_PIXELS = 89_478_485  # Pillow's own limit, at which it warns; here it is an error
@@ -67,12 +69,12 @@ def is_gray(image: Image.Image) -> bool:
     return bool((values == values[:, :, :1]).all())
 
 
-def training_pixels(image: Image.Image, size: int | tuple[int, int], channels: int) -> Tensor:
+def training_pixels(image: Image.Image, size: Size, channels: int) -> Tensor:
     """uint8 `(channels, height, width)`: the centre, resampled unless it fits already.
 
-    `size` is the side of a square, or height and width; of the picture as much is kept as fills it.
+    As much of the picture is kept as fills the size.
     """
-    height, width = (size, size) if isinstance(size, int) else size
+    height, width = size
     if image.size != (width, height):
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     values = np.array(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)

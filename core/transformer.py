@@ -57,6 +57,17 @@ def positions(rows: int, columns: int, width: int, device: torch.device) -> Tens
     return torch.cat([down, across], dim=2).reshape(rows * columns, width)
 
 
+def embed_patches(layer: nn.Linear, pictures: Tensor, patch: int) -> Tensor:
+    """Pictures `(batch, channel, height, width)` as tokens `(batch, rows * columns, width)`.
+
+    `layer` takes a patch to a token, to which its position is added. Raises as `patchify` does.
+    """
+    height, width = pictures.shape[2:]
+    tokens: Tensor = layer(patchify(pictures, patch))
+    place = positions(height // patch, width // patch, tokens.shape[2], tokens.device)
+    return tokens + place.to(tokens)
+
+
 class TimeEmbedding(nn.Module):
     """Timesteps `(batch,)` from 0 to 1000 as vectors `(batch, width)`."""
 

@@ -18,9 +18,8 @@ from torch.nn import functional
 from atoll.core.transformer import (
     Attention,
     TimeEmbedding,
+    embed_patches,
     feed_forward,
-    patchify,
-    positions,
     unpatchify,
     zero,
 )
@@ -121,9 +120,7 @@ class UViT(ModelMixin, PeftAdapterMixin, ConfigMixin):  # type: ignore[misc]
         """
         batch, _, height, width = hidden_states.shape
         patch = self.config.patch_size
-        tokens = self.patches(patchify(hidden_states, patch))
-        place = positions(height // patch, width // patch, tokens.shape[2], tokens.device)
-        tokens = tokens + place.to(tokens)
+        tokens = embed_patches(self.patches, hidden_states, patch)
         time = self.time(timestep.reshape(-1).expand(batch), tokens.dtype)
         # Text brings its positions along: they are in the encoder's token states.
         text = self.text(encoder_hidden_states)

@@ -202,7 +202,8 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
-        # A head that ends has no node to move work to: jobs have committed by then.
+        # A head that ends has no node to move work to. Jobs have committed by then, or, where the
+        # controller was killed, lose at most one interval.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
         # Ray's own 15 is for workers that share a machine with what matters more.
         "RAY_worker_niceness": "0",

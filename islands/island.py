@@ -26,7 +26,6 @@ from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Artefact, Plan, check_artefact, check_schema
 from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
-from atoll.islands.base import flops_per_image, train_here
 from atoll.islands.compute import computing
 from atoll.islands.course import Course
 from atoll.islands.group import Group
@@ -37,6 +36,7 @@ from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import GuardConfig, TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
+from atoll.islands.train_denoiser import flops_per_image, train_here
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 
 SCHEMA_VERSION = 1  # of `island.json`

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import math
 import time
-from typing import Any
 
 import torch
 
@@ -44,8 +43,9 @@ def images_per_second(
         learner = Learner(trial.network)
         averages = Averages(learner.parameters, training.ema_decays)
         optimizer = torch.optim.AdamW(learner.parameters, lr=1e-6, fused=True)
-        where: dict[str, Any] = {"seed": 0, "stream": "probe", "device": chosen}
-        batches = Batches(pack, training, rows=pack.train, batch=batch, **where)
+        batches = Batches(
+            pack, training, rows=pack.train, seed=0, stream="probe", device=chosen, batch=batch
+        )
         loss = flow_matching(trial, batches, training)
         orders = Orders(batch, training.accumulation, clip=1.0, learning_rate=1e-6)
         guard = Guard(training.guard, Plan(batch=batch, images_seen=batch), "the probe")

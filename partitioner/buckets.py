@@ -8,29 +8,14 @@ resized to cover it and cropped in the middle. Which one depends on the record a
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from fractions import Fraction
 
 from atoll.core.errors import ConfigError
+from atoll.core.manifest import Size, parse_size
 
 _STEP = 8  # positions of a training tensor: what the deepest of the recipes divides by
 _LARGEST_RATIO = 2
-_LEAST, _MOST = 4, 2048  # pixels of a side: those of `size`, and twice as many
-
-Size = tuple[int, int]
-"""Height and width in pixels."""
-
-
-def parse(text: str) -> Size:
-    """The size that "HxW" names; `ValueError` says what is wrong with others."""
-    found = re.fullmatch(r"([1-9]\d{0,3})x([1-9]\d{0,3})", text)
-    size = (int(found[1]), int(found[2])) if found else (0, 0)
-    if not all(_LEAST <= side <= _MOST for side in size):
-        raise ValueError(
-            f"'{text}' is no shape; allowed: HxW, height and width from {_LEAST} to {_MOST} pixels"
-        )
-    return size
 
 
 def ladder(count: int, side: int, *, factor: int = 1) -> list[Size]:
@@ -86,12 +71,12 @@ def sizes_of(buckets: int | Sequence[str] | None, side: int, *, factor: int = 1)
         return [(side, side)]
     if isinstance(buckets, int):
         return ladder(buckets, side, factor=factor)
-    if odd := [text for text in buckets if any(length % factor for length in parse(text))]:
+    if odd := [text for text in buckets if any(length % factor for length in parse_size(text))]:
         raise ConfigError(
             f"The autoencoder divides pictures by {factor}, buckets has {', '.join(odd)}",
             cure=f"list shapes whose sides are multiples of {factor}",
         )
-    return [parse(text) for text in buckets]
+    return [parse_size(text) for text in buckets]
 
 
 def nearest(picture: Size, sizes: Sequence[Size]) -> int:

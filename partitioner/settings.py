@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field
 from atoll.core.config import Config
 from atoll.core.embedding import FitConfig
 from atoll.core.errors import UsageError
-from atoll.partitioner.buckets import parse
+from atoll.core.manifest import parse_size
 
 CLUSTERS = "clusters"
 
@@ -38,7 +38,7 @@ def _as_text(value: Any) -> Any:
 
 def _as_buckets(value: Any) -> Any:
     if isinstance(value, (list, tuple)) and value:
-        sizes = [parse(str(text)) for text in value]
+        sizes = [parse_size(str(text)) for text in value]
         if len(set(sizes)) < len(sizes):
             raise ValueError("a shape is listed twice; leave it out once")
     elif value is not None and (type(value) is not int or value < 1):

@@ -156,7 +156,7 @@ def test_evaluate_compares_in_the_main_shape_and_verify_holds(run: Path, tmp_pat
         for row in pq.read_table(run / "commons" / name).to_pylist()
         if row["split"] == "held-out"
     ]
-    real = torch.stack([training_pixels(decode(row["image"]), 16, 3) for row in rows])
+    real = torch.stack([training_pixels(decode(row["image"]), (16, 16), 3) for row in rows])
     assert torch.equal(records.pictures[-len(rows) :], real)
     done(
         "evaluate", run / "ensemble", "--reference", run, "--count", 20, "--steps", 2,

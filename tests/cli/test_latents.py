@@ -92,7 +92,7 @@ def test_packs_hold_the_latents_of_pictures_and_of_mirrored_pictures(run: Storag
     pack = Pack(run.local(manifest.commons.path))
     rows = pq.read_table(run.local("commons/data-00000.parquet")).to_pylist()
     pictures = [Image.open(io.BytesIO(row["image"])) for row in rows]
-    pixels = torch.stack([training_pixels(picture, 16, 3) for picture in pictures])
+    pixels = torch.stack([training_pixels(picture, (16, 16), 3) for picture in pictures])
     every = torch.arange(len(rows))
     assert torch.equal(pack.x_data(every), vae.encode(pixels).float())
     mirrored = pack.x_data(every + len(pack))
@@ -146,7 +146,7 @@ def test_real_records_are_compared_as_they_are(run: Storage) -> None:
     assert records.pictures.shape[1:] == (3, 16, 16)
     held_out = pq.read_table(run.local("commons/data-00000.parquet")).to_pylist()
     held_out = [row for row in held_out if row["split"] == "held-out"]
-    last = training_pixels(Image.open(io.BytesIO(held_out[-1]["image"])), 16, 3)
+    last = training_pixels(Image.open(io.BytesIO(held_out[-1]["image"])), (16, 16), 3)
     assert torch.equal(records.pictures[-1], last)
 
 

@@ -22,6 +22,7 @@ from atoll.core.manifest import (
     Shard,
     check_artefact,
     check_schema,
+    parse_size,
     require,
 )
 from atoll.core.storage import Storage
@@ -74,6 +75,13 @@ def test_bytes_do_not_depend_on_the_order_in_which_shards_came(storage: Storage)
     first = storage.read_bytes(MANIFEST_NAME)
     other.save(storage)
     assert storage.read_bytes(MANIFEST_NAME) == first
+
+
+def test_the_words_of_a_size_are_read_back() -> None:
+    assert parse_size(Picture(channels=1, height=12, width=20).size) == (12, 20)
+    for text in ("", "16", "16x", "3x16", "16x2049", "016x16", "16x16x16", "16X16", "16x-16"):
+        with pytest.raises(ValueError, match=f"'{text}' is no shape; allowed: HxW.*4 to 2048"):
+            parse_size(text)
 
 
 def test_no_run_is_a_usage_error(storage: Storage) -> None:

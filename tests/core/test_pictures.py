@@ -103,13 +103,13 @@ def test_damaged_bytes_never_raise_anything_else(tail: bytes, place: int, value:
 
 def test_training_pixels_keep_what_fits_and_crop_what_does_not() -> None:
     values = np.arange(48, dtype=np.uint8).reshape(4, 4, 3)
-    exact = training_pixels(Image.fromarray(values), 4, 3)
+    exact = training_pixels(Image.fromarray(values), (4, 4), 3)
     assert torch.equal(exact, torch.from_numpy(values).permute(2, 0, 1))
     wide = Image.new("RGB", (12, 4), (9, 9, 9))
-    assert training_pixels(wide, 4, 1).shape == (1, 4, 4)
-    assert training_pixels(wide, 4, 1).unique().tolist() == [9]
+    assert training_pixels(wide, (4, 4), 1).shape == (1, 4, 4)
+    assert training_pixels(wide, (4, 4), 1).unique().tolist() == [9]
     gray = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 256, axis=1)
     image = Image.fromarray(gray).convert("RGB")
     assert is_gray(image)
     assert not is_gray(Image.new("RGB", (2, 2), (1, 2, 1)))
-    assert torch.equal(training_pixels(image, 256, 1)[0], torch.from_numpy(gray))
+    assert torch.equal(training_pixels(image, (256, 256), 1)[0], torch.from_numpy(gray))

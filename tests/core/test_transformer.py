@@ -1,14 +1,21 @@
-"""Building blocks of our transformers: inverses, closed forms and the reference of PyTorch."""
+"""Building blocks of our transformers, and what the networks made of them have in common.
+
+Blocks are held against inverses, closed forms and the reference of PyTorch.
+"""
 
 from __future__ import annotations
 
+import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
 from atoll.core import seeds
+from atoll.core.dit import DiT
 from atoll.core.transformer import (
     Attention,
     TimeEmbedding,
@@ -17,6 +24,10 @@ from atoll.core.transformer import (
     unpatchify,
     zero,
 )
+from atoll.core.uvit import UViT
+from tests.core.networks import awake, inputs
+
+of_both = pytest.mark.parametrize("kind", [DiT, UViT])
 
 
 @pytest.mark.parametrize(
@@ -94,3 +105,81 @@ def test_zero_silences_a_layer() -> None:
     layer = nn.Linear(3, 2)
     zero(layer)
     assert layer(torch.ones(3)).abs().max() == 0
+
+
+# -- networks ------------------------------------------------------------------------------------
+
+
+@of_both
+def test_text_time_and_picture_all_reach_the_output(kind: type[DiT | UViT]) -> None:
+    network, given = awake(kind), inputs(kind)
+    with torch.no_grad():
+        before = network(**given).sample
+        for name in given.keys() - {"encoder_attention_mask"}:
+            changed = network(**given | {name: given[name].flip(0)}).sample
+            assert not torch.allclose(changed, before, atol=1e-3), name
+
+
+@pytest.mark.parametrize(("kind", "changes"), [(DiT, {}), (UViT, {"final_conv": False})])
+def test_position_matters(kind: type[DiT | UViT], changes: dict[str, Any]) -> None:
+    network, given = awake(kind, **changes), inputs(kind)
+    with torch.no_grad():
+        # Patches moved as a whole: without positions the output would just move along.
+        there = network(**given).sample
+        moved = given["hidden_states"].roll(2, dims=3)
+        back = network(**given | {"hidden_states": moved}).sample.roll(-2, dims=3)
+    assert not torch.allclose(there, back, atol=1e-3)
+
+
+@of_both
+@pytest.mark.parametrize(("height", "width"), [(8, 8), (4, 16), (16, 4), (2, 2)])
+def test_pictures_of_any_shape(kind: type[DiT | UViT], height: int, width: int) -> None:
+    given = inputs(kind, height=height, width=width)
+    assert awake(kind)(**given).sample.shape == given["hidden_states"].shape
+
+
+@of_both
+def test_a_number_or_one_time_will_do_for_all(kind: type[DiT | UViT]) -> None:
+    network, given = awake(kind), inputs(kind)
+    with torch.no_grad():
+        wanted = network(**given | {"timestep": torch.full((3,), 500.0)}).sample
+        for timestep in (torch.tensor(500.0), torch.tensor([500.0])):
+            assert torch.equal(network(**given | {"timestep": timestep}).sample, wanted)
+            (plain,) = network(**given | {"timestep": timestep}, return_dict=False)
+            assert torch.equal(plain, wanted)
+
+
+@of_both
+@pytest.mark.parametrize("size", [8, (8, 12)])
+def test_saved_and_loaded_by_diffusers_is_bitwise_the_same(
+    kind: type[DiT | UViT], size: Any, tmp_path: Path
+) -> None:
+    network, given = awake(kind, sample_size=size), inputs(kind)
+    network.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "config.json").read_text())["_class_name"] == kind.__name__
+    loaded = kind.from_pretrained(tmp_path, use_safetensors=True)
+    state = network.state_dict()
+    assert loaded.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in loaded.state_dict().items())
+    with torch.no_grad():
+        assert torch.equal(loaded(**given).sample, network(**given).sample)
+
+
+@of_both
+def test_runs_in_bfloat16(kind: type[DiT | UViT]) -> None:
+    network, given = awake(kind), inputs(kind)
+    with torch.no_grad():
+        wanted = network(**given).sample
+        low = {
+            name: value.bfloat16() if value.is_floating_point() and name != "timestep" else value
+            for name, value in given.items()
+        }
+        output = network.bfloat16()(**low).sample
+    assert output.dtype == torch.bfloat16
+    assert (output.float() - wanted).norm() < 0.05 * wanted.norm()
+
+
+@of_both
+def test_picture_that_does_not_divide_is_refused_with_the_cure(kind: type[DiT | UViT]) -> None:
+    with pytest.raises(ValueError, match=r"7x8.*choose another picture size"):
+        awake(kind)(**inputs(kind, height=7, width=8))

@@ -24,7 +24,7 @@ from atoll.core.head import GateHead, HeadConfig, new_head
 from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack, join, open_pack
 from atoll.core.storage import Storage
-from atoll.islands.base import new_base, train_base, train_here
+from atoll.islands.base import new_base, train_base
 from atoll.islands.data import Batch, Batches, rows_at
 from atoll.islands.group import Group
 from atoll.islands.island import run_island
@@ -32,6 +32,7 @@ from atoll.islands.loop import Milestones
 from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
 from atoll.islands.step import held_out_loss
 from atoll.islands.supervise import plan_islands, write_order
+from atoll.islands.train_denoiser import train_here
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig

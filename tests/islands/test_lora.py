@@ -18,12 +18,13 @@ from atoll.core.families import FAMILIES
 from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
-from atoll.islands.base import new_base, train_base, train_here
+from atoll.islands.base import new_base, train_base
 from atoll.islands.data import Batches
 from atoll.islands.island import run_island
 from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
 from atoll.islands.step import held_out_loss
+from atoll.islands.train_denoiser import train_here
 from tests.islands.conftest import TRAIN
 from tests.islands.test_job import finish_here, kill_when, order, results, seen
 

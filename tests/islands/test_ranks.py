@@ -19,7 +19,6 @@ from atoll.core.errors import ConfigError, Fenced, Interrupted, Refused
 from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
-from atoll.islands.base import learner_of, train_here
 from atoll.islands.course import Course
 from atoll.islands.group import Group
 from atoll.islands.learner import Parallel
@@ -27,6 +26,7 @@ from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import attach
 from atoll.islands.settings import DenoiserTraining, LoraConfig
 from atoll.islands.step import Errors
+from atoll.islands.train_denoiser import learner_of, train_here
 from tests.islands.ranks import Pool, pool
 from tests.islands.test_loop import COURSE as LONG
 from tests.islands.test_loop import loss_of, module

@@ -16,11 +16,11 @@ from hypothesis import strategies as st
 
 from atoll.core.config import apply_overrides
 from atoll.core.errors import AtollError, ConfigError, Refused, UsageError
-from atoll.core.manifest import Manifest
+from atoll.core.manifest import Manifest, parse_size
 from atoll.core.pack import Pack, read_shard_card
 from atoll.core.pictures import decode, training_pixels
 from atoll.core.storage import Storage
-from atoll.partitioner.buckets import ladder, nearest, parse, sizes_of
+from atoll.partitioner.buckets import ladder, nearest, sizes_of
 from atoll.partitioner.forget import forget
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
@@ -167,7 +167,7 @@ def test_every_record_is_once_in_the_bucket_of_its_nearest_shape(
         assert splits.count("train") == len(pack.train) == card.records
         for number, (row, shape) in enumerate(rows):
             image, size = decode(row["image"]), (shape.height, shape.width)
-            sizes = [parse(text) for text in SHAPES]
+            sizes = [parse_size(text) for text in SHAPES]
             assert sizes[nearest((image.height, image.width), sizes)] == size
             wanted = training_pixels(image, size, 1).float() / 127.5 - 1
             assert torch.equal(pack.x_data(torch.tensor([number]))[0], wanted)

@@ -115,7 +115,7 @@ def test_packs_hold_the_same_rows_as_the_records(run: Storage) -> None:
         assert len(pack.card.packs) == -(-len(rows) // 64)
         assert pack.card.encoder == encoder.fingerprint()
         every = torch.arange(len(rows))
-        pixels = torch.stack([training_pixels(decode(row["image"]), 8, 1) for row in rows])
+        pixels = torch.stack([training_pixels(decode(row["image"]), (8, 8), 1) for row in rows])
         assert torch.equal(pack.x_data(every), pixels.float() / 127.5 - 1)
         cond, wanted = pack.cond(every), encoder.condition([row["caption"] for row in rows])
         assert torch.allclose(cond.pooled, wanted.pooled, atol=1e-3)

@@ -1,0 +1,61 @@
+"""Training in this process: every family and objective learns, and a heartbeat says how fast."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from atoll.core import recipes
+from atoll.core.families import FAMILIES
+from atoll.core.flow import Prediction
+from atoll.core.manifest import Manifest, Plan
+from atoll.core.pack import Pack
+from atoll.core.storage import Storage
+from atoll.islands.base import new_base
+from atoll.islands.data import Batches
+from atoll.islands.lora import attach
+from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
+from atoll.islands.step import held_out_loss
+from atoll.islands.train_denoiser import train_here
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_and_objective_learns(made: Path, tmp_path, family: str, prediction) -> None:
+    manifest = Manifest.load(Storage(made))
+    pack = Pack(made / "shards" / "shard-00")
+    training = DenoiserTraining(prediction=prediction, ema_decays=(0.9,), checkpoints=1)
+    base = new_base(manifest, pack, BaseConfig(recipe=f"{family}-tiny", training=training))
+    others = Batches(pack, training, rows=pack.held_out, seed=0, stream="held-out", device=CPU)
+    measured = held_out_loss(base.denoiser, others, training)
+    before = measured()
+    train_here(
+        Storage(tmp_path), "x", base.denoiser, pack, training,
+        learning_rate=5e-3, plan=Plan(batch=16, images_seen=16 * 60), seed=0, stream="x",
+        threads=1, device="cpu",
+    )  # fmt: skip
+    assert measured() < 0.9 * before
+
+
+def test_a_heartbeat_says_what_an_image_costs_and_what_the_device_does(made: Path) -> None:
+    pack, run = Pack(made / "shards" / "shard-00"), Storage("memory://speeds")
+    costs = {}
+    for what, lora in (("full", LoraConfig()), ("adapters", LoraConfig(rank=2))):
+        training = DenoiserTraining(accumulation=2, gradient_checkpointing=True, lora=lora)
+        base = new_base(Manifest.load(Storage(made)), pack, BaseConfig(recipe="dit-tiny"))
+        picture, network = pack.card.picture, base.denoiser.network
+        forward = recipes.forward_flops(network, "dit", picture, pack.null)
+        attach(network, lora, seed=0)
+        train_here(
+            run, what, base.denoiser, pack, training,
+            learning_rate=1e-3, plan=Plan(batch=8, images_seen=16), seed=0, stream="x",
+            threads=1, device="cpu",
+        )  # fmt: skip
+        beat = run.read_json(f"{what}/heartbeat.json")
+        costs[what] = beat["flops_per_image"] / forward
+        assert 1e8 < beat["matmul_flops_per_second"] < 1e16
+    assert costs == {"full": 3, "adapters": 2}
