@@ -48,7 +48,7 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
         check_shapes(recipe.family, recipe.config, manifest.pictures)
         network = recipes.build(recipe, picture, **widths, seed=seed)
     else:
-        start = load_start(config.start, picture, **widths, prediction=training.prediction)
+        start = load_start(config.start, picture, **widths, prediction=training.objective)
         made: Any = start.network
         check_shapes(start.family, made.config, manifest.pictures)
         network, origin = start.network, {"start": config.start, "start_sha256": start.sha256}
@@ -66,7 +66,7 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
                 f"{commons.card.latent_space}",
                 cure="start from weights of this run's latent space, or partition with --vae",
             )
-        if start.declared not in (None, str(training.prediction)):
+        if start.declared not in (None, str(training.objective)):
             log.info("%s predicted %s before", config.start, start.declared)
     card = Card(
         name="base",
@@ -74,7 +74,7 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
         shard=None,
         base_sha256=None,
         family=recipes.recipe_of(name).family,
-        prediction=training.prediction,
+        prediction=training.objective,
         latent_space=commons.card.latent_space,
         images_seen=0,
     )

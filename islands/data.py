@@ -134,7 +134,7 @@ class Batches:
             x_t=x_t,
             t=t.to(x_t),
             cond=cond.to(x_t),
-            wanted=flow.target(x_data, x_noise, self._config.prediction).to(x_t),
+            wanted=flow.target(x_data, x_noise, self._config.objective).to(x_t),
         )
 
 

@@ -83,7 +83,7 @@ class DenoiserTraining(Config):
 
     batch: int | None = Field(default=None, ge=1)  # None takes the recipe's
     passes: float | None = Field(default=None, gt=0)  # images_seen over records; None: recipe's
-    prediction: Prediction = Prediction.VELOCITY
+    prediction: Prediction | None = None  # None: a base's velocity, of an expert its base's
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     # Decays per step, warmed up. Of several, the one of least held-out loss is published.
     ema_decays: tuple[float, ...] = Field(default=(0.995,), min_length=1)
@@ -97,7 +97,13 @@ class DenoiserTraining(Config):
     gradient_checkpointing: bool = False
     compile: bool = False
     checkpoints: int = Field(default=8, ge=1)  # how many over the whole training
-    checkpoint_seconds: float | None = Field(default=None, gt=0)  # and after so long without one
+    # And after so long without one, so that a long training is never far from its last commit.
+    checkpoint_seconds: float | None = Field(default=600.0, gt=0)
+
+    @property
+    def objective(self) -> Prediction:
+        """What the network predicts."""
+        return self.prediction or Prediction.VELOCITY
 
 
 class HeadTraining(Config):

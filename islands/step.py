@@ -84,7 +84,7 @@ def flow_matching(
         with torch.autocast(batch.x_t.device.type, torch.bfloat16, enabled=low):
             output = denoiser.output(batch.x_t, batch.t, batch.cond)
         each = (output.float() - batch.wanted).square().flatten(1).mean(1)
-        weighted = each * weigh(config.weight, batch.t, config.prediction)
+        weighted = each * weigh(config.weight, batch.t, config.objective)
         return Errors(weighted.mean(), each.detach(), batch.t)
 
     return loss

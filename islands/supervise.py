@@ -76,7 +76,9 @@ def train(
         manifest.shard(name)
     check_islands(config.islands)
     plan_islands(run, manifest, config)
-    check_artefact(run, require(manifest.base, "base", "train it with `atoll base RUN`"))
+    base = require(manifest.base, "base", "train it with `atoll base RUN`")
+    check_artefact(run, base)
+    _check_prediction(run, base, config)
     _check_exclusive_create(run)
     todo = [name for name in wanted if name not in manifest.experts]
     _check_unchanged(run, config, done=[name for name in wanted if name not in todo], todo=todo)
@@ -101,6 +103,16 @@ def train(
         finally:
             curves.close()
     return todo
+
+
+def _check_prediction(run: Storage, base: Artefact, config: TrainConfig) -> None:
+    """What a network predicts is decided by the base that all experts start from."""
+    asked, predicted = config.training.prediction, read_card(run.local(base.path)).prediction
+    if asked not in (None, predicted):
+        raise ConfigError(
+            f"The base predicts {predicted}, as its experts will; training.prediction is {asked}",
+            cure="leave it out, or train the base of a new run with it",
+        )
 
 
 def _check_unchanged(

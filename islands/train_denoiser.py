@@ -26,6 +26,17 @@ from atoll.islands.loop import Loop, Milestones
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, prepare
 
+# What decides the bits of a loss, besides the data and the plan.
+_OF_THE_LOSS = {
+    "prediction",
+    "condition_dropout",
+    "time",
+    "weight",
+    "precision",
+    "gradient_checkpointing",
+    "compile",
+}
+
 
 def course_of(
     training: DenoiserTraining, plan: Plan, learning_rate: float, *, bitwise_resume: bool = True
@@ -46,6 +57,7 @@ def course_of(
         lora=training.lora,
         accumulation=training.accumulation,
         kernel=optimizer.kernel,
+        loss=training.model_dump(mode="json", include=_OF_THE_LOSS),
         bitwise_resume=bitwise_resume,
     )
 

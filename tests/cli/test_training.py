@@ -159,6 +159,15 @@ def test_minutes_of_the_islands_do_not_ask_the_shards(based, tmp_path, monkeypat
     assert owners.planned_by_all
 
 
+def test_experts_predict_what_their_base_does(based, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(based, run)
+    said = atoll("train", run, *TRAIN, "--set=training.prediction=epsilon", "--json")
+    assert said.code == 3
+    assert "The base predicts velocity" in said.error["what"]
+    assert not (run / "islands" / SHARD).exists()
+
+
 def resumed_from(folder: Path) -> int:
     """Images that the generation which finished a training found done."""
     journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]
@@ -188,9 +197,10 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
     shutil.copytree(partitioned, run)
     said = interrupted(["base", str(run), *long], lambda: count(run / "base-training/commits") > 1)
     assert said.code == 6, said
-    said = atoll("base", run, "--set=threads=2", "--json")
-    assert said.code == 7
-    assert "--allow-inexact-resume" in str(said.error["cure"])
+    for other in ("threads=2", "training.optimizer.learning_rate=0.1", "training.time.mean=1"):
+        said = atoll("base", run, "--set", other, "--json")
+        assert said.code == 7
+        assert "--allow-inexact-resume" in str(said.error["cure"])
     done("base", run, "--set=threads=2", "--allow-inexact-resume")
     journal = (run / "base-training/journal.jsonl").read_text().splitlines()
     (resumed,) = [line for text in journal if (line := json.loads(text))["event"] == "resumed"]

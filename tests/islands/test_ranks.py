@@ -98,7 +98,7 @@ def transform(
     )  # fmt: skip
     card = Card(
         name="x", kind="expert", shard="x", base_sha256=None, family="dit",
-        prediction=DenoiserTraining().prediction, latent_space="pixels", images_seen=0,
+        prediction=DenoiserTraining().objective, latent_space="pixels", images_seen=0,
     )  # fmt: skip
     training = DenoiserTraining(
         gradient_checkpointing=True, accumulation=2, ema_decays=(0.2, 0.01), checkpoints=1,

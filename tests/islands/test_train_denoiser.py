@@ -16,11 +16,42 @@ from atoll.core.storage import Storage
 from atoll.islands.base import new_base
 from atoll.islands.data import Batches
 from atoll.islands.lora import attach
-from atoll.islands.settings import BaseConfig, DenoiserTraining, LoraConfig
+from atoll.islands.settings import (
+    BaseConfig,
+    DenoiserTraining,
+    GuardConfig,
+    LoraConfig,
+    OptimizerConfig,
+    TimeConfig,
+    WeightConfig,
+)
 from atoll.islands.step import held_out_loss
-from atoll.islands.train_denoiser import train_here
+from atoll.islands.train_denoiser import course_of, train_here
 
 CPU = torch.device("cpu")
+# Another value of every key that decides the bits of a training.
+OTHERWISE = DenoiserTraining(
+    prediction=Prediction.EPSILON,
+    condition_dropout=0.5,
+    time=TimeConfig(mean=1.0),
+    weight=WeightConfig(kind="cosmap"),
+    optimizer=OptimizerConfig(learning_rate=0.5),
+    guard=GuardConfig(share=0.5),
+    accumulation=2,
+    precision="bfloat16",
+    gradient_checkpointing=True,
+    compile=True,
+)
+# Those of the plan, those that make it another training, and those that alter nothing.
+ASIDE = {"batch", "passes", "ema_decays", "lora", "checkpoints", "checkpoint_seconds"}
+
+
+@pytest.mark.parametrize("key", sorted(DenoiserTraining.model_fields.keys() - ASIDE))
+def test_a_commit_tells_every_setting_from_another(key: str) -> None:
+    plan, plain = Plan(batch=8, images_seen=8), DenoiserTraining()
+    other = plain.model_copy(update={key: getattr(OTHERWISE, key)})
+    assert course_of(plain, plan, 1e-3).settings() == course_of(plain, plan, 1e-3).settings()
+    assert course_of(other, plan, 1e-3).settings() != course_of(plain, plan, 1e-3).settings()
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
