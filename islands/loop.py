@@ -27,6 +27,7 @@ from atoll.islands.background import GRACE_SECONDS, Background
 from atoll.islands.course import Course
 from atoll.islands.learner import Learner
 from atoll.islands.metrics import Means, Metrics
+from atoll.islands.settings import check_accumulation
 from atoll.islands.state import TrainingState
 from atoll.islands.step import Loss, Orders, Taken, learning_rate_at, take_step
 
@@ -83,11 +84,7 @@ class Loop:
         told: Mapping[str, float] | None = None,
     ) -> None:
         """`told` goes into every heartbeat, for whoever watches."""
-        if course.plan.batch % course.accumulation:
-            raise ConfigError(
-                f"A batch of {course.plan.batch} is not to be had in {course.accumulation} parts",
-                cure="choose training.accumulation so that it divides the batch",
-            )
+        check_accumulation(course.plan.batch, course.accumulation)
         self._learner = learner or Learner(module)
         self._group = self._learner.group
         part = course.plan.batch // course.accumulation

@@ -18,7 +18,7 @@ from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
 from atoll.islands.learner import Learner
 from atoll.islands.lora import attach
-from atoll.islands.settings import DenoiserTraining
+from atoll.islands.settings import DenoiserTraining, check_accumulation
 from atoll.islands.step import Orders, flow_matching, prepare, take_step
 
 _SECONDS = 3.0
@@ -35,7 +35,11 @@ def images_per_second(
     threads: int,
     device: Device,
 ) -> float:
-    """Training speed of a copy of the denoiser in this process, after one step to warm up."""
+    """Training speed of a copy of the denoiser in this process, after one step to warm up.
+
+    Raises `ConfigError` for a batch that accumulation does not divide.
+    """
+    check_accumulation(batch, training.accumulation)
     with computing(device, threads) as chosen:
         trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
         attach(trial.network, training.lora, seed=0)

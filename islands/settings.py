@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from atoll.core.config import Config
+from atoll.core.errors import ConfigError
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.places import Island
@@ -16,6 +17,7 @@ from atoll.islands.compute import Device
 from atoll.islands.learner import Parallel
 from atoll.islands.spot import Cloud
 
+_Decay = Annotated[float, Field(ge=0, lt=1)]
 # Fewer than this and a head of any size knows little.
 _LEAST_HEAD_IMAGES = 4_000
 
@@ -86,7 +88,7 @@ class DenoiserTraining(Config):
     prediction: Prediction | None = None  # None: a base's velocity, of an expert its base's
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     # Decays per step, warmed up. Of several, the one of least held-out loss is published.
-    ema_decays: tuple[float, ...] = Field(default=(0.995,), min_length=1)
+    ema_decays: tuple[_Decay, ...] = Field(default=(0.995,), min_length=1)
     time: TimeConfig = TimeConfig()
     weight: WeightConfig = WeightConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
@@ -173,6 +175,15 @@ class TrainConfig(Config):
     preview_milestones: int | None = Field(default=None, ge=1)
     islands: tuple[Island, ...] = ()  # none: one local head
     watch: WatchConfig = WatchConfig()
+
+
+def check_accumulation(batch: int, accumulation: int) -> None:
+    """Refuse parts of a batch that are not whole, by a `ConfigError`."""
+    if batch % accumulation:
+        raise ConfigError(
+            f"A batch of {batch} is not to be had in {accumulation} parts",
+            cure="choose training.accumulation so that it divides the batch",
+        )
 
 
 def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: bool) -> Plan:

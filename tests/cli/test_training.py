@@ -159,6 +159,22 @@ def test_minutes_of_the_islands_do_not_ask_the_shards(based, tmp_path, monkeypat
     assert owners.planned_by_all
 
 
+def test_a_batch_that_cannot_be_parted_is_refused_before_it_is_probed(based, untouched) -> None:
+    with untouched(based):
+        said = atoll(
+            "train", based, "--minutes=1", "--set=training.accumulation=3", "--dry-run", "--json"
+        )
+    assert said.code == 3
+    assert "not to be had in 3 parts" in said.error["what"]
+
+
+def test_averages_decay(based, untouched) -> None:
+    with untouched(based):
+        said = atoll("train", based, "--set=training.ema_decays=[0.9, 1.5]", "--json")
+    assert said.code == 3
+    assert "ema_decays" in said.error["what"]
+
+
 def test_experts_predict_what_their_base_does(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
