@@ -162,7 +162,9 @@ class Queue:
             return  # to be placed in the next turn
         if not alive:
             names = ", ".join(site.island.name for site in fitting) or "none"
-            work.reasons.append(f"no island is left for it; those that take it: {names}")
+            why = [site.trouble for site in fitting if site.trouble]
+            reason = f"no island is left for it; those that take it: {names}"
+            work.reasons.append(". ".join([reason, *why]))
             self._waiting.remove(work)
             self._given_up.append(work)
             return
