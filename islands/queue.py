@@ -44,7 +44,7 @@ from atoll.islands.signs import (
     write_log,
 )
 from atoll.islands.sites import Site
-from atoll.islands.submit import ENDED, Unreachable
+from atoll.islands.submit import ENDED, NotThere, Unreachable
 
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
@@ -231,7 +231,9 @@ class Queue:
                     work.alive_at = now
                 if ended or now - work.logged_at > _LOG_SECONDS:
                     self._keep_log(work)
-            except Failed as error:  # where it knows the job no more, its signs of life end too
+            except NotThere as error:
+                log.debug("%s: %s", work.shard, error)  # its signs of life end too
+            except Failed as error:
                 site.missed(error)
         signs = signs_of_life(self._run, work.shard)
         if signs != work.signs:

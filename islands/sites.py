@@ -60,12 +60,16 @@ class Site:
 
     def missed(self, error: AtollError) -> None:
         """It did not answer, or its token was refused; asked again after a pause that doubles."""
-        now = time.monotonic()
-        if self.silent_since is None:
+        now, again = time.monotonic(), self.silent_since is not None
+        if not again:
             self.silent_since = now
         self.trouble = f"{error.what}; {error.cure}" if error.cure else error.what
-        if self._said is not type(error):
-            self._said = type(error)
+        of_token = isinstance(error, TokenRefused | MissingError)
+        kind = type(error) if of_token else Unreachable
+        # One answer may be late on a busy machine, and some calls wait for parts that others do
+        # without: silence is what meets two in a row.
+        if (again or of_token) and self._said is not kind:
+            self._said = kind
             log.warning("%s", self.trouble)
         self._ask_at, self._pause = now + self._pause, min(_ASK_AGAIN_SECONDS, self._pause * 2)
 

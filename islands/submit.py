@@ -47,6 +47,10 @@ class TokenRefused(Unreachable):
     """A cluster that answers and does not take the token, until it is given another."""
 
 
+class NotThere(Failed):
+    """A cluster that answers and knows nothing of what was asked for."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where jobs are submitted: the address of the Jobs API and the token it asks for."""
@@ -75,7 +79,7 @@ class Jobs:
     """One cluster's Jobs API.
 
     Every call raises `Unreachable` where it does not answer, `TokenRefused` where it answers 401 or
-    403, and `Failed` where it refuses what was asked.
+    403, `NotThere` where it answers 404, and `Failed` where it refuses what was asked.
     """
 
     def __init__(self, cluster: Cluster, *, ask: bool = True) -> None:
@@ -222,7 +226,8 @@ class Jobs:
             what = f"{self._name} does not answer as it should: {words}"
             if error.code in (408, 425, 429, 502, 503, 504) or "try again later" in words:
                 raise Unreachable(what, cure="wait, or check the address") from None
-            raise Failed(what, cure="check the address") from None
+            kind = NotThere if error.code == 404 else Failed
+            raise kind(what, cure="check the address") from None
         except (OSError, ValueError) as error:  # refused, timed out, cut off, no certificate
             reason = getattr(error, "reason", error)
             raise Unreachable(

@@ -26,7 +26,7 @@ from atoll.core.storage import Storage
 from atoll.islands import heads, sites, submit
 from atoll.islands.heads import Head, HeadOrder, local_heads, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining, WatchConfig
-from atoll.islands.submit import Jobs, TokenRefused, shipped_code
+from atoll.islands.submit import Jobs, NotThere, TokenRefused, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import (
     CONTROLLER,
@@ -167,6 +167,8 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
         assert token_file.stat().st_mode & 0o077 == 0
         with pytest.raises(TokenRefused, match="refuses the token"):
             Jobs(type(cluster)(cluster.address, "0" * 64))
+        with pytest.raises(NotThere, match="does not exist"):
+            Jobs(cluster).status("nobody-s")
     expect_none_left(str(Path(folder).parent))
     assert not Path(folder).exists()
 
@@ -365,6 +367,18 @@ def test_a_token_that_is_mended_brings_its_island_back_while_the_others_go_on(
     (began,) = journal(run, pinned, "submitted", CONTROLLER)
     assert began["island"] == "b"
     assert began["unix_seconds"] >= ended["unix_seconds"]
+
+
+def test_a_cluster_that_knows_a_job_no_more_still_answers(
+    fresh, on_head: None, said, monkeypatch
+) -> None:
+    def unknown(_self: Jobs, submission_id: str) -> str:
+        raise NotThere(f"404 Job {submission_id} does not exist")
+
+    monkeypatch.setattr(Jobs, "status", unknown)
+    run, manifest = fresh()
+    assert train(run, manifest, TRAIN, shards=["shard-01"]) == ["shard-01"]
+    assert not said("answer")
 
 
 def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:
