@@ -24,6 +24,7 @@ RAY_TOKEN, RAY_TOKEN_PATH = "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"
 _SECRETS = ("token", "password", "secret", "authorization", "headers", "auth")
 _NAMED = "name the variable with token_env, or the file with token_file"
 _VARIABLE = r"[A-Za-z_][A-Za-z0-9_]*"
+_TOKEN = r"[!-~]+"
 
 
 class Tls(Config):
@@ -140,23 +141,39 @@ class Island(Config):
                 f"Island '{self.name}' has two tokens", allowed="token_env or token_file"
             )
 
-    def token(self) -> str:
-        """The token, from where the file says it is; empty where an island has none."""
+    def token_place(self) -> tuple[str, str]:
+        """The environment variable or else the file that holds the token; neither: it has none."""
         if self.token_env is not None:
-            if not (found := os.environ.get(self.token_env, "").strip()):
-                raise MissingError(
-                    f"The environment has no {self.token_env}, the token of island '{self.name}'",
-                    cure=f"export {self.token_env} before the command",
-                )
-            return found
+            return self.token_env, ""
         if self.token_file is not None:
-            return self._token_in(self.token_file, "token_file")
-        if found := os.environ.get(RAY_TOKEN, "").strip():
-            return found
-        path = os.environ.get(RAY_TOKEN_PATH, "")
-        return self._token_in(path, RAY_TOKEN_PATH) if path else ""
+            return "", self.token_file
+        if os.environ.get(RAY_TOKEN, "").strip():
+            return RAY_TOKEN, ""
+        return "", os.environ.get(RAY_TOKEN_PATH, "")
 
-    def _token_in(self, path: str, key: str) -> str:
+    def token(self) -> str:
+        """The token as it is there now; empty where an island has none."""
+        variable, file = self.token_place()
+        if variable:
+            if not (found := os.environ.get(variable, "").strip()):
+                raise MissingError(
+                    f"The environment has no {variable}, the token of island '{self.name}'",
+                    cure=f"export {variable} before the command",
+                )
+        elif file:
+            found = self._token_in(file)
+        else:
+            return ""
+        if not re.fullmatch(_TOKEN, found):
+            # Not repeated, and never sent: a header's error would quote it.
+            raise MissingError(
+                f"{variable or file} holds something else than the token of island '{self.name}'",
+                allowed="one word of printable ASCII",
+            )
+        return found
+
+    def _token_in(self, path: str) -> str:
+        key = RAY_TOKEN_PATH if self.token_file is None else "token_file"
         try:
             found = Path(path).expanduser().read_text().strip()
         except (OSError, ValueError) as error:

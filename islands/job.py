@@ -61,6 +61,8 @@ def main(arguments: list[str] | None = None) -> int:
         log.error(reason)
     # A fenced writer leaves everything to its successor.
     if code is not ExitCode.FENCED and not process.overtaken():
+        # Whose word it is: of a launcher whose workers never began there is no sign yet.
+        process.speak()
         own.write_json(
             f"{here}/exit.json",
             {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason},

@@ -44,7 +44,7 @@ from atoll.islands.signs import (
     write_log,
 )
 from atoll.islands.sites import Site
-from atoll.islands.submit import ENDED, Unreachable
+from atoll.islands.submit import ENDED, NotThere, Unreachable
 
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
@@ -162,7 +162,9 @@ class Queue:
             return  # to be placed in the next turn
         if not alive:
             names = ", ".join(site.island.name for site in fitting) or "none"
-            work.reasons.append(f"no island is left for it; those that take it: {names}")
+            why = [site.trouble for site in fitting if site.trouble]
+            reason = f"no island is left for it; those that take it: {names}"
+            work.reasons.append(". ".join([reason, *why]))
             self._waiting.remove(work)
             self._given_up.append(work)
             return
@@ -229,7 +231,9 @@ class Queue:
                     work.alive_at = now
                 if ended or now - work.logged_at > _LOG_SECONDS:
                     self._keep_log(work)
-            except Failed as error:  # where it knows the job no more, its signs of life end too
+            except NotThere as error:
+                log.debug("%s: %s", work.shard, error)  # its signs of life end too
+            except Failed as error:
                 site.missed(error)
         signs = signs_of_life(self._run, work.shard)
         if signs != work.signs:

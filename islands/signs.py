@@ -148,6 +148,10 @@ class Process:
     def enter(self, stage: str) -> None:
         """Say what is being worked on."""
         self._stage = stage
+        self.speak()
+
+    def speak(self) -> None:
+        """Give a sign of life now: what storage says next is known to be of this submission."""
         if not self.overtaken():
             self._beat()
 

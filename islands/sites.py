@@ -1,6 +1,7 @@
 """Islands that are open for work: heads of ours that were started, clusters that were reached.
 
-A site that does not answer is asked again ever more rarely, and gets no shard meanwhile.
+A site that does not answer, or does not take its token, is asked again ever more rarely, each time
+with the token as it then is, and gets no shard meanwhile.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ from pathlib import Path
 
 import torch
 
-from atoll.core.errors import ConfigError, Failed
+from atoll.core.errors import AtollError, ConfigError, Failed, MissingError
 from atoll.core.journal import log
 from atoll.core.places import Island
 from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.settings import TrainConfig
-from atoll.islands.submit import Jobs, Unreachable, remote_cluster
+from atoll.islands.submit import Jobs, TokenRefused, Unreachable, remote_cluster
 
 # What a small island takes beside its share of Ray: 0.75 GiB were measured on the digits.
 _ISLAND_BYTES = 1 << 30
@@ -40,6 +41,8 @@ class Site:
     head: Head | None = None
     running: int = 0
     silent_since: float | None = None
+    trouble: str = ""  # why it is silent, and what to do
+    _said: type[AtollError] | None = None  # the kind of trouble that was told of last
     _revivals: int = 2
     _ask_at: float = 0.0
     _pause: float = 0.5
@@ -50,16 +53,24 @@ class Site:
 
     def heard(self) -> None:
         """It answered."""
-        if self.silent_since is not None:
-            log.warning("island %s answers again", self.island.name)
-        self.silent_since, self._pause, self._ask_at = None, 0.5, 0.0
+        if self._said is not None:
+            log.warning("Island %s answers again", self.island.name)
+        self.silent_since, self.trouble, self._said = None, "", None
+        self._pause, self._ask_at = 0.5, 0.0
 
-    def missed(self, error: Failed) -> None:
-        """It did not answer; asked again after a pause that doubles."""
-        now = time.monotonic()
-        if self.silent_since is None:
+    def missed(self, error: AtollError) -> None:
+        """It did not answer, or its token was refused; asked again after a pause that doubles."""
+        now, again = time.monotonic(), self.silent_since is not None
+        if not again:
             self.silent_since = now
-            log.warning("island %s: %s", self.island.name, error.what)
+        self.trouble = f"{error.what}; {error.cure}" if error.cure else error.what
+        of_token = isinstance(error, TokenRefused | MissingError)
+        kind = type(error) if of_token else Unreachable
+        # One answer may be late on a busy machine, and some calls wait for parts that others do
+        # without: silence is what meets two in a row.
+        if (again or of_token) and self._said is not kind:
+            self._said = kind
+            log.warning("%s", self.trouble)
         self._ask_at, self._pause = now + self._pause, min(_ASK_AGAIN_SECONDS, self._pause * 2)
 
     def gone(self) -> bool:
@@ -93,8 +104,11 @@ class Site:
         """Ask a silent site whether it is back."""
         if self.silent_since is not None and not self.gone() and self.answers():
             try:
+                if self.head is None:
+                    # Its token may have been mended, or have come with the cluster.
+                    self.jobs = Jobs(remote_cluster(self.island), ask=False)
                 self.jobs.check()
-            except Failed as error:
+            except (Failed, MissingError) as error:
                 self.missed(error)
             else:
                 self.heard()
@@ -127,7 +141,7 @@ def open_sites(config: TrainConfig, shards: int) -> Iterator[list[Site]]:
 
 
 def _away(remote: dict[str, Jobs], *, alone: bool) -> dict[str, Unreachable]:
-    """The clusters that do not answer now; to be refused is an error, and so is to reach none."""
+    """The clusters that do not answer now, or refuse the token; to reach none is an error."""
     away = {}
     for name, jobs in remote.items():
         try:
@@ -135,7 +149,8 @@ def _away(remote: dict[str, Jobs], *, alone: bool) -> dict[str, Unreachable]:
         except Unreachable as error:
             away[name] = error
     if alone and remote and len(away) == len(remote):
-        raise next(iter(away.values()))
+        # One that refuses is there: first of all it is what can be mended.
+        raise min(away.values(), key=lambda error: not isinstance(error, TokenRefused))
     return away
 
 

@@ -27,7 +27,7 @@ import atoll.core
 import atoll.islands
 from atoll.core.errors import Failed
 from atoll.core.journal import log
-from atoll.core.places import Island
+from atoll.core.places import RAY_TOKEN, Island
 from atoll.islands.signs import SUBMISSION_VARIABLE
 
 # What would make a client of Ray's talk to another cluster than the one it was given.
@@ -43,12 +43,21 @@ class Unreachable(Failed):
     """A cluster that does not answer, or not now."""
 
 
+class TokenRefused(Unreachable):
+    """A cluster that answers and does not take the token, until it is given another."""
+
+
+class NotThere(Failed):
+    """A cluster that answers and knows nothing of what was asked for."""
+
+
 @dataclass(frozen=True)
 class Cluster:
     """Where jobs are submitted: the address of the Jobs API and the token it asks for."""
 
     address: str
     token: str = field(repr=False)
+    token_place: tuple[str, str] = ("", "")  # the variable or else the file it was read from
     name: str = "cluster"
     python: str = "python"  # the interpreter there
     ship: bool = False  # whether our code is sent along
@@ -57,16 +66,21 @@ class Cluster:
 
 
 def remote_cluster(island: Island) -> Cluster:
-    """A cluster that is already there."""
+    """A cluster that is already there; `MissingError` where its token is not to be had."""
     assert island.address is not None
     return Cluster(
-        island.address.rstrip("/"), island.token(), name=island.name, python=island.python,
-        ship=island.ship, ca=island.tls.ca, verify=island.tls.verify,
+        island.address.rstrip("/"), island.token(), token_place=island.token_place(),
+        name=island.name, python=island.python, ship=island.ship, ca=island.tls.ca,
+        verify=island.tls.verify,
     )  # fmt: skip
 
 
 class Jobs:
-    """One cluster's Jobs API; `Unreachable` where it does not answer, `Failed` where it refuses."""
+    """One cluster's Jobs API.
+
+    Every call raises `Unreachable` where it does not answer, `TokenRefused` where it answers 401 or
+    403, `NotThere` where it answers 404, and `Failed` where it refuses what was asked.
+    """
 
     def __init__(self, cluster: Cluster, *, ask: bool = True) -> None:
         self._cluster = cluster
@@ -153,7 +167,7 @@ class Jobs:
     def logs(self, submission_id: str) -> str:
         """What the job wrote."""
         text = str(self._json("GET", f"/api/jobs/{quote(submission_id)}/logs").get("logs") or "")
-        return text.replace(self._cluster.token, "***") if self._cluster.token else text
+        return self._without_token(text)
 
     def stop(self, submission_id: str) -> None:
         """SIGTERM, on which a job commits and leaves; one that is gone is fine."""
@@ -190,7 +204,7 @@ class Jobs:
         try:
             return json.loads(answer)
         except ValueError:
-            raise Unreachable(f"{self._said} with something else than JSON") from None
+            raise Unreachable(f"{self._name} does not answer with JSON") from None
 
     def _ask(
         self, method: str, path: str, data: bytes | None = None, *, seconds: float | None = None
@@ -206,23 +220,45 @@ class Jobs:
                 return bytes(answer.read())
         except urllib.error.HTTPError as error:
             words = error.read(2000).decode(errors="replace").strip()
-            what = f"{self._said} as it should: {error.code} {words or error.reason}"
+            words = self._without_token(f"{error.code} {words or error.reason}")
+            if error.code in (401, 403):
+                raise self._refused(words) from None
+            what = f"{self._name} does not answer as it should: {words}"
             if error.code in (408, 425, 429, 502, 503, 504) or "try again later" in words:
                 raise Unreachable(what, cure="wait, or check the address") from None
-            cure = "check the address"
-            if error.code in (401, 403):
-                cure = "check the address and the token: token_env or token_file of the island, "
-                cure += "or RAY_AUTH_TOKEN or RAY_AUTH_TOKEN_PATH"
-            raise Failed(what, cure=cure) from None
+            kind = NotThere if error.code == 404 else Failed
+            raise kind(what, cure="check the address") from None
         except (OSError, ValueError) as error:  # refused, timed out, cut off, no certificate
             reason = getattr(error, "reason", error)
             raise Unreachable(
-                f"{self._said}: {reason}", cure="check the address, and tls where it is https"
+                f"{self._name} does not answer: {reason}",
+                cure="check the address, and tls where it is https",
             ) from None
 
+    def _refused(self, words: str) -> TokenRefused:
+        """Which token was refused, by its place, and how to mend that."""
+        variable, file = self._cluster.token_place
+        if not self._cluster.token:
+            return TokenRefused(
+                f"{self._name} asks for a token and was given none: {words}",
+                cure=f"name it with token_env or token_file of the island, or export {RAY_TOKEN}",
+            )
+        if variable:  # what is exported elsewhere does not reach a command at work
+            place = f" of ${variable}"
+            cure = f"export the cluster's token as {variable} and run the same command again"
+        elif file:
+            place = f" of {file}"
+            cure = f"write the cluster's token into {file}; a command at work reads it again"
+        else:
+            place, cure = "", "check the address"
+        return TokenRefused(f"{self._name} refuses the token{place}: {words}", cure=cure)
+
+    def _without_token(self, text: str) -> str:
+        return text.replace(self._cluster.token, "***") if self._cluster.token else text
+
     @property
-    def _said(self) -> str:
-        return f"The Ray cluster '{self._cluster.name}' at {self._cluster.address} does not answer"
+    def _name(self) -> str:
+        return f"Island {self._cluster.name} at {self._cluster.address}"
 
 
 def shipped_code() -> bytes:

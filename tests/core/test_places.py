@@ -138,6 +138,25 @@ def test_a_token_comes_from_where_it_is_said_to_be(tmp_path: Path, monkeypatch) 
     held.write_text("")
     with pytest.raises(MissingError, match="is empty"):
         Island(**place, token_file=str(held)).token()
+    # What no header can carry would be quoted by the error that says so.
+    for text in (f"{SECRET}\n{SECRET}", f"Bearer {SECRET}", f"{SECRET}\u2026"):
+        held.write_text(text)
+        with pytest.raises(MissingError, match=r"token holds something else") as raised:
+            Island(**place, token_file=str(held)).token()
+        assert SECRET not in str(raised.value)
+
+
+def test_where_a_token_is_can_be_said_without_reading_it(monkeypatch) -> None:
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    place = {"name": "a", "address": "http://h:1"}
+    assert Island(**place).token_place() == ("", "")
+    assert Island(**place, token_env="MINE").token_place() == ("MINE", "")
+    assert Island(**place, token_file="/held").token_place() == ("", "/held")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", "/home")
+    assert Island(**place).token_place() == ("", "/home")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", SECRET)
+    assert Island(**place).token_place() == ("RAY_AUTH_TOKEN", "")
 
 
 def test_what_a_command_saves_is_read_again(tmp_path: Path) -> None:

@@ -1,13 +1,21 @@
-"""What a job takes of its island, and how many of them fit."""
+"""What a job takes of its island, how many of them fit, and what is said of one that is away."""
 
 from __future__ import annotations
+
+import http.server
+import logging
+from pathlib import Path
 
 import pytest
 
 from atoll.core.errors import ConfigError
+from atoll.core.journal import log
 from atoll.core.places import Island, Resources
 from atoll.islands import sites
 from atoll.islands.settings import TrainConfig
+from atoll.islands.submit import Jobs, Unreachable, remote_cluster
+from tests.islands.test_submit import _Server, serving
+from tests.waiting import until
 
 CLUSTER = {"name": "a", "address": "http://h:1"}
 
@@ -58,3 +66,63 @@ def test_jobs_at_once_here_are_fewer_where_each_has_workers() -> None:
     assert sites.slots_here(TrainConfig()) == 4
     assert sites.slots_here(TrainConfig(workers=2)) == 2
     assert sites.slots_here(TrainConfig(workers=8)) == 1
+
+
+def test_a_site_tells_of_each_change_once_and_of_no_single_miss(
+    monkeypatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """A cluster that is slow once, silent, back with another token, and given that."""
+    monkeypatch.setattr(log, "propagate", True)
+    caplog.set_level(logging.WARNING, "atoll")
+    monkeypatch.setattr(sites, "_ASK_AGAIN_SECONDS", 0.0)
+    held, code, asked = tmp_path / "token", {"good": 503}, []
+    held.write_text("first")
+
+    class Cluster(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            good = self.headers["Authorization"] == f"Bearer {token}"
+            asked.append(self.path)
+            self.send_response(code["good"] if good else 403)
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, *_given: object) -> None:
+            return
+
+    token = "first"
+    with serving(_Server(("127.0.0.1", 0), Cluster)) as port:
+        island = Island(name="b", address=f"http://127.0.0.1:{port}", token_file=str(held))
+        site = sites.Site(island, Jobs(remote_cluster(island), ask=False), 1, 1, 0)
+
+        def said() -> list[str]:
+            return [record.getMessage().partition(";")[0] for record in caplog.records]
+
+        def ask(times: int) -> None:
+            enough = len(asked) + times
+            until(lambda: site.ask_again() or len(asked) >= enough or site.silent_since is None)
+
+        where = f"Island b at http://127.0.0.1:{port}"
+        site.missed(Unreachable("late"))
+        code["good"] = 200
+        ask(2)
+        assert site.silent_since is None
+        assert said() == []
+
+        code["good"] = 503
+        site.missed(Unreachable("late"))
+        ask(3)
+        silent = f"{where} does not answer as it should: 503 {{}}"
+        assert said() == [silent]
+        token = "second"
+        ask(3)
+        refused = f"{where} refuses the token of {held}: 403 {{}}"
+        assert said() == [silent, refused]
+        assert site.trouble.startswith(refused)
+        held.unlink()
+        until(lambda: site.ask_again() or len(said()) == 3)
+        assert "cannot be read" in said()[2]
+        held.write_text("second")
+        code["good"] = 200
+        until(lambda: site.ask_again() or site.silent_since is None)
+        assert said()[3:] == ["Island b answers again"]
+        assert site.trouble == ""

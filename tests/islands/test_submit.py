@@ -22,7 +22,14 @@ import pytest
 from atoll.core.errors import Failed
 from atoll.core.places import Island
 from atoll.islands import submit
-from atoll.islands.submit import Cluster, Jobs, Unreachable, remote_cluster, shipped_code
+from atoll.islands.submit import (
+    Cluster,
+    Jobs,
+    TokenRefused,
+    Unreachable,
+    remote_cluster,
+    shipped_code,
+)
 from tests.islands.conftest import local_head
 from tests.waiting import PATIENCE_SECONDS
 
@@ -136,6 +143,45 @@ def test_a_redirection_does_not_carry_the_token_away() -> None:
             Jobs(Cluster(f"http://127.0.0.1:{port}", TOKEN))
     assert heard == []
     assert TOKEN not in str(raised.value)
+
+
+@pytest.mark.parametrize("code", [401, 403])
+def test_a_refusal_says_where_the_token_is_and_never_what_it_is(
+    tmp_path: Path, monkeypatch, code: int
+) -> None:
+    class Echoing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(code)
+            self.end_headers()
+            self.wfile.write(f"not '{self.headers['Authorization']}'".encode())
+
+        def log_message(self, *_given: object) -> None:
+            return
+
+    held = tmp_path / "token"
+    held.write_text(TOKEN)
+    monkeypatch.setenv("B_TOKEN", TOKEN)
+    for name in ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    with serving(_Server(("127.0.0.1", 0), Echoing)) as port:
+        address = f"http://127.0.0.1:{port}"
+
+        def refusal(**token: str) -> TokenRefused:
+            with pytest.raises(TokenRefused) as raised:
+                Jobs(remote_cluster(Island(name="b", address=address, **token)))
+            assert TOKEN not in str(raised.value)
+            return raised.value
+
+        by_file = refusal(token_file=str(held))
+        expected = f"Island b at {address} refuses the token of {held}: {code} not 'Bearer ***'"
+        assert by_file.what == expected
+        assert f"write the cluster's token into {held}" in by_file.cure
+        by_variable = refusal(token_env="B_TOKEN")
+        assert "refuses the token of $B_TOKEN" in by_variable.what
+        assert "export the cluster's token as B_TOKEN" in by_variable.cure
+        without = refusal()
+        assert "asks for a token and was given none" in without.what
+        assert "token_env or token_file" in without.cure
 
 
 def test_what_never_answers_is_given_up_in_time(monkeypatch) -> None:

@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
 import venv
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from logging import LogRecord
 from pathlib import Path
 
 import pytest
 
 from atoll.core.errors import ExitCode, Failed, Refused, UsageError
+from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.places import Island
 from atoll.core.storage import Storage
-from atoll.islands import heads
+from atoll.islands import heads, sites, submit
 from atoll.islands.heads import Head, HeadOrder, local_heads, remove_dead_folders
 from atoll.islands.settings import DenoiserTraining, WatchConfig
-from atoll.islands.submit import Jobs, shipped_code
+from atoll.islands.submit import Jobs, NotThere, TokenRefused, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import (
     CONTROLLER,
@@ -162,8 +165,10 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
         )
         token_file = Path(folder).parent / "token"
         assert token_file.stat().st_mode & 0o077 == 0
-        with pytest.raises(Failed, match="does not answer"):
+        with pytest.raises(TokenRefused, match="refuses the token"):
             Jobs(type(cluster)(cluster.address, "0" * 64))
+        with pytest.raises(NotThere, match="does not exist"):
+            Jobs(cluster).status("nobody-s")
     expect_none_left(str(Path(folder).parent))
     assert not Path(folder).exists()
 
@@ -308,6 +313,72 @@ def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_pat
         details = ended_job(cluster, began)
         assert details["driver_exit_code"] == 0
         assert details["entrypoint"].endswith(f"{mounted} {shard}")
+
+
+@pytest.fixture
+def said(monkeypatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
+    """The warnings that hold a word; no cluster is too slow to answer meanwhile."""
+    monkeypatch.setattr(log, "propagate", True)
+    monkeypatch.setattr(submit, "_ANSWER_SECONDS", PATIENCE_SECONDS)
+    caplog.set_level(logging.WARNING, "atoll")
+    return lambda word: [m for m in map(LogRecord.getMessage, caplog.records) if word in m]
+
+
+def test_a_token_that_is_mended_brings_its_island_back_while_the_others_go_on(
+    fresh, on_head: None, said, monkeypatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(sites, "_ASK_AGAIN_SECONDS", 1.0)
+    run, manifest = fresh()
+    token = tmp_path / "token"
+    token.write_text("0" * 64)
+    pinned, other = "shard-00", "shard-01"
+    with local_head(1) as cluster:
+        b = Island(
+            name="b", address=cluster.address, token_file=str(token), python=sys.executable,
+            ship=False, shards=(pinned,),
+        )  # fmt: skip
+        places = {"islands": (Island(name="local", local=True), b)}
+        refusal = f"Island b at {cluster.address} refuses the token of {token}: 403"
+
+        impatient = TRAIN.model_copy(
+            update={**places, "watch": WatchConfig(unreachable_seconds=0.1)}
+        )
+        with pytest.raises(Failed, match=r"1 of 1 islands.*no island is left for it") as raised:
+            train(run, manifest, impatient, shards=[pinned])
+        assert refusal in raised.value.what
+        assert f"write the cluster's token into {token}" in raised.value.what
+        assert len(said(refusal)) == 1
+
+        def mend() -> None:
+            until(lambda: other in Manifest.load(run).experts)
+            (tmp_path / "new").write_text(cluster.token)
+            (tmp_path / "new").replace(token)
+
+        patient = TRAIN.model_copy(
+            update={**places, "watch": WatchConfig(unreachable_seconds=PATIENCE_SECONDS)}
+        )
+        with beside(mend):
+            assert train(run, manifest, patient, shards=[pinned, other]) == [pinned, other]
+        assert len(said(refusal)) == 2  # once by either command
+        assert said("answer") == ["Island b answers again"]
+        assert not said("0" * 64)
+        assert not said(cluster.token)
+    (ended,) = journal(run, other, "ended", CONTROLLER)
+    (began,) = journal(run, pinned, "submitted", CONTROLLER)
+    assert began["island"] == "b"
+    assert began["unix_seconds"] >= ended["unix_seconds"]
+
+
+def test_a_cluster_that_knows_a_job_no_more_still_answers(
+    fresh, on_head: None, said, monkeypatch
+) -> None:
+    def unknown(_self: Jobs, submission_id: str) -> str:
+        raise NotThere(f"404 Job {submission_id} does not exist")
+
+    monkeypatch.setattr(Jobs, "status", unknown)
+    run, manifest = fresh()
+    assert train(run, manifest, TRAIN, shards=["shard-01"]) == ["shard-01"]
+    assert not said("answer")
 
 
 def test_a_store_without_exclusive_create_is_refused(fresh, monkeypatch) -> None:

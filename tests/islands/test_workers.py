@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import threading
 from pathlib import Path
 from typing import Any
@@ -15,7 +18,10 @@ from atoll.islands.signs import (
     SUBMISSION_VARIABLE,
     Process,
     ask_to_leave,
+    process_heartbeat,
+    write_journal,
 )
+from atoll.islands.status import read_status
 from atoll.islands.submit import Cluster, Jobs
 from atoll.islands.supervise import train
 from atoll.islands.workers import Each, _cause
@@ -73,6 +79,27 @@ def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeyp
         assert not left.wait(0.2)
         ask_to_leave(run, SHARD)
         assert left.wait(PATIENCE_SECONDS)
+
+
+def test_status_knows_a_launch_that_failed_before_its_workers_began(fresh) -> None:
+    """As its controller leaves it that is killed once it has submitted."""
+    run, manifest = fresh()
+    order(run, manifest, SHARD, CONFIG)
+    earlier = {"submission_id": "run-shard-1", "name": "expert", "unix_seconds": 0.0}
+    run.write_json(process_heartbeat(SHARD), earlier)
+    write_journal(run, SHARD, "submitted", "run-shard-2", island="a")
+    environment = {**os.environ, SUBMISSION_VARIABLE: "run-shard-2"}
+    environment.pop("RAY_ADDRESS", None)  # no cluster started it, and so there is none to join
+    command = [sys.executable, "-P", "-m", "atoll.islands.job", run.uri, SHARD, "--workers", "2"]
+    job = subprocess.run(command, env=environment, capture_output=True, timeout=PATIENCE_SECONDS)
+    assert job.returncode == ExitCode.FAILED
+
+    row = read_status(run, manifest).shards[0]
+    assert (row.shard, row.state) == (SHARD, "failed")
+    assert "RAY_ADDRESS" in str(row.reason)
+    # It is no word of the attempt after it.
+    write_journal(run, SHARD, "submitted", "run-shard-3", island="a")
+    assert read_status(run, manifest).shards[0].state == "planned"
 
 
 def test_a_job_with_workers_takes_nothing_itself(monkeypatch) -> None:
