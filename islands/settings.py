@@ -61,6 +61,8 @@ class GuardConfig(Config):
     before it, is never applied: the training goes back to its last commit and skips those images.
     A second refusal before the next commit skips twice as much, as far back as that commit (the
     harm was done by an update before it, as PaLM's authors found: arXiv 2204.02311, section 5.1).
+    Commits by the clock and at a stop bound that as planned ones do: after one of them a second
+    refusal can skip less than it would have in an undisturbed training.
     """
 
     spike: float | None = Field(default=30.0, gt=1)
