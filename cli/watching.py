@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from atoll.cli.output import Result, RunArgument, command
+from atoll.cli.training import InexactOption
 
 if TYPE_CHECKING:
     from atoll.core.manifest import Manifest
@@ -63,7 +64,9 @@ def register(app: typer.Typer) -> None:
         return {"run": run, "asked": asked, "text": said if asked else "all are done already"}
 
     @command(app, "resume", example="atoll resume out/run")
-    def resume(run: RunArgument, shard: ShardArgument = None) -> Result:
+    def resume(
+        run: RunArgument, shard: ShardArgument = None, allow_inexact_resume: InexactOption = False
+    ) -> Result:
         """Withdraw what `stop` asked for, and go on as `train` was told."""
         from atoll.cli.training import trained_now
         from atoll.cli.working import working_on
@@ -85,14 +88,19 @@ def register(app: typer.Typer) -> None:
             for name in wanted(manifest, shard)
             if shard is not None or storage.exists(f"{island_folder(name)}/island.json")
         ]
-        for name in told:
-            storage.remove(stop_request(name))
+        if allow_inexact_resume:
+            settings = settings.model_copy(update={"bitwise_resume": False})
+        else:
+            for name in told:
+                storage.remove(stop_request(name))
         try:
             with working_on(run) as (storage, manifest):
                 return trained_now(
                     run, manifest, supervise.train(storage, manifest, settings, shards=told)
                 )
         except InUse:  # a `train` is at work: it looks for these requests and goes on by itself
+            if allow_inexact_resume:
+                raise  # and was told otherwise
             said = f"{', '.join(told)}: taken up by the command that is at work on {run}"
             return {"run": run, "trained": [], "experts": {}, "text": said}
 

@@ -13,6 +13,7 @@ for.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import logging
@@ -76,6 +77,15 @@ def newest_commit(storage: Storage, folder: str) -> int | None:
     names = storage.list(f"{folder}/commits")
     digits = _stem(names[-1]).rsplit("-", 1)[-1] if names else ""
     return int(digits) if digits.isdigit() else None
+
+
+def newest_facts(storage: Storage, folder: str) -> dict[str, Any]:
+    """The facts of the newest commit below a folder with a sound record; empty before one."""
+    checkpoints = Checkpoints(storage, folder)
+    for name in reversed(checkpoints.names()):
+        with contextlib.suppress(Refused, FileNotFoundError, KeyError):
+            return dict(checkpoints.record(name)["facts"])
+    return {}
 
 
 class Checkpoints:
@@ -165,7 +175,7 @@ class Checkpoints:
         Raises `Refused` where a sound one was made by a version of Atoll with another schema.
         """
         try:
-            record = self._record(name)
+            record = self.record(name)
             if record["schema_version"] == SCHEMA_VERSION:
                 return self._load(record, piece)
         except (Refused, FileNotFoundError, KeyError, SafetensorError) as error:
@@ -185,7 +195,8 @@ class Checkpoints:
             if self._storage.read_bytes(name) != sealed:
                 raise Refused(f"{name} is there and says something else") from None
 
-    def _record(self, name: str) -> dict[str, Any]:
+    def record(self, name: str) -> dict[str, Any]:
+        """A commit record, without the sha256 of its own that it was checked by; else `Refused`."""
         record = self._storage.read_json(name)
         if not isinstance(record, dict) or record.pop("record_sha256", "") != _record_sha256(
             record

@@ -22,6 +22,7 @@ from atoll.core.journal import log, set_verbosity
 from atoll.core.storage import Storage
 from atoll.islands.island import run_island
 from atoll.islands.signs import Process, island_folder
+from atoll.islands.state import NotBitwise
 
 SCHEMA_VERSION = 1  # of `exit.json`
 
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
     set_verbosity(0)
     here = island_folder(given.shard)
     own = Storage(given.run).scoped(read=[], write=[here])
-    code, reason = ExitCode.DONE, ""
+    code, reason, more = ExitCode.DONE, "", {}
     process = Process(own, given.shard)
     try:
         with _leaving_on_sigterm():
@@ -54,6 +55,8 @@ def main(arguments: list[str] | None = None) -> int:
                     run_island(given.run, given.shard, enter=process.enter)
     except AtollError as error:
         code, reason = error.exit_code, str(error)
+        if isinstance(error, NotBitwise):  # for the controller, which knows of other islands
+            more = {"differing": error.differing}
     except Exception as error:  # the controller must learn of a bug too
         traceback.print_exc()
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
@@ -65,7 +68,7 @@ def main(arguments: list[str] | None = None) -> int:
         process.speak()
         own.write_json(
             f"{here}/exit.json",
-            {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason},
+            {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason, **more},
         )
     return int(code)
 

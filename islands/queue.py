@@ -2,8 +2,9 @@
 
 A job's word is its `exit.json`; Ray's is a hint. A shard whose job died, or gives no sign of life,
 or whose island went away, is started again at the next generation, elsewhere where there is an
-elsewhere; what it left behind is fenced. One that refuses is not started again. A stop request in
-storage is obeyed, by the job itself and here.
+elsewhere; what it left behind is fenced. One that refuses is not started again, unless an island
+of another kind can take it (`work.py`). A stop request in storage is obeyed, by the job itself and
+here.
 """
 
 from __future__ import annotations
@@ -13,7 +14,6 @@ import hashlib
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from atoll.core.checkpoint import newest_generation
@@ -44,7 +44,9 @@ from atoll.islands.signs import (
     write_log,
 )
 from atoll.islands.sites import Site
+from atoll.islands.state import Differing, in_words
 from atoll.islands.submit import ENDED, NotThere, Unreachable
+from atoll.islands.work import ALLOW, Choice, Work
 
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
@@ -56,31 +58,6 @@ _AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
     kind.exit_code: kind for kind in (ConfigError, DataError, MissingError, Refused, Fenced)
 }
 _RETRIED = (None, ExitCode.FAILED, ExitCode.INTERRUPTED, ExitCode.FENCED)
-
-
-@dataclass
-class _Work:
-    """One shard's attempts."""
-
-    shard: str
-    total: int
-    site: Site | None = None
-    submission_id: str = ""
-    attempts: int = 0  # since one that got further
-    committed: int = 0  # images in storage when the last attempt ended
-    not_before: float = 0.0
-    said: int = 0  # images that the progress bar has been told of
-    started_at: float = 0.0
-    signs: object = None
-    alive_at: float = 0.0  # by our clock: when its signs of life last changed
-    logged_at: float = 0.0
-    failed_at: list[str] = field(default_factory=list)  # islands, with repetition
-    reasons: list[str] = field(default_factory=list)
-    code: ExitCode | None = None  # how the last attempt ended
-
-    def rank(self, site: Site) -> tuple[int, int]:
-        """Where to go next: where it failed least, then where least is going on."""
-        return self.failed_at.count(site.island.name), site.running
 
 
 class Queue:
@@ -100,15 +77,18 @@ class Queue:
         self._collect = collect
         self._curves = curves
         self._poll = _POLL_SECONDS if run.is_local else _FAR_POLL_SECONDS
-        self._waiting: list[_Work] = []
-        self._running: list[_Work] = []
-        self._stopped: list[_Work] = []
-        self._given_up: list[_Work] = []
+        self._waiting: list[Work] = []
+        self._running: list[Work] = []
+        self._stopped: list[Work] = []
+        self._given_up: list[Work] = []
         self._left_behind: list[tuple[Site, str]] = []  # to be stopped, once their island answers
 
     def work(self, plans: dict[str, int]) -> None:
         """Train every shard, by name -> images_seen; raises at the end for those not finished."""
-        self._waiting = [_Work(shard, total) for shard, total in plans.items()]
+        self._waiting = [
+            Work(shard, total, Choice(self._run, shard, self._config, self._sites))
+            for shard, total in plans.items()
+        ]
         try:
             with progress("training the islands", sum(plans.values())) as advance:
                 while self._waiting or self._running:
@@ -152,27 +132,44 @@ class Queue:
                 self._stopped.remove(work)
                 self._waiting.append(work)
 
-    def _place(self, work: _Work) -> None:
+    def _place(self, work: Work) -> None:
         """Start it on the best island that is free; give it up where none will ever take it."""
-        islands = self._config.islands
-        fitting = [site for site in self._sites if site.island.takes(work.shard, islands)]
-        patience = self._config.watch.unreachable_seconds
-        alive = [site for site in fitting if not site.lost(patience)]
-        if not alive and any(site.revive() for site in fitting):
-            return  # to be placed in the next turn
-        if not alive:
-            names = ", ".join(site.island.name for site in fitting) or "none"
-            why = [site.trouble for site in fitting if site.trouble]
-            reason = f"no island is left for it; those that take it: {names}"
-            work.reasons.append(". ".join([reason, *why]))
-            self._waiting.remove(work)
-            self._given_up.append(work)
-            return
-        free = [s for s in alive if s.running < s.at_once and s.silent_since is None]
+        able, watch = work.choice.able(), self._config.watch
+        if all(site.lost(watch.unreachable_seconds) for site in able):
+            if any(site.revive() for site in able):
+                return  # to be placed in the next turn
+            if all(site.lost(watch.give_up_seconds) for site in able):
+                self._give_up(work)
+                return
+            names = " or ".join(site.island.name for site in able if not site.gone())
+            limit = watch.give_up_seconds
+            bound = "" if limit is None else f", {limit:.0f} s at most"
+            self._wait(work, f"waits for {names} to answer{bound}{work.choice.words()}")
+        free = [site for site in able if site.free()]
         if free and time.monotonic() >= work.not_before:
             self._start(work, min(free, key=work.rank))
 
-    def _start(self, work: _Work, site: Site) -> None:
+    def _wait(self, work: Work, reason: str) -> None:
+        """Say what a shard waits for, once."""
+        if reason != work.waits_for:
+            work.waits_for = reason
+            log.warning("%s %s", work.shard, reason)
+            self._journal(work, "waiting", reason=reason)
+
+    def _give_up(self, work: Work) -> None:
+        """No island is left that could take it."""
+        names, words = work.choice.names(), work.choice.words()
+        why = [site.trouble for site in work.choice.able() if site.trouble]
+        reason = f"no island is left for it; those that take it: {names}{words}"
+        reason = ". ".join([reason, *why])
+        work.code = ExitCode.REFUSED if words else None
+        work.reasons.append(reason)
+        self._waiting.remove(work)
+        self._given_up.append(work)
+        log.warning("%s: %s", work.shard, reason)
+        self._journal(work, "given_up", reason=reason, made_with=work.choice.made_with)
+
+    def _start(self, work: Work, site: Site) -> None:
         run, island = self._run, site.island
         generation = newest_generation(run, island_folder(work.shard)) + 1
         run_name = hashlib.sha256(run.uri.encode()).hexdigest()[:12]
@@ -206,6 +203,7 @@ class Queue:
         site.running += 1
         work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
         work.started_at = work.alive_at = work.logged_at = time.monotonic()
+        work.waits_for = ""
         work.signs = signs_of_life(self._run, work.shard)
         self._journal(
             work, "submitted", island=island.name, price=island.price, labels=island.labels,
@@ -215,7 +213,7 @@ class Queue:
 
     # -- what runs -------------------------------------------------------------------------------
 
-    def _look_at(self, work: _Work, advance: Advance) -> None:
+    def _look_at(self, work: Work, advance: Advance) -> None:
         site = work.site
         assert site is not None
         now = time.monotonic()
@@ -246,36 +244,36 @@ class Queue:
         elif silence > self._config.watch.dead_seconds:
             self._leave(work, f"no sign of life from island {site.island.name} for {silence:.0f} s")
 
-    def _begins(self, work: _Work, status: str) -> bool:
+    def _begins(self, work: Work, status: str) -> bool:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
         if status == "PENDING":
             return True
         slow = time.monotonic() - work.started_at > _BEGIN_SECONDS
         return status == "RUNNING" and not self._speaks(work) and not slow
 
-    def _speaks(self, work: _Work) -> bool:
+    def _speaks(self, work: Work) -> bool:
         """Whether the last sign of life of this shard is from the attempt that is waited for."""
         beat = read_object(self._run, process_heartbeat(work.shard))
         return beat.get("submission_id") == work.submission_id
 
-    def _advance(self, work: _Work, advance: Advance) -> None:
+    def _advance(self, work: Work, advance: Advance) -> None:
         beat = read_object(self._run, f"{island_folder(work.shard)}/heartbeat.json")
         seen = int(beat.get("images_seen", 0))
         if seen > work.said:
             advance(seen - work.said, note=work.shard)
             work.said = seen
 
-    def _leave(self, work: _Work, reason: str) -> None:
+    def _leave(self, work: Work, reason: str) -> None:
         """Give a job up that may yet wake: the next generation fences it."""
         assert work.site is not None
         if not work.site.gone():
             self._left_behind.append((work.site, work.submission_id))
         self._end(work, None, reason)
 
-    def _finish(self, work: _Work) -> None:
+    def _finish(self, work: Work) -> None:
         """A job is over, by its own word or by Ray's."""
         code = exit_code(self._run, work.shard)
-        reason = ""
+        reason, found = "", {}
         if code is ExitCode.DONE:
             self._collect(work.shard)
         elif code is None:
@@ -284,10 +282,13 @@ class Queue:
                 reason += f"; its last words: {words[-1]}"
         else:
             name = f"{island_folder(work.shard)}/exit.json"
-            reason = str(self._run.read_json(name)["reason"])
-        self._end(work, code, reason)
+            said = self._run.read_json(name)
+            reason, found = str(said["reason"]), said.get("differing", {})
+        self._end(work, code, reason, found)
 
-    def _end(self, work: _Work, code: ExitCode | None, reason: str) -> None:
+    def _end(
+        self, work: Work, code: ExitCode | None, reason: str, found: Differing | None = None
+    ) -> None:
         """Free the site; what is not done is stopped, started again or given up."""
         site = work.site
         assert site is not None
@@ -296,15 +297,23 @@ class Queue:
         self._keep_log(work)
         self._journal(work, "ended", code=None if code is None else int(code), reason=reason)
         work.code = code
+        work.choice.look()
         if code is ExitCode.DONE:
             return
         if code in (None, ExitCode.INTERRUPTED) and self._run.exists(stop_request(work.shard)):
             self._stopped.append(work)
             log.info("%s has stopped as asked", work.shard)
             return
+        if found:  # no failure of the shard's
+            work.attempts -= 1
+            work.choice.refused(site, found)
+            self._waiting.insert(0, work)
+            name = site.island.name
+            self._wait(work, f"cannot go on bitwise on island {name}: {in_words(found)}")
+            return
         self._again_or_not(work, site, reason, retried=code in _RETRIED)
 
-    def _again_or_not(self, work: _Work, site: Site, reason: str, *, retried: bool) -> None:
+    def _again_or_not(self, work: Work, site: Site, reason: str, *, retried: bool) -> None:
         """Queue what failed once more, after a pause, or give it up."""
         work.reasons.append(reason)
         work.failed_at.append(site.island.name)
@@ -355,7 +364,7 @@ class Queue:
             cure="run the same command again, it resumes",
         )
 
-    def _has_left(self, work: _Work) -> bool:
+    def _has_left(self, work: Work) -> bool:
         assert work.site is not None
         try:
             return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
@@ -366,19 +375,22 @@ class Queue:
         first = self._given_up[0]
         kinds = {work.code for work in self._given_up}
         kind = _AS_RAISED.get(kinds.pop(), Failed) if len(kinds) == 1 else Failed
+        cure = "the others are done and kept; run the same command again for these"
+        if any(work.choice.words() for work in self._given_up):
+            cure += f", when an island like theirs is there, or with {ALLOW}"
         return kind(
             f"{len(self._given_up)} of {total} islands did not finish: "
             f"{', '.join(work.shard for work in self._given_up)}. "
             f"{first.shard}: {first.reasons[-1]}",
-            cure="the others are done and kept; run the same command again for these",
+            cure=cure,
         )
 
     # -- what is written -------------------------------------------------------------------------
 
-    def _journal(self, work: _Work, event: str, **facts: Any) -> None:
+    def _journal(self, work: Work, event: str, **facts: Any) -> None:
         write_journal(self._run, work.shard, event, work.submission_id, **facts)
 
-    def _keep_log(self, work: _Work) -> list[str]:
+    def _keep_log(self, work: Work) -> list[str]:
         """Copy what the job said into storage, where it outlives its island."""
         site = work.site
         assert site is not None

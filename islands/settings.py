@@ -148,8 +148,11 @@ class WatchConfig(Config):
 
     # A job whose signs of life stop for so long is taken over by the next generation.
     dead_seconds: float = Field(default=60.0, gt=0)
-    # An island that does not answer for so long gets no shard until it does.
+    # An island that does not answer gets no shard until it does. After so long a head of ours that
+    # has ended is started again in its stead; where there is none, shards say what they wait for.
     unreachable_seconds: float = Field(default=60.0, gt=0)
+    # And after so long those that no other island takes are given up; None waits for ever.
+    give_up_seconds: float | None = Field(default=6 * 3600.0, gt=0)
     # Doubled with every further attempt of a shard, up to 32 times as long.
     backoff_seconds: float = Field(default=1.0, ge=0)
     tracker: Literal["wandb", "trackio"] | None = None  # besides TensorBoard's files

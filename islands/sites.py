@@ -73,6 +73,10 @@ class Site:
             log.warning("%s", self.trouble)
         self._ask_at, self._pause = now + self._pause, min(_ASK_AGAIN_SECONDS, self._pause * 2)
 
+    def free(self) -> bool:
+        """Whether it takes another job now."""
+        return self.silent_since is None and self.running < self.at_once and not self.gone()
+
     def gone(self) -> bool:
         """Whether it can never come back: the process of a head of ours has ended."""
         return self.head is not None and not self.head.alive()
@@ -94,11 +98,13 @@ class Site:
         self.heard()
         return True
 
-    def lost(self, seconds: float) -> bool:
-        """Gone, or silent for so long."""
+    def lost(self, seconds: float | None) -> bool:
+        """Gone, or silent for so long; of None seconds there is no end."""
         if self.gone():
             return True
-        return self.silent_since is not None and time.monotonic() - self.silent_since > seconds
+        if self.silent_since is None or seconds is None:
+            return False
+        return time.monotonic() - self.silent_since > seconds
 
     def ask_again(self) -> None:
         """Ask a silent site whether it is back."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import diffusers
@@ -23,6 +24,47 @@ from atoll.islands.metrics import Means
 _CARRIED = ("means", "guard")
 # And those without which it is another training.
 _THE_TRAINING = ("plan", "lora", "ema_decays")
+# And those that are the island's: hardware, workers, threads and versions.
+_THE_ISLAND = (
+    "workers", "parallel", "threads", "torch", "cuda", "numpy", "diffusers", "device",
+)  # fmt: skip
+
+Differing = dict[str, list[Any]]
+"""Facts that are not the same, by dotted name: then and now."""
+
+
+class NotBitwise(Refused):
+    """A resume that is refused for hardware, workers, threads or versions that differ, and only so.
+
+    Elsewhere it may go on. `differing` is what is not the same here.
+    """
+
+    def __init__(self, what: str, *, differing: Differing | None = None, cure: str = "") -> None:
+        # Optional: Ray copies what a worker raised by its first argument and its fields.
+        super().__init__(what, cure=cure)
+        self.differing = differing or {}
+
+
+def made_with(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's facts those that are another island's to fulfil."""
+    return {key: facts[key] for key in _THE_ISLAND if key in facts}
+
+
+def differing(then: Mapping[str, Any], now: Mapping[str, Any]) -> Differing:
+    """The facts that are not the same; what one of the two does not have is None there."""
+    found: Differing = {}
+    for key in sorted({*then, *now}):
+        was, ours = then.get(key), now.get(key)
+        if isinstance(was, dict) and isinstance(ours, dict):
+            found |= {f"{key}.{name}": pair for name, pair in differing(was, ours).items()}
+        elif was != ours:
+            found[key] = [was, ours]
+    return found
+
+
+def in_words(found: Differing) -> str:
+    """Each fact with then and now."""
+    return ", ".join(f"{name} {then} then and {now} now" for name, (then, now) in found.items())
 
 
 class TrainingState:
@@ -84,21 +126,25 @@ class TrainingState:
     def otherwise(self, checkpoint: Checkpoint) -> dict[str, Any] | None:
         """What it was made with where a resume would not be bitwise; None where it would be.
 
-        Raises `Refused` where it is of another training, or the course allows no such resume.
+        Raises `Refused` where it is of another training, or the course allows no such resume:
+        `NotBitwise` if it might elsewhere.
         """
         was = {key: value for key, value in checkpoint.facts.items() if key not in _CARRIED}
-        ours = self.facts()
-        if was == ours:
+        found = differing(was, self.facts())
+        if not found:
             return None
-        other = any(was.get(key) != ours.get(key) for key in _THE_TRAINING)
-        if other or self._course.bitwise_resume:
-            raise Refused(
-                f"The checkpoint of {self._name} was made otherwise: {was}",
-                allowed=f"{ours}",
-                cure="use the same plan, settings, workers, threads and versions; where plan, "
-                "averages and adapters are the same, --allow-inexact-resume goes on, and the "
-                "result is not bitwise what it would be",
+        said = f"The checkpoint of {self._name} was made otherwise: {in_words(found)}"
+        if any(name.partition(".")[0] in _THE_TRAINING for name in found):
+            raise Refused(said, cure="use the same plan, averages and adapters, or start a new run")
+        inexact = "--allow-inexact-resume goes on, and the result is not bitwise what it would be"
+        if self._course.bitwise_resume and found.keys() <= {*_THE_ISLAND}:
+            raise NotBitwise(
+                said,
+                differing=found,
+                cure=f"use the same hardware, workers, threads and versions; or {inexact}",
             )
+        if self._course.bitwise_resume:
+            raise Refused(said, cure=f"use the same settings; or {inexact}")
         return was
 
     def restore(self, checkpoint: Checkpoint, *, keep_ranges: bool = False) -> None:

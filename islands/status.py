@@ -1,6 +1,7 @@
 """`atoll status`: how every shard stands, read from storage alone, beside whatever is at work.
 
-    planned    waits for its turn here or in its island's queue, or was never started
+    planned    waits for its turn here or in its island's queue, or for an island that can take it,
+               or was never started
     running    a job gives signs of life
     straggler  runs at less than half the median speed of the other shards, or has not moved while
                its process lives, for a minute
@@ -155,6 +156,10 @@ def _state(
         return "done", None
     asked = run.exists(stop_request(shard))
     last = attempts[-1] if attempts else {}
+    if last.get("event") == "waiting":
+        return ("stopped" if asked else "planned"), str(last.get("reason") or "")
+    if last.get("event") == "given_up":
+        return "failed", str(last.get("reason") or "")
     if ended and _is_last_word(ended, last, process):
         if ended.get("code") == ExitCode.INTERRUPTED:
             return "stopped", None

@@ -96,6 +96,8 @@ def test_stop_and_resume_from_another_terminal(based, tmp_path, command: Command
     assert table.code == 0
     assert table.out.splitlines()[3].startswith(f"{SHARD}  running  local   1")
     assert atoll("train", run, "--json").code == 7  # the run is in use, and yet
+    # What is at work was told otherwise.
+    assert atoll("resume", run, "--allow-inexact-resume", "--json").code == 7
 
     assert done("stop", run, SHARD)["asked"] == [SHARD]
     out, _ = train.communicate(timeout=PATIENCE_SECONDS)
@@ -151,6 +153,25 @@ def test_what_is_done_is_not_asked_to_stop(trained, untouched) -> None:
         (look,) = [json.loads(line) for line in watched.out.splitlines()]
         assert look["ended"]
         assert [row["state"] for row in look["shards"]] == ["done"] * len(SHARDS)
+
+
+def test_resume_passes_leave_on(based, tmp_path, monkeypatch) -> None:
+    from atoll.core.config import save_config
+    from atoll.islands import supervise
+    from atoll.islands.settings import TrainConfig
+
+    run, told = tmp_path / "run", []
+    shutil.copytree(based, run)
+    save_config(TrainConfig(threads=2), Storage(run), "islands")
+
+    def train(_run: Storage, _manifest: object, config: TrainConfig, **_: object) -> list[str]:
+        told.append(config)
+        return []
+
+    monkeypatch.setattr(supervise, "train", train)
+    done("resume", run, SHARD)
+    done("resume", run, SHARD, "--allow-inexact-resume")
+    assert [(config.threads, config.bitwise_resume) for config in told] == [(2, True), (2, False)]
 
 
 def test_islands_that_are_refused(based, tmp_path, untouched) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import torch
 
-from atoll.core.checkpoint import Checkpoint, Checkpoints
+from atoll.core.checkpoint import Checkpoint, Checkpoints, newest_facts
 from atoll.core.errors import ExitCode, Fenced, Refused
 from atoll.core.storage import Storage, canonical_json
 from tests.waiting import PATIENCE_SECONDS, until
@@ -67,6 +67,16 @@ def test_newest_commit_comes_back_bitwise(storage: Storage) -> None:
     for images_seen in (8, 16, 1000, 10_000):
         commit(writer, images_seen)
         assert_is(Checkpoints(storage, PLACE).latest(), images_seen)
+
+
+def test_newest_facts_are_those_of_the_newest_sound_record(storage: Storage) -> None:
+    writer = writer_of(storage)
+    assert newest_facts(storage, PLACE) == {}
+    for images_seen in (8, 16):
+        commit(writer, images_seen)
+        assert newest_facts(storage, PLACE) == facts(images_seen)
+    storage.write_bytes(writer.names()[-1], b"{}")
+    assert newest_facts(storage, PLACE) == facts(8)
 
 
 def test_a_checkpoint_of_another_version_is_refused_and_stays(storage: Storage) -> None:

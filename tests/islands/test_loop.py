@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import json
 import os
@@ -20,6 +21,7 @@ from atoll.core.storage import Storage
 from atoll.islands.course import Course
 from atoll.islands.loop import Loop, Milestones
 from atoll.islands.settings import GuardConfig
+from atoll.islands.state import NotBitwise
 from atoll.islands.step import Errors, Loss
 
 COURSE = Course(
@@ -348,8 +350,11 @@ def test_resuming_otherwise_is_refused(storage: Storage) -> None:
     straight(storage)
     network = module()
     other = replace(COURSE, plan=Plan(batch=8, images_seen=400))
-    with pytest.raises(Refused, match="made otherwise"):
+    with pytest.raises(Refused) as raised:
         Loop(storage, "straight", network, other, name="straight").run(loss_of(network))
+    said = "The checkpoint of straight was made otherwise: plan.batch 4 then and 8 now"
+    assert raised.value.what == said
+    assert "--allow" not in str(raised.value)  # which would not help
 
 
 def test_resuming_under_other_versions_needs_leave_and_is_journalled(
@@ -361,9 +366,16 @@ def test_resuming_under_other_versions_needs_leave_and_is_journalled(
     network = module()
     with pytest.raises(RuntimeError):
         Loop(storage, "run", network, COURSE, name="run").run(loss_of(network, 200, die))
+    version = str(torch.__version__)
     monkeypatch.setattr(torch, "__version__", "9.9")
-    with pytest.raises(Refused, match="--allow-inexact-resume"):
+    with pytest.raises(NotBitwise, match="--allow-inexact-resume") as raised:
         Loop(storage, "run", module(), COURSE, name="run").run(loss_of(network))
+    assert raised.value.differing == {"torch": [version, "9.9"]}
+    assert raised.value.what == (
+        f"The checkpoint of run was made otherwise: torch {version} then and 9.9 now"
+    )
+    # By its first argument and its fields, as Ray hands it on from a worker.
+    assert copy.copy(raised.value).differing == raised.value.differing
     leave = replace(COURSE, bitwise_resume=False)
     elsewhere = replace(leave, plan=Plan(batch=8, images_seen=400))
     with pytest.raises(Refused, match="made otherwise"):  # another plan is another training

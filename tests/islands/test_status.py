@@ -73,6 +73,21 @@ def test_from_planned_to_done(run) -> None:
     assert not read_status(storage, manifest, now=NOW).ended
 
 
+def test_one_that_waits_for_an_island_is_planned_until_none_is_left(run) -> None:
+    storage, _ = run
+    refused = ended(40, code=7, reason="made otherwise")
+    waiting = {"event": "waiting", "submission_id": "1", "reason": "cannot go on on island a"}
+    controller(storage, "shard-00", submitted(50), refused, waiting)
+    beat(storage, "shard-00", speed=8, ago=45, process_ago=45)
+    storage.write_json("islands/shard-00/exit.json", {"code": 7, "reason": "made otherwise"})
+    assert (row(run).state, row(run).reason) == ("planned", "cannot go on on island a")
+    ask_to_stop(storage, "shard-00")
+    assert row(run).state == "stopped"
+    storage.remove("islands/shard-00/stop.json")
+    controller(storage, "shard-00", {**waiting, "event": "given_up", "reason": "no island is left"})
+    assert (row(run).state, row(run).reason) == ("failed", "no island is left")
+
+
 def test_a_killed_one_is_dead_until_it_is_started_again(run) -> None:
     storage, _ = run
     controller(storage, "shard-00", submitted(50), ended(40, reason="its process died"))

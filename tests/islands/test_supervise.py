@@ -341,7 +341,7 @@ def test_a_token_that_is_mended_brings_its_island_back_while_the_others_go_on(
         refusal = f"Island b at {cluster.address} refuses the token of {token}: 403"
 
         impatient = TRAIN.model_copy(
-            update={**places, "watch": WatchConfig(unreachable_seconds=0.1)}
+            update={**places, "watch": WatchConfig(unreachable_seconds=0.1, give_up_seconds=0.1)}
         )
         with pytest.raises(Failed, match=r"1 of 1 islands.*no island is left for it") as raised:
             train(run, manifest, impatient, shards=[pinned])
@@ -354,9 +354,7 @@ def test_a_token_that_is_mended_brings_its_island_back_while_the_others_go_on(
             (tmp_path / "new").write_text(cluster.token)
             (tmp_path / "new").replace(token)
 
-        patient = TRAIN.model_copy(
-            update={**places, "watch": WatchConfig(unreachable_seconds=PATIENCE_SECONDS)}
-        )
+        patient = TRAIN.model_copy(update=places)
         with beside(mend):
             assert train(run, manifest, patient, shards=[pinned, other]) == [pinned, other]
         assert len(said(refusal)) == 2  # once by either command
