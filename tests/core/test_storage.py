@@ -24,7 +24,8 @@ from safetensors.torch import save_file
 
 from atoll.core.errors import DataError, ExitCode, Failed, Refused
 from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
-from tests.core.conftest import at_once
+from tests.core.conftest import at_once, near
+from tests.s3 import Gate
 from tests.waiting import PATIENCE_SECONDS
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
@@ -212,6 +213,7 @@ def eager_threads() -> Iterator[None]:
     sys.setswitchinterval(before)
 
 
+@near
 @pytest.mark.usefixtures("eager_threads")
 def test_of_16_racing_threads_exactly_one_creates(storage: Storage) -> None:
     for name in [f"gen/{round_}" for round_ in range(40)]:
@@ -231,12 +233,19 @@ def _create_all(uri: str, number: int, rounds: int, start: Any, won: Any) -> Non
             assert found == found[:2] * 1000
 
 
-def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
-    context, rounds = multiprocessing.get_context("fork"), 25
-    start, won = context.Barrier(16), context.Queue()
+@pytest.mark.parametrize(("kind", "count", "rounds"), [("local", 16, 25), ("s3", 4, 10)])
+def test_of_racing_processes_exactly_one_creates(
+    kind: str, count: int, rounds: int, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    uri = str(tmp_path)
+    if kind == "s3":
+        request.getfixturevalue("s3")
+        uri = f"s3://runs/{tmp_path.name}"
+    context = multiprocessing.get_context("fork")
+    start, won = context.Barrier(count), context.Queue()
     racers = [
-        context.Process(target=_create_all, args=(str(tmp_path), number, rounds, start, won))
-        for number in range(16)
+        context.Process(target=_create_all, args=(uri, number, rounds, start, won))
+        for number in range(count)
     ]
     for racer in racers:
         racer.start()
@@ -247,7 +256,35 @@ def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
     assert won.empty()
     assert sorted(winners) == list(range(rounds))
     for round_, number in winners.items():
-        assert (tmp_path / f"gen/{round_}").read_bytes() == b"%02d" % number * 1000
+        assert Storage(uri).read_bytes(f"gen/{round_}") == b"%02d" % number * 1000
+
+
+def test_a_store_that_ignores_conditions_is_found_out(s3: Gate, monkeypatch) -> None:
+    """By creating twice: whoever looked first would never learn what two at once would do."""
+    place = Storage("s3://runs/old-store")
+    place.create("a", b"1")
+    monkeypatch.setattr(s3, "ignores_conditions", True)
+    assert _creates(place, "a", b"2")
+    monkeypatch.setattr(s3, "ignores_conditions", False)
+    assert not _creates(place, "a", b"3")
+    assert place.read_bytes("a") == b"2"
+
+
+def test_a_condition_that_does_not_hold_is_one_however_a_store_says_so(
+    s3: Gate, monkeypatch
+) -> None:
+    monkeypatch.setattr(s3, "names_conditions", False)
+    place = Storage("s3://runs/terse-store")
+    assert _creates(place, "a", b"1")
+    assert not _creates(place, "a", b"2")
+    assert place.read_bytes("a") == b"1"
+
+
+@pytest.mark.parametrize("data", [b"", b"second"])
+def test_nothing_replaces_what_was_created(storage: Storage, data: bytes) -> None:
+    storage.create("a/b", b"first")
+    assert not _creates(storage, "a/b", data)
+    assert storage.read_bytes("a/b") == b"first"
 
 
 # -- folders and digests -------------------------------------------------------------------------
