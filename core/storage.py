@@ -15,7 +15,7 @@ import os
 import shutil
 import tempfile
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -154,8 +154,7 @@ class Storage:
         path = self._path(name, write=True)
         with no_space_is_failure(name):
             if not self.is_local:
-                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-                self._fs.pipe_file(path, data)
+                self._in_folder(path, lambda: self._fs.pipe_file(path, data))
                 return
             with temporary_file(Path(path)) as temporary:
                 temporary.write_bytes(data)
@@ -181,22 +180,18 @@ class Storage:
                     fsync(Path(path).parent)
                 return
             with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
-                yield Path(folder) / "file"
-                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-                self._fs.put_file(str(Path(folder) / "file"), path)
+                made = Path(folder) / "file"
+                yield made
+                self._in_folder(path, lambda: self._fs.put_file(str(made), path))
 
     def create(self, name: str, data: bytes) -> None:
         """Create the file, complete and exclusively; FileExistsError when it is already there."""
         path = self._path(name, write=True)
         with no_space_is_failure(name):
             if not self.is_local:
-                self._fs.makedirs(os.path.dirname(path), exist_ok=True)
                 # `memory://` looks and writes in two steps, between which a thread may come.
                 with _CREATING:
-                    if self._fs.exists(path):
-                        raise FileExistsError(name)
-                    with self._fs.open(path, "xb") as file:
-                        file.write(data)
+                    self._create_afar(name, path, data)
                 return
             # A link is exclusive and shows the whole content at once; open("xb") shows a torn one.
             with temporary_file(Path(path)) as temporary:
@@ -205,13 +200,39 @@ class Storage:
                 os.link(temporary, path)
                 fsync(Path(path).parent)
 
+    def _create_afar(self, name: str, path: str, data: bytes) -> None:
+        # Nobody looks first whether it is there: the store alone can say so, and whether it does
+        # is what a probe finds out. Not open("xb"), which s3fs lets replace a file by an empty one.
+        try:
+            self._in_folder(path, lambda: self._fs.pipe_file(path, data, mode="create"))
+        except OSError as error:
+            # Some stores say no more than that a condition did not hold.
+            if self._fs.exists(path):
+                raise FileExistsError(name) from error
+            raise
+
+    def _in_folder(self, path: str, write: Callable[[], object]) -> None:
+        """Write; where a folder is missing, make it and write again.
+
+        Not the other way round: object stores have none and would be asked for their bucket, which
+        credentials for a prefix of it do not cover.
+        """
+        try:
+            write()
+        except FileNotFoundError:
+            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+            write()
+
     def append_line(self, name: str, line: str) -> None:
         """Append a line to a journal. Journals are observations: a torn last line is skipped."""
         path = self._path(name, write=True)
-        with no_space_is_failure(name):
-            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
+
+        def append() -> None:
             with self._fs.open(path, "ab") as file:
                 file.write(line.encode() + b"\n")
+
+        with no_space_is_failure(name):
+            self._in_folder(path, append)
 
     def read_lines(self, name: str) -> Sequence[dict[str, Any]]:
         """The JSON objects of a journal, a line each; torn lines are skipped, no file has none."""

@@ -52,6 +52,7 @@ _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
 _LOG_SECONDS = 5.0
 _LEAVE_SECONDS = 30.0
+_RAY_SAYS = "Running entrypoint for job "
 _BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 # An island's own exit code is the command's, where all that failed agree on it.
 _AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
@@ -278,7 +279,9 @@ class Queue:
             self._collect(work.shard)
         elif code is None:
             reason = "its process died"
-            if words := self._keep_log(work):
+            # Ray's own line is in the log of a job that died at once behind what that said.
+            words = [line for line in self._keep_log(work) if not line.startswith(_RAY_SAYS)]
+            if words:
                 reason += f"; its last words: {words[-1]}"
         else:
             name = f"{island_folder(work.shard)}/exit.json"
@@ -322,13 +325,16 @@ class Queue:
             # A machine that is taken back now and then is no crash loop.
             work.committed, work.attempts = reached, min(1, work.attempts)
         again = retried and work.attempts <= self._config.retries
-        log.warning("%s: %s%s", work.shard, reason, "; started again" if again else "")
+        pause = self._config.watch.backoff_seconds * 2 ** min(5, work.attempts - 1)
+        then = f"; started again in {pause:g} s" if again else ""
+        log.warning("%s: %s%s", work.shard, reason, then)
         if again:
-            pause = self._config.watch.backoff_seconds * 2 ** min(5, work.attempts - 1)
             work.not_before = time.monotonic() + pause
             self._waiting.insert(0, work)
-        else:
-            self._given_up.append(work)
+            return
+        if retried and work.attempts > 1:
+            work.reasons.append(f"{work.attempts - 1} retries got no further, the last: {reason}")
+        self._given_up.append(work)
 
     # -- how it ends -----------------------------------------------------------------------------
 

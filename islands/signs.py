@@ -20,6 +20,7 @@ from typing import Any
 
 from atoll.core.checkpoint import newest_commit, newest_generation
 from atoll.core.errors import ExitCode, Refused
+from atoll.core.outage import is_outage
 from atoll.core.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -169,8 +170,7 @@ class Process:
 
     def _watch(self) -> None:
         while not self._ended.wait(SIGN_SECONDS):
-            # A store that does not answer for a moment costs a sign of life, not the training.
-            with contextlib.suppress(OSError):
+            try:
                 if self.overtaken():
                     return
                 self._beat()
@@ -179,6 +179,10 @@ class Process:
                     asked and asked["submission_id"] == submission()
                 ):
                     self._leave()
+            except Exception as error:
+                # A store that does not answer for a moment costs a sign of life and no more.
+                if not is_outage(error):
+                    raise
 
     def _beat(self) -> None:
         self._run.write_json(

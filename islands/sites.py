@@ -211,6 +211,13 @@ def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[
                 f"A job of island '{island.name}' takes {cpus} CPUs and it has {island.cpus}",
                 cure="raise cpus, or lower resources.cpus or threads",
             )
+        memory = island.resources.memory_gib or 0.0
+        if island.memory_gib is not None and island.memory_gib < memory:
+            raise ConfigError(
+                f"A job of island '{island.name}' takes {memory:g} GiB and it has "
+                f"{island.memory_gib:g}",
+                cure="raise memory_gib, or lower resources.memory_gib",
+            )
         offer = island.cpus or jobs * cpus
         plans.append(_SitePlan(jobs, cpus, gpus, workers, offer, devices))
     return plans

@@ -184,6 +184,16 @@ def test_experts_predict_what_their_base_does(based, tmp_path) -> None:
     assert not (run / "islands" / SHARD).exists()
 
 
+def test_commits_by_the_clock_are_to_be_had_by_command(partitioned, tmp_path) -> None:
+    run = tmp_path / "run"
+    shutil.copytree(partitioned, run)
+    clock = ("--set=training.checkpoints=1", "--set=training.checkpoint_seconds=1e-6")
+    done("base", run, "--recipe=unet-tiny", "--passes=1", *clock)
+    newest = sorted(path.stem for path in (run / "base-training/commits").iterdir())[-2:]
+    before, end = (int(name.partition("-")[2]) for name in newest)
+    assert 0 < before < end  # by checkpoints=1 alone there is one at the start and one at the end
+
+
 def resumed_from(folder: Path) -> int:
     """Images that the generation which finished a training found done."""
     journal = [json.loads(line) for line in (folder / "journal.jsonl").read_text().splitlines()]

@@ -34,15 +34,21 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["local", "memory"])
+# For what a slower store has no part in.
+near = pytest.mark.parametrize("storage", ["local", "memory"], indirect=True)
+
+
+@pytest.fixture(params=["local", "memory", "s3"])
 def storage(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Storage]:
     """An empty storage, on each kind of filesystem that is tested."""
     if request.param == "local":
         yield Storage(tmp_path / "run")
-    else:
-        place = Storage(f"memory://{uuid.uuid4().hex}")
-        yield place
-        place.remove("")
+        return
+    if request.param == "s3":
+        request.getfixturevalue("s3")
+    place = Storage(f"{'s3://runs/' if request.param == 's3' else 'memory://'}{uuid.uuid4().hex}")
+    yield place
+    place.remove("")
 
 
 class Flaky(MemoryFileSystem):

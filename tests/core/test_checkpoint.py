@@ -19,6 +19,7 @@ import torch
 from atoll.core.checkpoint import Checkpoint, Checkpoints, newest_facts
 from atoll.core.errors import ExitCode, Fenced, Refused
 from atoll.core.storage import Storage, canonical_json
+from tests.core.conftest import near
 from tests.waiting import PATIENCE_SECONDS, until
 
 PLACE = "islands/s0"
@@ -199,6 +200,7 @@ def damage(storage: Storage, name: str, how: Damage) -> None:
         storage.write_bytes(name, data)
 
 
+@near
 @pytest.mark.parametrize("how", DAMAGE)
 @pytest.mark.parametrize("kind", ["commits", "checkpoints"])
 def test_damaged_newest_is_passed_over_for_the_one_before(

@@ -12,7 +12,7 @@ import atoll
 from atoll.core.errors import ExitCode, Refused
 from atoll.core.ledger import FOLDER, Ledger, LedgerEntry
 from atoll.core.storage import Storage
-from tests.core.conftest import at_once
+from tests.core.conftest import at_once, near
 
 ENTRIES = 6
 
@@ -150,6 +150,7 @@ def _damage(storage: Storage, number: int) -> None:
 TAMPERS = [_edit, _reformat, _delete, _swap, _insert, _slip_in, _damage]
 
 
+@near
 @pytest.mark.parametrize("tamper", TAMPERS, ids=lambda t: t.__name__.strip("_"))
 @pytest.mark.parametrize("number", range(ENTRIES))
 def test_tampering_is_seen(ledger: Ledger, storage: Storage, tamper: Tamper, number: int) -> None:
@@ -164,6 +165,7 @@ def test_tampering_is_seen(ledger: Ledger, storage: Storage, tamper: Tamper, num
     assert caught.value.exit_code == ExitCode.REFUSED
 
 
+@near
 @pytest.mark.parametrize("change", ["renamed", "other id"])
 def test_last_entry_out_of_its_place_is_refused(
     ledger: Ledger, storage: Storage, change: str
@@ -178,6 +180,7 @@ def test_last_entry_out_of_its_place_is_refused(
         ledger.entries()
 
 
+@near
 @pytest.mark.parametrize("key", sorted(LedgerEntry.model_fields))
 def test_every_field_is_under_the_chain(ledger: Ledger, storage: Storage, key: str) -> None:
     values = storage.read_json(name_of(1))
@@ -191,6 +194,7 @@ def test_every_field_is_under_the_chain(ledger: Ledger, storage: Storage, key: s
     assert len(storage.list(FOLDER)) == ENTRIES
 
 
+@near
 @pytest.mark.parametrize("change", [{"surprise": 1}, {"id": "x"}, {"schema_version": 2}])
 def test_entry_of_another_form_is_refused(
     ledger: Ledger, storage: Storage, change: dict[str, object]

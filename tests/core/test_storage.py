@@ -1,4 +1,4 @@
-"""Storage on local files and in memory: names, scopes, exclusive creation, digests, no space."""
+"""Storage on local files, in memory and on S3: names, scopes, folders, digests, no space."""
 
 from __future__ import annotations
 
@@ -6,12 +6,10 @@ import contextlib
 import errno
 import hashlib
 import json
-import multiprocessing
 import os
 import stat
 import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +22,6 @@ from safetensors.torch import save_file
 
 from atoll.core.errors import DataError, ExitCode, Failed, Refused
 from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
-from tests.core.conftest import at_once
-from tests.waiting import PATIENCE_SECONDS
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
 
@@ -182,72 +178,6 @@ def test_scoped_handle_reads_and_writes_only_what_it_was_given(storage: Storage)
 def test_unknown_kind_of_place_is_a_data_error(uri: str) -> None:
     with pytest.raises(DataError, match="not a place that fsspec can open"):
         Storage(uri)
-
-
-# -- exclusive creation --------------------------------------------------------------------------
-
-
-def test_create_refuses_what_is_there_and_leaves_it(storage: Storage) -> None:
-    storage.create("gen/1", b"first")
-    with pytest.raises(FileExistsError):
-        storage.create("gen/1", b"second")
-    assert storage.read_bytes("gen/1") == b"first"
-    assert storage.list() == ["gen/1"]
-
-
-def _creates(storage: Storage, name: str, data: bytes) -> bool:
-    try:
-        storage.create(name, data)
-    except FileExistsError:
-        return False
-    return True
-
-
-@pytest.fixture
-def eager_threads() -> Iterator[None]:
-    """Let threads take turns a thousand times as often."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(5e-6)
-    yield
-    sys.setswitchinterval(before)
-
-
-@pytest.mark.usefixtures("eager_threads")
-def test_of_16_racing_threads_exactly_one_creates(storage: Storage) -> None:
-    for name in [f"gen/{round_}" for round_ in range(40)]:
-        first = at_once(lambda number, name=name: _creates(storage, name, b"%d" % number), 16)
-        assert sum(first) == 1
-        assert storage.read_bytes(name) == b"%d" % first.index(True)
-
-
-def _create_all(uri: str, number: int, rounds: int, start: Any, won: Any) -> None:
-    place = Storage(uri)
-    for round_ in range(rounds):
-        start.wait()
-        if _creates(place, f"gen/{round_}", b"%02d" % number * 1000):
-            won.put((round_, number))
-        else:  # whoever loses must find the winner's content, all of it
-            found = place.read_bytes(f"gen/{round_}")
-            assert found == found[:2] * 1000
-
-
-def test_of_16_racing_processes_exactly_one_creates(tmp_path: Path) -> None:
-    context, rounds = multiprocessing.get_context("fork"), 25
-    start, won = context.Barrier(16), context.Queue()
-    racers = [
-        context.Process(target=_create_all, args=(str(tmp_path), number, rounds, start, won))
-        for number in range(16)
-    ]
-    for racer in racers:
-        racer.start()
-    winners = dict(won.get(timeout=PATIENCE_SECONDS) for _ in range(rounds))
-    for racer in racers:
-        racer.join()
-        assert racer.exitcode == 0
-    assert won.empty()
-    assert sorted(winners) == list(range(rounds))
-    for round_, number in winners.items():
-        assert (tmp_path / f"gen/{round_}").read_bytes() == b"%02d" % number * 1000
 
 
 # -- folders and digests -------------------------------------------------------------------------

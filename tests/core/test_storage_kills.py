@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from atoll.core.storage import Storage
+from tests.core.conftest import near
 from tests.waiting import until
 
 Kills = Callable[..., Iterator[bool]]
@@ -121,6 +122,7 @@ def test_file_is_whole_whenever_its_writer_is_killed(tmp_path: Path) -> None:
         assert run.list() == ["x"]
 
 
+@near
 def test_reader_never_sees_a_torn_file(storage: Storage) -> None:
     import threading
 

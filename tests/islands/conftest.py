@@ -27,6 +27,7 @@ from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, T
 from atoll.islands.submit import ENDED, Cluster, Jobs, Unreachable
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
+from tests.s3 import BUCKET
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHARDS = 3
@@ -84,6 +85,14 @@ def fresh(made: Path, tmp_path: Path) -> Callable[[str], tuple[Storage, Manifest
         run = Storage(tmp_path / name)
         return run, Manifest.load(run)
 
+    return copy
+
+
+def on_s3(run: Storage, name: str) -> Storage:
+    """A copy of a run in a bucket."""
+    copy = Storage(f"s3://{BUCKET}/{name}")
+    for file in run.list():
+        copy.write_bytes(file, run.read_bytes(file))
     return copy
 
 

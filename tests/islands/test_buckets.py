@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -359,6 +360,33 @@ def test_an_island_of_several_shapes_comes_to_its_end(
     assert ends[0] == ends[1]
     preview = Image.open(io.BytesIO(place.read_bytes("islands/shard-00/preview.png")))
     assert preview.width == preview.height  # of the main shape
+
+
+@pytest.mark.skipif(shutil.which("c++") is None, reason="kernels are made by a C++ compiler")
+def test_a_compiled_island_of_several_shapes_learns_what_an_eager_one_does(
+    tmp_path: Path, run: Storage
+) -> None:
+    seen, losses = [], []
+    for compiled in (False, True):
+        name = f"compiled-{compiled}"
+        Storage(tmp_path).publish(Path(run.local("")), name)
+        place = Storage(tmp_path / name)
+        manifest = Manifest.load(place)
+        train_base(place, manifest, BaseConfig(recipe="dit-tiny", training=TRAIN.training))
+        training = DenoiserTraining(passes=1, checkpoints=2, compile=compiled)
+        config = TRAIN.model_copy(update={"training": training, "preview_milestones": 2})
+        plan_islands(place, manifest, config)
+        write_order(place, manifest, config, "shard-00")
+        run_island(place.uri, "shard-00")
+        lines = place.read_lines("islands/shard-00/metrics.jsonl")
+        seen.append([line["images_seen"] for line in lines])
+        losses.append([(line["loss"], line["gradient_norm"]) for line in lines])
+        shown = [n for n in place.list("islands/shard-00") if "preview-" in n]
+        assert len(shown) == 2  # the first amid compiled steps, at shapes that they never had
+    torch._dynamo.reset()
+    assert seen[0] == seen[1]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
+    assert losses[1] != losses[0]  # by other kernels
 
 
 @pytest.fixture

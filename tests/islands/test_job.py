@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import random
 import signal
@@ -13,19 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.checkpoint import Checkpoints
-from atoll.core.errors import ExitCode, Refused
+from atoll.core.errors import ConfigError, ExitCode, Refused
 from atoll.core.manifest import Manifest
-from atoll.core.storage import Storage
+from atoll.core.pack import Pack
+from atoll.core.storage import Storage, canonical_json
 from atoll.islands.island import PARTS, run_island
 from atoll.islands.settings import DenoiserTraining, TrainConfig
+from atoll.islands.signs import HEAD_TRAINING
 from atoll.islands.supervise import plan_islands, write_order
-from tests.islands.conftest import TRAIN
+from tests.islands.asked import asked, noting
+from tests.islands.conftest import TRAIN, journal
 from tests.waiting import PATIENCE_SECONDS, until
 
-RESULTS = ("expert", "gate_head", "preview.png", "metrics.jsonl")
+TRAINED = ("expert", "gate_head", "metrics.jsonl")
+RESULTS = (*TRAINED, "preview.png")
 
 
 def order(run: Storage, manifest: Manifest, shard: str, config: TrainConfig = TRAIN) -> None:
@@ -55,10 +61,23 @@ def finish_here(run: Storage, shard: str) -> dict[str, str]:
 
 
 def results(run: Storage, shard: str) -> dict[str, str]:
-    """The digests of what a job made."""
+    """The digests of what a job made, and of the states in which it left its trainings."""
     here = f"islands/{shard}"
-    grids = [n.removeprefix(f"{here}/") for n in run.list(here) if "/preview-" in n]
-    return {name: run.sha256(f"{here}/{name}") for name in (*RESULTS, *grids)}
+    shown = [n.removeprefix(f"{here}/") for n in run.list(here) if "/preview" in n]
+    made = {name: run.sha256(f"{here}/{name}") for name in (*TRAINED, *shown)}
+    return made | state(run, here) | state(run, f"{here}/{HEAD_TRAINING}")
+
+
+def state(run: Storage, folder: str) -> dict[str, str]:
+    """The last commit of a training: its tensors, weights, optimiser and averages, and facts."""
+    latest = Checkpoints(run, folder).latest()
+    assert latest is not None
+    found = {"images_seen": str(latest.images_seen), "facts": canonical_json(latest.facts).decode()}
+    for name, value in latest.tensors.items():
+        data = value.reshape(-1).view(torch.uint8).numpy().tobytes()
+        form = f"{value.dtype} {tuple(value.shape)} "
+        found[name] = form + hashlib.sha256(data).hexdigest()
+    return {f"{folder}/{name}": value for name, value in found.items()}
 
 
 def seen(run: Storage, folder: str) -> int:
@@ -87,6 +106,8 @@ def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
     shard = next(iter(manifest.shards))
     order(straight, manifest, shard, longer)
     expected = finish_here(straight, shard)
+    for kept in ("weights", "average-0", "optimizer/step", "optimizer/exp_avg_sq"):
+        assert any(name.startswith(f"islands/{shard}/{kept}/") for name in expected)
     grids = sorted(name for name in expected if name.startswith("preview-"))
     assert len(grids) == 4
     assert len({expected[name] for name in grids}) == 4
@@ -104,6 +125,62 @@ def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
     moment = draw.randrange(seen(straight, head) // 2)
     kill_when(killed, shard, lambda: seen(killed, head) > moment)
     assert finish(killed, shard) == expected
+
+
+def test_the_next_batch_after_a_kill_9_is_the_next_of_the_straight_run(
+    fresh, tmp_path: Path
+) -> None:
+    config = TRAIN.model_copy(
+        update={"training": DenoiserTraining(passes=6, checkpoints=9), "preview": 0}
+    )
+    straight, manifest = fresh("straight")
+    shard = next(iter(manifest.shards))
+    order(straight, manifest, shard, config)
+    with noting(tmp_path / "straight.ids"):
+        expected = finish_here(straight, shard)
+    ids = asked(tmp_path / "straight.ids")
+
+    run, manifest = fresh("run")
+    order(run, manifest, shard, config)
+    plan = manifest.shards[shard].plan
+    assert plan is not None
+    steps = plan.images_seen // plan.batch
+    command = [sys.executable, "-m", "tests.islands.asked", run.uri, shard]
+    before = tmp_path / "before.ids"
+    killed = subprocess.run([*command, before, str(steps * 2 // 3)], cwd=Path(__file__).parents[2])
+    assert killed.returncode == -signal.SIGKILL
+    with noting(tmp_path / "after.ids"):
+        assert finish_here(run, shard) == expected
+    kept = journal(run, shard, "trained")[0]["from_images_seen"]
+    assert 0 < kept <= len(asked(before)) < plan.images_seen
+    assert asked(before)[:kept] + asked(tmp_path / "after.ids") == ids
+
+    pack = Pack(run.local(f"shards/{shard}"))
+    records = len(pack.train)
+    for first in range(0, plan.images_seen - records + 1, records):
+        epoch = [row % len(pack) for row in ids[first : first + records]]
+        assert sorted(epoch) == list(pack.train)  # none missing, none twice
+    assert plan.images_seen > 2 * records
+
+
+def test_without_a_preview_there_is_none_and_all_else_is_the_same(fresh) -> None:
+    with_one, manifest = fresh("with-one")
+    shard = next(iter(manifest.shards))
+    order(with_one, manifest, shard)
+    expected = finish_here(with_one, shard)
+    without, manifest = fresh("without")
+    order(without, manifest, shard, TRAIN.model_copy(update={"preview": 0}))
+    shown = {name for name in expected if name.startswith("preview")}
+    assert len(shown) > 1
+    assert finish_here(without, shard) == {n: v for n, v in expected.items() if n not in shown}
+
+
+def test_an_island_keeps_no_larger_cache_than_it_is_told(fresh) -> None:
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    order(run, manifest, shard, TRAIN.model_copy(update={"cache_gib": 0.001}))
+    with pytest.raises(ConfigError, match=r"cache of 0\.001 GiB.*cache_gib"):
+        run_island(run.uri, shard)
 
 
 @pytest.mark.parametrize("part", PARTS)

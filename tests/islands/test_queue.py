@@ -6,13 +6,14 @@ import json
 import signal
 import time
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 
 import psutil
 import pytest
 
 from atoll.core.checkpoint import newest_generation
-from atoll.core.errors import ExitCode
+from atoll.core.errors import ExitCode, Failed
 from atoll.core.manifest import Manifest
 from atoll.core.places import Island
 from atoll.core.storage import Storage
@@ -55,6 +56,44 @@ def test_every_head_refuses_every_other_token(heads: list[Head]) -> None:
             assert answer(cluster, other.token) == (200 if other is cluster else 403)
         assert answer(cluster, None) == 401
         assert cluster.token not in repr(cluster)
+
+
+def test_a_crash_loop_is_stopped_with_its_reason(
+    fresh, heads: list[Head], monkeypatch, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    sick = tmp_path / "python"
+    sick.write_text("#!/bin/sh\necho 'no such instruction' >&2\nkill -9 $$\n")
+    sick.chmod(0o755)
+    cluster = heads[0].cluster
+    monkeypatch.setenv("SICK", cluster.token)
+    island = Island(
+        name="sick", address=cluster.address, token_env="SICK", python=str(sick), ship=False
+    )
+    config = TRAIN.model_copy(
+        update={"islands": (island,), "retries": 2, "watch": WatchConfig(backoff_seconds=0.25)}
+    )
+    run, manifest = fresh()
+    monkeypatch.setattr("atoll.core.journal.log.propagate", True)
+    with pytest.raises(Failed) as stopped:
+        train(run, manifest, config, shards=["shard-00"])
+    assert stopped.value.exit_code == ExitCode.FAILED
+    assert stopped.value.what == (
+        "1 of 1 islands did not finish: shard-00. shard-00: 2 retries got no further, the last: "
+        "its process died; its last words: no such instruction"
+    )
+    assert "run the same command again" in stopped.value.cure
+    began, ended = (journal(run, "shard-00", e, CONTROLLER) for e in ("submitted", "ended"))
+    assert len(began) == len(ended) == 3
+    assert {line["code"] for line in ended} == {None}
+    assert all("no such instruction" in line["reason"] for line in ended)
+    said = [r.getMessage() for r in caplog.records if "its process died" in r.getMessage()]
+    assert [text.rpartition("; ")[2] for text in said] == [
+        "started again in 0.25 s", "started again in 0.5 s", "its last words: no such instruction",
+    ]  # fmt: skip
+    pauses = [b["unix_seconds"] - a["unix_seconds"] for a, b in pairwise(began)]
+    assert pauses[0] >= 0.25
+    assert pauses[1] >= 0.5
+    assert manifest.experts == {}
 
 
 def test_two_shards_queue_on_one_island_and_a_pinned_one_has_its_own(

@@ -62,6 +62,13 @@ def test_what_does_not_divide_among_workers_is_refused(resources: dict[str, int]
         plan(Island(name="a", local=True, resources=Resources(workers=5)))
 
 
+def test_a_job_that_never_fits_is_refused() -> None:
+    small = {"name": "a", "local": True, "memory_gib": 1.5}
+    assert plan(Island(**small, resources=Resources(memory_gib=1.5))).jobs == 4
+    with pytest.raises(ConfigError, match=r"takes 2 GiB and it has 1\.5"):
+        plan(Island(**small, resources=Resources(memory_gib=2)))
+
+
 def test_jobs_at_once_here_are_fewer_where_each_has_workers() -> None:
     assert sites.slots_here(TrainConfig()) == 4
     assert sites.slots_here(TrainConfig(workers=2)) == 2

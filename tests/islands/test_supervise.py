@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import signal
 import subprocess
 import sys
 import sysconfig
+import urllib.request
 import venv
 from collections.abc import Callable, Iterator
 from logging import LogRecord
@@ -25,8 +27,10 @@ from atoll.core.places import Island
 from atoll.core.storage import Storage
 from atoll.islands import heads, sites, submit
 from atoll.islands.heads import Head, HeadOrder, local_heads, remove_dead_folders
-from atoll.islands.settings import DenoiserTraining, WatchConfig
-from atoll.islands.submit import Jobs, NotThere, TokenRefused, shipped_code
+from atoll.islands.settings import DenoiserTraining, TrainConfig, WatchConfig
+from atoll.islands.sites import open_sites
+from atoll.islands.status import read_status
+from atoll.islands.submit import Cluster, Jobs, NotThere, TokenRefused, shipped_code
 from atoll.islands.supervise import plan_islands, train
 from tests.islands.conftest import (
     CONTROLLER,
@@ -36,6 +40,7 @@ from tests.islands.conftest import (
     finding,
     journal,
     local_head,
+    on_s3,
 )
 from tests.islands.kills import (
     beside,
@@ -45,14 +50,15 @@ from tests.islands.kills import (
     kill_head_of,
 )
 from tests.islands.test_job import RESULTS, finish_here, order, results
+from tests.s3 import Gate
 from tests.waiting import PATIENCE_SECONDS, until
 
 CLOCKS = ("heartbeat.json", "journal.jsonl")
 
 
 @pytest.fixture(scope="module")
-def head() -> Iterator[Head]:
-    """A head that the tests of what goes on upon one share."""
+def head(s3: Gate) -> Iterator[Head]:
+    """A head that the tests of what goes on upon one share; its jobs find the same store."""
     with local_heads([HeadOrder("local", 2)]) as (started,):
         yield started
 
@@ -92,18 +98,22 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: No
     assert train(together, manifest, TRAIN) == []  # nothing is left to do, and no head is started
 
 
-def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(
-    fresh, on_head: None
+def test_a_job_on_s3_that_is_killed_again_and_again_but_gets_further_is_finished(
+    fresh, on_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two kills and one retry: an attempt that got further does not count."""
+    monkeypatch.setattr("atoll.islands.queue._FAR_POLL_SECONDS", 0.5)
     config = TRAIN.model_copy(
         update={
             "training": DenoiserTraining(passes=60, checkpoints=30),
             "retries": 1,
             "watch": WatchConfig(backoff_seconds=0),
+            "cache_gib": 0.004,
         }
     )
-    run, manifest = fresh()
+    near, _ = fresh()
+    run = on_s3(near, tmp_path.name)
+    manifest = Manifest.load(run)
     shard = "shard-00"
     with beside(lambda: kill_attempts(run, shard, (1, 2))):
         assert train(run, manifest, config, shards=[shard]) == [shard]
@@ -117,6 +127,9 @@ def test_a_job_that_is_killed_again_and_again_but_gets_further_is_finished(
     undisturbed, manifest = fresh("undisturbed")
     order(undisturbed, manifest, shard, config)
     assert finish_here(undisturbed, shard) == results(run, shard)
+    check_artefact(run, Manifest.load(run).experts[shard])
+    (row,) = [row for row in read_status(run, manifest).shards if row.shard == shard]
+    assert (row.state, row.generation) == ("done", 3)
 
 
 def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh) -> None:
@@ -152,10 +165,25 @@ def test_ctrl_c_commits_every_island_and_leaves_no_process(fresh) -> None:
     expect_none_left(run.uri)
 
 
+def nodes(cluster: Cluster) -> list[dict[str, dict[str, float]]]:
+    """What Ray says of the machines of a cluster."""
+    headers = {"Authorization": f"Bearer {cluster.token}"}
+    request = urllib.request.Request(f"{cluster.address}/api/v0/nodes?detail=1", headers=headers)
+    with urllib.request.urlopen(request, timeout=PATIENCE_SECONDS) as said:
+        found: list[dict[str, dict[str, float]]] = json.load(said)["data"]["result"]["result"]
+    return found
+
+
 def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
-    with local_head(1) as cluster:
+    small = Island(name="local", local=True, cpus=1, memory_gib=1.5)
+    with open_sites(TrainConfig(islands=(small,)), 1) as (site,):
+        assert site.head is not None
+        cluster = site.head.cluster
         for token, expected in ((None, 401), ("0" * 64, 403), (cluster.token, 200)):
             assert answer(cluster, token) == expected
+        until(lambda: nodes(cluster), every=0.1)  # it answers a moment before it knows itself
+        (offered,) = (node["resources_total"] for node in nodes(cluster))
+        assert (offered["CPU"], offered["memory"]) == (1, 1.5 * 2**30)
         assert "127.0.0.1" in cluster.address
         port = cluster.address.rsplit(":", 1)[1]
         folder = next(  # ours, whatever other heads there are

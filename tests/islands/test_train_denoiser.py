@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from atoll.core import recipes
+from atoll.core.checkpoint import Checkpoints
 from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Manifest, Plan
@@ -70,6 +71,29 @@ def test_every_family_and_objective_learns(made: Path, tmp_path, family: str, pr
         threads=1, device="cpu",
     )  # fmt: skip
     assert measured() < 0.9 * before
+
+
+def test_moments_decay_as_they_are_told(made: Path, tmp_path: Path) -> None:
+    """After one step they are (1 - beta1) g and (1 - beta2) g^2, here of the same gradient g."""
+    pack, run = Pack(made / "shards" / "shard-00"), Storage(tmp_path)
+    states = []
+    for name, told in (("plain", {}), ("told", {"beta1": 0.5, "beta2": 0.75})):
+        training = DenoiserTraining(optimizer=OptimizerConfig(**told))
+        base = new_base(Manifest.load(Storage(made)), pack, BaseConfig(recipe="dit-tiny"))
+        train_here(
+            run, name, base.denoiser, pack, training,
+            learning_rate=1e-3, plan=Plan(batch=8, images_seen=8), seed=0, stream="x",
+            threads=1, device="cpu",
+        )  # fmt: skip
+        latest = Checkpoints(run, name).latest()
+        assert latest is not None
+        states.append(latest.tensors)
+    plain, told = states
+    for key, quotient in (("exp_avg", 0.5 / 0.1), ("exp_avg_sq", 0.25 / 0.01)):
+        names = [name for name in plain if name.startswith(f"optimizer/{key}/")]
+        assert any(plain[name].any() for name in names)
+        for name in names:
+            torch.testing.assert_close(told[name], quotient * plain[name], rtol=1e-4, atol=0)
 
 
 def test_a_heartbeat_says_what_an_image_costs_and_what_the_device_does(made: Path) -> None:
