@@ -3,8 +3,14 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterator
 
+import fsspec
+import pytest
 from hypothesis import HealthCheck, settings
+
+from atoll.core import outage
+from tests.outages import Away
 
 # A shell starts its background jobs with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -12,3 +18,15 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 # By itself an example fails that takes more than 200 ms, as one does while others have the cores.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("busy")
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Away]]:
+    """A store at `away://` that fails as a test says; nobody pauses long."""
+    fsspec.register_implementation("away", Away, clobber=True)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE", 0.002)
+    Away.rule = staticmethod(lambda _request, _path: None)
+    yield Away
+    Away.failed.clear()
+    Away.store.clear()
+    Away.pseudo_dirs[:] = [""]
