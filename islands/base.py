@@ -129,6 +129,8 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
             "A base has nothing that adapters could stand on: all of its weights are trained",
             cure="give training.lora to `atoll train`, for the experts",
         )
+    group = Group()
+    run = run.patient(leave=group.leave.is_set)  # SIGTERM within the training only sets that flag
     commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
@@ -147,9 +149,9 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         threads=config.threads,
         device=config.device,
         bitwise_resume=config.bitwise_resume,
+        group=group,
     )
-    with run.writing_folder(FOLDER) as folder:
-        trained.save(folder)
+    run.write_folder(FOLDER, trained.save)
     sha256 = run.sha256(FOLDER)
     manifest.recipe = base.recipe
     manifest.base = Artefact(path=FOLDER, sha256=sha256)
