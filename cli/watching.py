@@ -34,7 +34,7 @@ def register(app: typer.Typer) -> None:
     ) -> Result | Iterator[Result]:
         """How every shard stands, from storage alone."""
         storage, manifest = opened(run)
-        return _looks(run, storage, every) if watch else _look(run, storage, manifest)
+        return _looks(run, storage.patient(), every) if watch else _look(run, storage, manifest)
 
     @command(app, "logs", example="atoll logs out/run shard-00")
     def logs(

@@ -22,7 +22,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from atoll.core.blocks import BLOCK_BYTES, FarFile
 from atoll.core.errors import ConfigError, Failed, Refused
 from atoll.core.journal import log
-from atoll.core.outage import is_outage, ride_out
 from atoll.core.storage import Storage
 
 Block = tuple[FarFile, int]
@@ -35,12 +34,12 @@ _NO_SPACE = (errno.ENOSPC, errno.EDQUOT)
 
 
 class BlockCache:
-    """At most `gib` GiB of blocks; outages are ridden out for `patience` seconds.
+    """At most `gib` GiB of blocks; a file of a patient handle is waited for where that is away.
 
     For any number of files and threads. Nothing is on disk before a block is read.
     """
 
-    def __init__(self, gib: float, *, patience: float = 3600.0, pause: float = 0.5) -> None:
+    def __init__(self, gib: float) -> None:
         self._file: int | None = None  # a descriptor
         self._capacity = int(gib * 2**30) // BLOCK_BYTES
         if self._capacity < _LEAST_BLOCKS:
@@ -49,7 +48,6 @@ class BlockCache:
                 allowed=f"{_LEAST_BLOCKS * BLOCK_BYTES / 2**30:g} GiB or more",
                 cure="raise cache_gib",
             )
-        self._patience, self._pause = patience, pause
         self._slots: OrderedDict[Block, int] = OrderedDict()  # the one used longest ago first
         self._coming: set[Block] = set()  # being fetched by some thread
         self._changed = threading.Condition()
@@ -61,7 +59,7 @@ class BlockCache:
     def read(self, file: FarFile, starts: Sequence[int], length: int) -> bytearray:
         """`length` bytes from each start on, one after another.
 
-        Raises `Failed` after too long an outage, and `Refused` for a file that is gone or changed.
+        Raises what its storage does, and `Refused` for a file that is gone or changed.
         """
         out = bytearray(len(starts) * length)
         wanted = _pieces(starts, length)
@@ -174,13 +172,7 @@ class BlockCache:
         names = sorted({file.name for file, _ in runs})
         what = names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} other files"
         try:
-            found = ride_out(
-                f"reading {what}",
-                lambda: store.read_ranges(asked),
-                patience=lambda: self._patience,
-                pause=self._pause,
-                outage=lambda error: is_outage(error) and not isinstance(error, FileNotFoundError),
-            )
+            found = store.read_ranges(asked)
         except FileNotFoundError as error:
             raise Refused(
                 f"{store.uri}/{what} is no longer there", cure="restore it from a copy"

@@ -1,14 +1,14 @@
 """Training states that survive anything: fencing generations, commit records, verified loading.
 
 The protocol (no clocks, no modification times): a writer claims the next generation by exclusive
-creation of `gen/G`; writes the payload under a name that is never used again; checks that no newer
-generation has been claimed; exclusively creates the commit record with the payload's sha256 and its
-own; and deletes only what lies below the newest commits. Names start with the generation, so that
-a writer that had to go back further than its predecessor is the newer one all the same. Resuming
-takes the newest commit that verifies, else the one before it. Payloads are safetensors, records
-JSON; nothing is pickled. Where several processes hold a part of every tensor each, each writes its
-own payload and one seals them all; whoever reads them, in whatever number, gets the rows it asks
-for.
+creation of `gen/G`, in which it names itself; writes the payload under a name that is never used
+again; checks that no newer generation has been claimed; exclusively creates the commit record with
+the payload's sha256 and its own; and deletes only what lies below the newest commits. Names start
+with the generation, so that a writer that had to go back further than its predecessor is the newer
+one all the same. Resuming takes the newest commit that verifies, else the one before it. Payloads
+are safetensors, records JSON; nothing is pickled. Where several processes hold a part of every
+tensor each, each writes its own payload and one seals them all; whoever reads them, in whatever
+number, gets the rows it asks for.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import contextlib
 import hashlib
 import json
 import logging
+import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -104,7 +105,15 @@ class Checkpoints:
             try:
                 self._storage.create(
                     f"{self._folder}/gen/{generation:06d}.json",
-                    canonical_json({"schema_version": SCHEMA_VERSION, "generation": generation}),
+                    canonical_json(
+                        {
+                            "schema_version": SCHEMA_VERSION,
+                            "generation": generation,
+                            # A claim whose answer was lost must not be taken for another's, nor
+                            # another's for it.
+                            "writer": uuid.uuid4().hex,
+                        }
+                    ),
                 )
             except FileExistsError:
                 continue

@@ -11,10 +11,13 @@ import fcntl
 import os
 import shutil
 import socket
+import uuid
 from collections.abc import Iterator
 
 from atoll.core.disk import no_space_is_failure
-from atoll.core.errors import Refused
+from atoll.core.errors import Failed, Refused
+from atoll.core.journal import log
+from atoll.core.outage import GRACE_SECONDS
 from atoll.core.storage import Storage, canonical_json
 
 
@@ -29,7 +32,11 @@ def exclusive(run: Storage) -> Iterator[None]:
         with _local(run):
             yield
         return
-    owner = {"schema_version": 1, "host": socket.gethostname(), "process": os.getpid()}
+    owner = {
+        "schema_version": 1, "host": socket.gethostname(), "process": os.getpid(),
+        "writer": uuid.uuid4().hex,
+    }  # fmt: skip
+    run = run.patient(seconds=GRACE_SECONDS)  # what is lost here locks everybody out
     try:
         run.create("lock.json", canonical_json(owner))
     except FileExistsError:
@@ -40,7 +47,14 @@ def exclusive(run: Storage) -> Iterator[None]:
     try:
         yield
     finally:
+        _release(run)
+
+
+def _release(run: Storage) -> None:
+    try:
         run.remove("lock.json")
+    except Failed as error:  # what was done under it stands, however that ended
+        log.warning("%s/lock.json is left, remove it by hand: %s", run.uri, error.what)
 
 
 @contextlib.contextmanager

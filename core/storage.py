@@ -1,6 +1,7 @@
 """One folder on any fsspec filesystem, and the only way anything is read from or written to a run.
 
-A file appears under its final name complete or not at all: locally through a temporary name, fsync
+Whoever has time asks a patient handle, which rides out the store's outages (`core/outage.py`). A
+file appears under its final name complete or not at all: locally through a temporary name, fsync
 and rename; on object stores a put is atomic, and `publish` uploads a folder's marker file last.
 `create` is exclusive (If-None-Match on S3, generation match on GCS), which is all that fencing and
 the ledger need. Names are relative posix strings; nothing leads out of the root.
@@ -9,15 +10,17 @@ the ledger need. Names are relative posix strings; nothing leads out of the root
 from __future__ import annotations
 
 import contextlib
+import copy
 import hashlib
+import itertools
 import json
 import os
 import shutil
 import tempfile
-import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import fsspec
 from fsspec.implementations.local import LocalFileSystem
@@ -31,11 +34,16 @@ from atoll.core.disk import (
     replacing,
     temporary_file,
 )
-from atoll.core.errors import DataError, Refused
+from atoll.core.errors import DataError, Failed, Refused
+from atoll.core.filesystems import create_alone, files_below, in_folder, is_there
+from atoll.core.outage import PATIENCE_SECONDS, Patience
+
+T = TypeVar("T")
 
 # Uploaded last, in this order: a published folder is there when its last one of these is.
 MARKERS = ("config.json", "atoll.json", "shard.json", "model_index.json")
-_CREATING = threading.Lock()
+# Where errors come from that are not of a store's client.
+_OURS = ("builtins", "atoll", "safetensors", "torch")
 
 
 def sha256_file(path: Path) -> str:
@@ -88,6 +96,7 @@ class Storage:
         self.is_local = isinstance(self._fs, LocalFileSystem)
         self._read = None if read is None else tuple(read)
         self._write = None if write is None else tuple(write)
+        self._patience: Patience | None = None
         self._staged: tempfile.TemporaryDirectory[str] | None = None
 
     def __repr__(self) -> str:
@@ -95,8 +104,50 @@ class Storage:
 
     def scoped(self, *, read: Iterable[str], write: Iterable[str]) -> Storage:
         """A handle on the same root that reads and writes only below the given names."""
-        write = tuple(write)
-        return Storage(self.uri, read=(*read, *write), write=write)
+        handle = self._another()
+        handle._write = tuple(write)
+        handle._read = (*read, *handle._write)
+        return handle
+
+    def patient(
+        self, *, seconds: float = PATIENCE_SECONDS, leave: Callable[[], bool] = lambda: False
+    ) -> Storage:
+        """The same handle, whose requests are made again while the store is away or has no room.
+
+        Each raises `Failed` when that has lasted for so many seconds, and `Interrupted` when
+        `leave()` says so meanwhile. What the store answers is never asked again: no such file, a
+        file that is there already, no permission.
+        """
+        handle = self._another()
+        handle._patience = Patience(seconds, leave)
+        return handle
+
+    def _another(self) -> Storage:
+        handle = copy.copy(self)
+        handle._staged = None  # each stages for itself, and clears away with itself
+        return handle
+
+    # -- requests ------------------------------------------------------------------------------
+
+    def _ask(self, what: str, request: Callable[[], T]) -> T:
+        """The answer to a request, when there is one; a client's own kind of error is `Failed`."""
+
+        def asked() -> T:
+            try:
+                return request()
+            except Exception as error:
+                kind = type(error)
+                if isinstance(error, OSError) or kind.__module__.partition(".")[0] in _OURS:
+                    raise
+                raise Failed(
+                    f"{self.uri} does not answer, {what}: {kind.__name__}: {error}",
+                    cure="check the place and its credentials, and run the same command again",
+                ) from error
+
+        return self._ride_out(what, asked)
+
+    def _ride_out(self, what: str, work: Callable[[], T]) -> T:
+        return work() if self._patience is None else self._patience.ride_out(what, work)
 
     # -- names ---------------------------------------------------------------------------------
 
@@ -116,28 +167,34 @@ class Storage:
 
     def exists(self, name: str) -> bool:
         """Whether a file or folder of that name is there."""
-        return bool(self._fs.exists(self._path(name)))
+        path = self._path(name)
+        return self._ask(f"looking for {name}", lambda: is_there(self._fs, path))
 
     def list(self, prefix: str = "") -> list[str]:
         """The files below `prefix`, sorted, named relative to the root; temporary ones left out."""
         path = self._path(prefix)
-        if not self._fs.exists(path):
-            return []
         root = self._fs._strip_protocol(self._root).rstrip("/") + "/"
-        found = (str(file)[len(root) :] for file in self._fs.find(path))
-        return sorted(name for name in found if not any(p[:1] == "." for p in name.split("/")))
+        found = self._ask(f"listing {prefix}", lambda: [*files_below(self._fs, path)])
+        names = (str(file)[len(root) :] for file in found)
+        return sorted(name for name in names if not any(p[:1] == "." for p in name.split("/")))
 
     # -- files ---------------------------------------------------------------------------------
 
     def read_bytes(self, name: str) -> bytes:
         """The whole file; FileNotFoundError when there is none."""
-        return bytes(self._fs.cat_file(self._path(name)))
+        path = self._path(name)
+        return self._ask(f"reading {name}", lambda: bytes(self._fs.cat_file(path)))
 
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
         """The bytes `start` to `end - 1` of each (name, start, end), asked for all at once."""
         paths = [self._path(name) for name, _, _ in ranges]
         starts, ends = [start for _, start, _ in ranges], [end for _, _, end in ranges]
-        return [bytes(b) for b in self._fs.cat_ranges(paths, starts, ends, on_error="raise")]
+        names = {name for name, _, _ in ranges}
+        found = self._ask(
+            f"reading {names.pop() if len(names) == 1 else f'{len(names)} files'}",
+            lambda: self._fs.cat_ranges(paths, starts, ends, on_error="raise"),
+        )
+        return [bytes(data) for data in found]
 
     def read_json(self, name: str) -> Any:
         """Parsed JSON; `Refused` when the file is not JSON."""
@@ -152,15 +209,19 @@ class Storage:
     def write_bytes(self, name: str, data: bytes) -> None:
         """Replace the file: complete or not at all."""
         path = self._path(name, write=True)
-        with no_space_is_failure(name):
-            if not self.is_local:
-                self._in_folder(path, lambda: self._fs.pipe_file(path, data))
-                return
-            with temporary_file(Path(path)) as temporary:
-                temporary.write_bytes(data)
-                fsync(temporary)
-                os.replace(temporary, path)
-                fsync(Path(path).parent)
+
+        def write() -> None:
+            with no_space_is_failure(name):
+                if not self.is_local:
+                    in_folder(self._fs, path, lambda: self._fs.pipe_file(path, data))
+                    return
+                with temporary_file(Path(path)) as temporary:
+                    temporary.write_bytes(data)
+                    fsync(temporary)
+                    os.replace(temporary, path)
+                    fsync(Path(path).parent)
+
+        self._ask(f"writing {name}", write)
 
     def write_json(self, name: str, value: Any) -> None:
         """Replace a JSON file, in the one canonical layout."""
@@ -168,7 +229,10 @@ class Storage:
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:
-        """A local path to write a large file at; it becomes `name` when the block ends well."""
+        """A local path to write a large file at; it becomes `name` when the block ends well.
+
+        What goes wrong in the block is no request, and not ridden out.
+        """
         path = self._path(name, write=True)
         with no_space_is_failure(name):
             if self.is_local:
@@ -182,57 +246,52 @@ class Storage:
             with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
                 made = Path(folder) / "file"
                 yield made
-                self._in_folder(path, lambda: self._fs.put_file(str(made), path))
+
+                def put() -> None:
+                    in_folder(self._fs, path, lambda: self._fs.put_file(str(made), path))
+
+                self._ask(f"writing {name}", put)
 
     def create(self, name: str, data: bytes) -> None:
-        """Create the file, complete and exclusively; FileExistsError when it is already there."""
-        path = self._path(name, write=True)
-        with no_space_is_failure(name):
-            if not self.is_local:
-                # `memory://` looks and writes in two steps, between which a thread may come.
-                with _CREATING:
-                    self._create_afar(name, path, data)
-                return
-            # A link is exclusive and shows the whole content at once; open("xb") shows a torn one.
-            with temporary_file(Path(path)) as temporary:
-                temporary.write_bytes(data)
-                fsync(temporary)
-                os.link(temporary, path)
-                fsync(Path(path).parent)
+        """Create the file, complete and exclusively; FileExistsError when it is already there.
 
-    def _create_afar(self, name: str, path: str, data: bytes) -> None:
-        # Nobody looks first whether it is there: the store alone can say so, and whether it does
-        # is what a probe finds out. Not open("xb"), which s3fs lets replace a file by an empty one.
-        try:
-            self._in_folder(path, lambda: self._fs.pipe_file(path, data, mode="create"))
-        except OSError as error:
-            # Some stores say no more than that a condition did not hold.
-            if self._fs.exists(path):
-                raise FileExistsError(name) from error
-            raise
-
-    def _in_folder(self, path: str, write: Callable[[], object]) -> None:
-        """Write; where a folder is missing, make it and write again.
-
-        Not the other way round: object stores have none and would be asked for their bucket, which
-        credentials for a prefix of it do not cover.
+        A patient handle that has to ask again may find what it has just made itself: it knows it by
+        its content, which must be of this writer alone where it matters who the creator is.
         """
-        try:
-            write()
-        except FileNotFoundError:
-            self._fs.makedirs(os.path.dirname(path), exist_ok=True)
-            write()
+        path = self._path(name, write=True)
+        asked = itertools.count()
+
+        def create() -> None:
+            again = next(asked) > 0
+            try:
+                with no_space_is_failure(name):
+                    create_alone(self._fs, path, data)
+            except FileExistsError:
+                if not again or bytes(self._fs.cat_file(path)) != data:
+                    raise
+
+        self._ask(f"creating {name}", create)
 
     def append_line(self, name: str, line: str) -> None:
         """Append a line to a journal. Journals are observations: a torn last line is skipped."""
         path = self._path(name, write=True)
+        data = line.encode() + b"\n"
+        asked = itertools.count()
 
         def append() -> None:
-            with self._fs.open(path, "ab") as file:
-                file.write(line.encode() + b"\n")
+            again = next(asked) > 0
+            with no_space_is_failure(name):
+                there = bytes(self._fs.cat_file(path)) if is_there(self._fs, path) else b""
+                if again and there.endswith(data):
+                    return  # its answer was lost
+                torn = there[-1:] not in (b"", b"\n")
+                in_folder(self._fs, path, lambda: write(b"\n" + data if torn else data))
 
-        with no_space_is_failure(name):
-            self._in_folder(path, append)
+        def write(data: bytes) -> None:
+            with self._fs.open(path, "ab") as file:
+                file.write(data)
+
+        self._ask(f"writing {name}", append)
 
     def read_lines(self, name: str) -> Sequence[dict[str, Any]]:
         """The JSON objects of a journal, a line each; torn lines are skipped, no file has none."""
@@ -250,10 +309,18 @@ class Storage:
     def remove(self, name: str) -> None:
         """Remove a file or a whole folder; one that is not there is fine."""
         path = self._path(name, write=True)
-        if self.is_local and name:
-            recover(Path(path))  # first: it may put back what a killed writer had set aside
-        if self._fs.exists(path):
-            self._fs.rm(path, recursive=True)
+
+        def remove() -> None:
+            if self.is_local and name:
+                recover(Path(path))  # first: it may put back what a killed writer had set aside
+            try:
+                if is_there(self._fs, path):
+                    self._fs.rm(path, recursive=True)
+            except FileNotFoundError:  # another removes it too
+                if is_there(self._fs, path):
+                    raise
+
+        self._ask(f"removing {name}", remove)
 
     # -- folders -------------------------------------------------------------------------------
 
@@ -268,12 +335,17 @@ class Storage:
         drop(target)  # an earlier copy may hold files that have been removed since
         files = self.list(name)
         for file in files:
-            place = Path(self._staged.name) / file
-            place.parent.mkdir(parents=True, exist_ok=True)
-            place.write_bytes(self.read_bytes(file))
+            self._ride_out(f"fetching {file}", partial(self._stage, file))
         if not files:
             raise FileNotFoundError(name)
         return target
+
+    def _stage(self, file: str) -> None:
+        assert self._staged is not None
+        place = Path(self._staged.name) / file
+        with no_space_is_failure(str(place)):
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(self.read_bytes(file))
 
     @contextlib.contextmanager
     def writing_folder(self, name: str) -> Iterator[Path]:
@@ -292,13 +364,21 @@ class Storage:
                 yield Path(scratch)
                 self.publish(Path(scratch), name)
 
+    def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
+        """`writing_folder` for content that can be made again: `save` is, after every outage."""
+
+        def write() -> None:
+            with self.writing_folder(name) as folder:
+                save(folder)
+
+        self._ride_out(f"writing {name}", write)
+
     def publish(self, folder: Path, name: str) -> None:
         """Make a local folder appear at `name`, whole; what stood there before is replaced."""
         self._path(name, write=True)  # refused before anything is read
         with no_space_is_failure(name):
             if self.is_local:
-                with self.writing_folder(name) as fresh:
-                    shutil.copytree(folder, fresh, dirs_exist_ok=True)
+                self.write_folder(name, lambda new: _copy(folder, new))
                 return
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
             for marker in reversed(MARKERS):
@@ -310,7 +390,13 @@ class Storage:
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""
         path = self.local(name)
-        return sha256_folder(path) if path.is_dir() else sha256_file(path)
+        return self._ride_out(
+            f"reading {name}", lambda: sha256_folder(path) if path.is_dir() else sha256_file(path)
+        )
+
+
+def _copy(folder: Path, place: Path) -> None:
+    shutil.copytree(folder, place, dirs_exist_ok=True)
 
 
 def _marks(file: Path) -> int:

@@ -12,16 +12,24 @@ import threading
 import time
 from collections.abc import Callable
 
-from atoll.core.outage import ride_out
-
-GRACE_SECONDS = 60.0  # that an ending training gives to an outage
+from atoll.core.outage import FIRST_PAUSE, GRACE_SECONDS, PATIENCE_SECONDS, ride_out
 
 
 class Background:
-    """The thread and its queue. `patience` is how many seconds an outage may last."""
+    """The thread and its queue. `patience` is how many seconds an outage may last.
 
-    def __init__(self, *, patience: float = 3600.0, pause: float = 0.5) -> None:
+    Once `leave()` says so, with nobody there to drain it, no more than the grace of an ending.
+    """
+
+    def __init__(
+        self,
+        *,
+        patience: float = PATIENCE_SECONDS,
+        pause: float = FIRST_PAUSE,
+        leave: Callable[[], bool] = lambda: False,
+    ) -> None:
         self._patience = patience
+        self._leave = leave
         self._pause = pause
         self._ends: float | None = None  # when an ending training's grace is over
         self._work: queue.Queue[tuple[str, Callable[[], None]] | None] = queue.Queue()
@@ -87,6 +95,8 @@ class Background:
         began = time.monotonic()
 
         def patience() -> float:
+            if self._ends is None and self._leave():
+                self._ends = time.monotonic() + GRACE_SECONDS
             return self._patience if self._ends is None else self._ends - began
 
         ride_out(f"writing {what}", work, patience=patience, pause=self._pause, sleep=self._wait)

@@ -17,6 +17,7 @@ from atoll.core.manifest import Artefact, Manifest, check_artefact
 from atoll.core.pack import Pack, open_pack
 from atoll.core.starts import load_start
 from atoll.core.storage import Storage
+from atoll.islands.group import Group
 from atoll.islands.settings import BaseConfig, plan_for
 from atoll.islands.train_denoiser import train_here
 
@@ -92,6 +93,8 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
             "A base has nothing that adapters could stand on: all of its weights are trained",
             cure="give training.lora to `atoll train`, for the experts",
         )
+    group = Group()
+    run = run.patient(leave=group.leave.is_set)  # SIGTERM within the training only sets that flag
     commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
@@ -110,9 +113,9 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         threads=config.threads,
         device=config.device,
         bitwise_resume=config.bitwise_resume,
+        group=group,
     )
-    with run.writing_folder(FOLDER) as folder:
-        trained.save(folder)
+    run.write_folder(FOLDER, trained.save)
     sha256 = run.sha256(FOLDER)
     manifest.recipe = base.recipe
     manifest.base = Artefact(path=FOLDER, sha256=sha256)

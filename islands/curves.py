@@ -92,9 +92,11 @@ class Curves:
 
     def close(self) -> None:
         """Write the last points and end the tracker's runs."""
-        self.update(now=True)
-        for run in self._runs.values():
-            run.finish()
+        try:
+            self.update(now=True)
+        finally:
+            for run in self._runs.values():
+                run.finish()
 
     def _track(self, shard: str, found: list[Point]) -> None:
         assert self._tracker is not None

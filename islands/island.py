@@ -31,7 +31,7 @@ from atoll.islands.course import Course
 from atoll.islands.group import Group
 from atoll.islands.learner import Learner
 from atoll.islands.loop import Loop, Milestones
-from atoll.islands.lora import attach
+from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import GuardConfig, TrainConfig, plan_head
 from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submission
@@ -73,11 +73,13 @@ def run_island(
     """
     group = group or Group()
     here = island_folder(shard)
-    values = Storage(run_uri).read_json(f"{here}/island.json")
+    # SIGTERM within a training sets a flag, and must end a wait for storage too.
+    whole = Storage(run_uri).patient(leave=group.leave.is_set)
+    values = whole.read_json(f"{here}/island.json")
     check_schema(values, SCHEMA_VERSION, f"{run_uri}/{here}/island.json")
     order = IslandOrder.model_validate(values)
     told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
-    run = Storage(run_uri).scoped(read=[part.path for part in told], write=[here])
+    run = whole.scoped(read=[part.path for part in told], write=[here])
     if group.leads:
         _begin(run, here)
     torch.set_num_threads(order.config.threads)
@@ -94,13 +96,13 @@ def run_island(
         if not group.gather(_is_there(run, here, "expert"))[0]:
             save = _expert(run, order, pack, group)
             if group.leads:
-                _publish(run, here, "expert", save)
+                run.write_folder(f"{here}/expert", save)
         if not group.leads:
             return
         enter("gate_head")
         if not _is_there(run, here, "gate_head"):
             head = _head(run, order, pack, commons, group.alone())
-            _publish(run, here, "gate_head", head.save)
+            run.write_folder(f"{here}/gate_head", head.save)
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
@@ -136,13 +138,8 @@ def _is_there(run: Storage, here: str, part: str) -> bool:
     return run.exists(f"{here}/{part}/{PARTS[part]}")
 
 
-def _publish(run: Storage, here: str, part: str, save: Callable[[Path], None]) -> None:
-    with run.writing_folder(f"{here}/{part}") as folder:
-        save(folder)
-
-
 def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Callable[[Path], None]:
-    """Train the expert; what writes it into a folder."""
+    """Train the expert; what writes it into a folder, as often as need be."""
     base = Denoiser.load(run.local(order.base.path))
     card = Card(
         name=order.name,
@@ -175,11 +172,14 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Calla
         milestones=_previews(run, order, expert, pack) if order.config.preview > 0 else None,
     )
 
+    if adapters is None:
+        return trained.save
+    file = adapters.file(trained.network, trained.card.family)
+    adapters.merge(trained.network)
+
     def save(folder: Path) -> None:
-        if adapters is not None:
-            adapters.save(trained.network, folder, trained.card.family)
-            adapters.merge(trained.network)
         trained.save(folder)
+        (folder / FILE_NAME).write_bytes(file)
 
     return save
 

@@ -13,12 +13,14 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from types import FrameType
+from typing import Any
 
-from atoll.core.errors import AtollError, ExitCode, Interrupted
+from atoll.core.errors import AtollError, ExitCode, Failed, Interrupted
 from atoll.core.journal import log, set_verbosity
+from atoll.core.outage import GRACE_SECONDS, PATIENCE_SECONDS, ride_out
 from atoll.core.storage import Storage
 from atoll.islands.island import run_island
 from atoll.islands.signs import Process, island_folder
@@ -39,11 +41,12 @@ def main(arguments: list[str] | None = None) -> int:
     given = parser.parse_args(arguments)
     set_verbosity(0)
     here = island_folder(given.shard)
-    own = Storage(given.run).scoped(read=[], write=[here])
+    own = Storage(given.run).scoped(read=[], write=[here]).patient()
     code, reason, more = ExitCode.DONE, "", {}
-    process = Process(own, given.shard)
+    process: Process | None = None
     try:
         with _leaving_on_sigterm():
+            process = Process(own, given.shard)
             if given.workers > 1:
                 # Imported here: an island of one process has no use for Ray.
                 from atoll.islands.workers import Each, launch
@@ -62,15 +65,34 @@ def main(arguments: list[str] | None = None) -> int:
         code, reason = ExitCode.FAILED, f"{type(error).__name__}: {error}"
     if reason:
         log.error(reason)
-    # A fenced writer leaves everything to its successor.
-    if code is not ExitCode.FENCED and not process.overtaken():
-        # Whose word it is: of a launcher whose workers never began there is no sign yet.
-        process.speak()
-        own.write_json(
-            f"{here}/exit.json",
-            {"schema_version": SCHEMA_VERSION, "code": int(code), "reason": reason, **more},
-        )
+    if process is not None:
+        _say_the_end(own, process, given.shard, code, {"reason": reason, **more})
     return int(code)
+
+
+def _say_the_end(
+    own: Storage, process: Process, shard: str, code: ExitCode, facts: Mapping[str, Any]
+) -> None:
+    """Write `exit.json`, in time for a heir that an outage may have brought in."""
+
+    def say() -> None:
+        if not process.overtaken():
+            # Whose word it is: of a launcher whose workers never began there is no sign yet.
+            process.speak()
+            own.write_json(
+                f"{island_folder(shard)}/exit.json",
+                {"schema_version": SCHEMA_VERSION, "code": int(code), **facts},
+            )
+
+    if code is ExitCode.FENCED:
+        return  # everything is left to its successor
+    # Who was asked to leave leaves soon, and a failure is known by the death of its process too.
+    soon = code in (ExitCode.INTERRUPTED, ExitCode.FAILED)
+    patience = GRACE_SECONDS if soon else PATIENCE_SECONDS
+    try:
+        ride_out("writing exit.json", say, patience=lambda: patience)
+    except Failed as error:
+        log.error(str(error))
 
 
 @contextmanager

@@ -22,8 +22,9 @@ from torch import nn
 from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ConfigError, Interrupted
 from atoll.core.journal import log, progress
+from atoll.core.outage import GRACE_SECONDS
 from atoll.core.storage import Storage
-from atoll.islands.background import GRACE_SECONDS, Background
+from atoll.islands.background import Background
 from atoll.islands.course import Course
 from atoll.islands.learner import Learner
 from atoll.islands.metrics import Means, Metrics
@@ -121,7 +122,8 @@ class Loop:
         self._checkpoints.generation = generation
         seen = self._resume()
         # Two, so that a heart beats while a large commit is on its way.
-        self._background, self._pulse = Background(), Background()
+        leave = self._group.leave.is_set
+        self._background, self._pulse = Background(leave=leave), Background()
         try:
             started, first = time.time(), seen
             seen = self._train(loss, seen, milestones or Milestones())

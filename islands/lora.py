@@ -14,11 +14,10 @@ from __future__ import annotations
 
 import json
 import math
-from pathlib import Path
 from typing import Any, TypeGuard
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
@@ -72,9 +71,8 @@ class Adapters:
 
         return layer.register_forward_hook(adapted)
 
-    def save(self, network: nn.Module, folder: Path, family: str) -> None:
-        """Write A and B as diffusers' `load_lora_weights` and `load_lora_adapter` read them."""
-        folder.mkdir(parents=True, exist_ok=True)
+    def file(self, network: nn.Module, family: str) -> bytes:
+        """A and B as diffusers' `load_lora_weights` and `load_lora_adapter` read them."""
         part = "unet" if family == "unet" else "transformer"
         tensors = {
             f"{part}.{name}.{half}.weight": adapter.weight.detach().contiguous()
@@ -85,7 +83,7 @@ class Adapters:
         }
         settings = {"r": self._rank, "lora_alpha": self._alpha, "target_modules": [*self._hooks]}
         told = {f"{part}.{key}": value for key, value in settings.items()}
-        save_file(tensors, folder / FILE_NAME, metadata={_METADATA_KEY: json.dumps(told)})
+        return save(tensors, metadata={_METADATA_KEY: json.dumps(told)})
 
     @torch.no_grad()
     def merge(self, network: nn.Module) -> None:

@@ -29,6 +29,7 @@ from atoll.core.errors import (
     Refused,
 )
 from atoll.core.journal import Advance, log, progress
+from atoll.core.outage import at_once, unless_away
 from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.settings import TrainConfig
@@ -52,6 +53,7 @@ _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
 _LOG_SECONDS = 5.0
 _LEAVE_SECONDS = 30.0
+_LOOKS = 4  # at a silent job at least, before it is taken for dead
 _RAY_SAYS = "Running entrypoint for job "
 _BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 # An island's own exit code is the command's, where all that failed agree on it.
@@ -78,6 +80,7 @@ class Queue:
         self._collect = collect
         self._curves = curves
         self._poll = _POLL_SECONDS if run.is_local else _FAR_POLL_SECONDS
+        self._now, self._looked_at = 0.0, time.monotonic()
         self._waiting: list[Work] = []
         self._running: list[Work] = []
         self._stopped: list[Work] = []
@@ -97,7 +100,8 @@ class Queue:
                     if self._waiting or self._running:
                         time.sleep(self._poll)
         except KeyboardInterrupt:
-            raise self._interrupted() from None
+            with at_once():
+                raise self._interrupted() from None
         finally:
             self._stop_left_behind()
         if self._given_up:
@@ -110,6 +114,7 @@ class Queue:
             )
 
     def _turn(self, advance: Advance) -> None:
+        self._look_up()
         for site in self._sites:
             site.ask_again()
         self._stop_left_behind()
@@ -119,6 +124,12 @@ class Queue:
         for work in list(self._running):
             self._look_at(work, advance)
         self._curves.update()
+
+    def _look_up(self) -> None:
+        """Let our clock go on; while storage is away it stands, since no sign of life arrives."""
+        now = time.monotonic()
+        self._now += min(now - self._looked_at, self._config.watch.dead_seconds / _LOOKS)
+        self._looked_at = now
 
     # -- what waits ------------------------------------------------------------------------------
 
@@ -203,7 +214,7 @@ class Queue:
         self._running.append(work)
         site.running += 1
         work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
-        work.started_at = work.alive_at = work.logged_at = time.monotonic()
+        work.started_at = work.alive_at = work.logged_at = self._now
         work.waits_for = ""
         work.signs = signs_of_life(self._run, work.shard)
         self._journal(
@@ -217,23 +228,24 @@ class Queue:
     def _look_at(self, work: Work, advance: Advance) -> None:
         site = work.site
         assert site is not None
-        now = time.monotonic()
+        now = self._now
         self._advance(work, advance)
         # A zombie that wakes up before its heir has claimed the place has a last word too.
         ended = exit_code(self._run, work.shard) is not None and self._speaks(work)
         if not ended and site.answers() and not site.gone():
             try:
                 status = site.jobs.status(work.submission_id)
+            except NotThere as error:
+                log.debug("%s: %s", work.shard, error)  # its signs of life end too
+            except Failed as error:
+                site.missed(error)
+            else:
                 site.heard()
                 ended = status in ENDED
                 if self._begins(work, status):
                     work.alive_at = now
                 if ended or now - work.logged_at > _LOG_SECONDS:
                     self._keep_log(work)
-            except NotThere as error:
-                log.debug("%s: %s", work.shard, error)  # its signs of life end too
-            except Failed as error:
-                site.missed(error)
         signs = signs_of_life(self._run, work.shard)
         if signs != work.signs:
             work.signs, work.alive_at = signs, now
@@ -249,7 +261,7 @@ class Queue:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
         if status == "PENDING":
             return True
-        slow = time.monotonic() - work.started_at > _BEGIN_SECONDS
+        slow = self._now - work.started_at > _BEGIN_SECONDS
         return status == "RUNNING" and not self._speaks(work) and not slow
 
     def _speaks(self, work: Work) -> bool:
@@ -359,10 +371,11 @@ class Queue:
         while left and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             left = [work for work in left if not self._has_left(work)]
-        for work in self._running:
-            code = exit_code(self._run, work.shard)
-            value = None if code is None else int(code)
-            self._journal(work, "ended", code=value, reason="interrupted")
+        with unless_away("how the islands ended"):
+            for work in self._running:
+                code = exit_code(self._run, work.shard)
+                value = None if code is None else int(code)
+                self._journal(work, "ended", code=value, reason="interrupted")
         names = ", ".join(work.shard for work in left)
         said = f"; {names} did not answer and lost at most one interval" if left else ""
         return Interrupted(
@@ -375,7 +388,9 @@ class Queue:
         try:
             return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
         except Failed:
-            return exit_code(self._run, work.shard) is not None
+            with contextlib.suppress(Failed, OSError):
+                return exit_code(self._run, work.shard) is not None
+            return False
 
     def _failed(self, total: int) -> AtollError:
         first = self._given_up[0]
@@ -400,7 +415,7 @@ class Queue:
         """Copy what the job said into storage, where it outlives its island."""
         site = work.site
         assert site is not None
-        work.logged_at = time.monotonic()
+        work.logged_at = self._now
         if site.silent_since is not None or site.gone():
             return []
         try:

@@ -20,7 +20,8 @@ from typing import Any
 
 from atoll.core.checkpoint import newest_commit, newest_generation
 from atoll.core.errors import ExitCode, Refused
-from atoll.core.outage import is_outage
+from atoll.core.journal import log
+from atoll.core.outage import at_once, unless_away
 from atoll.core.storage import Storage
 
 SCHEMA_VERSION = 1
@@ -128,7 +129,8 @@ class Process:
     """A job's sign of life, and its ear for a request to stop, beside the training.
 
     A training claims one generation when it starts; when there are more than that, another writer
-    has taken over, and this process says nothing more. `leave` is what a request comes to.
+    has taken over, and this process says nothing more. `leave` is what a request comes to. No sign
+    of life waits for storage, whatever the handle.
     """
 
     def __init__(self, run: Storage, shard: str, *, leave: Callable[[], None] = sigterm) -> None:
@@ -149,7 +151,8 @@ class Process:
     def enter(self, stage: str) -> None:
         """Say what is being worked on."""
         self._stage = stage
-        self.speak()
+        with unless_away("a sign of life"):
+            self.speak()
 
     def speak(self) -> None:
         """Give a sign of life now: what storage says next is known to be of this submission."""
@@ -159,7 +162,8 @@ class Process:
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
         """Beat and listen in a thread until the block ends."""
-        self._beat()
+        with unless_away("a sign of life"):
+            self.speak()
         thread = threading.Thread(target=self._watch, daemon=True)
         thread.start()
         try:
@@ -169,20 +173,29 @@ class Process:
             thread.join(timeout=30)
 
     def _watch(self) -> None:
+        silent = False
         while not self._ended.wait(SIGN_SECONDS):
+            # Whatever goes wrong here costs a sign of life, and neither the training nor the next
+            # sign: without this thread a job looks dead, and hears no request.
             try:
-                if self.overtaken():
-                    return
-                self._beat()
-                asked = read_object(self._run, leave_request(self._shard))
-                if self._run.exists(stop_request(self._shard)) or (
-                    asked and asked["submission_id"] == submission()
-                ):
-                    self._leave()
+                with at_once():
+                    if self.overtaken():
+                        return
+                    self._listen()  # first: from a full disk requests can be read
+                    self._beat()
             except Exception as error:
-                # A store that does not answer for a moment costs a sign of life and no more.
-                if not is_outage(error):
-                    raise
+                if not silent:
+                    log.warning("no sign of life, tried again until there is one: %s", error)
+                silent = True
+            else:
+                silent = False
+
+    def _listen(self) -> None:
+        asked = read_object(self._run, leave_request(self._shard))
+        if self._run.exists(stop_request(self._shard)) or (
+            asked and asked["submission_id"] == submission()
+        ):
+            self._leave()
 
     def _beat(self) -> None:
         self._run.write_json(

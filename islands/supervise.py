@@ -16,6 +16,7 @@ from atoll.core.errors import ConfigError, DataError, ExitCode, Refused, UsageEr
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Expert, Manifest, check_artefact, require
+from atoll.core.outage import unless_away
 from atoll.core.places import check_islands
 from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
@@ -62,15 +63,16 @@ def train(
 ) -> list[str]:
     """Train the islands that are wanted and not done yet; the names of those trained now.
 
-    To train is to withdraw earlier requests to stop. Raises `Interrupted` on Ctrl-C and after a
-    request to stop, when every job has committed, and `Failed` when an island cannot be brought to
-    its end; the others are finished and collected first.
+    To train is to withdraw earlier requests to stop. Outages of storage are ridden out. Raises
+    `Interrupted` on Ctrl-C and after a request to stop, when every job has committed, and `Failed`
+    when an island cannot be brought to its end; the others are finished and collected first.
     """
     if run.uri.startswith("memory:"):
         raise UsageError(
             "memory:// lives in one process and islands are processes of their own",
             allowed="a local path, or a URI of an object store",
         )
+    run = run.patient()
     wanted = list(shards) or list(manifest.shards)
     for name in wanted:
         manifest.shard(name)
@@ -100,8 +102,11 @@ def train(
         queue = Queue(run, config, sites, lambda shard: _collect(run, manifest, shard), curves)
         try:
             queue.work(plans)
-        finally:
-            curves.close()
+        except BaseException:
+            with unless_away("the end of the curves"):
+                curves.close()
+            raise
+        curves.close()
     return todo
 
 

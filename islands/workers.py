@@ -17,8 +17,9 @@ from dataclasses import asdict, dataclass
 from types import FrameType
 from typing import Any
 
-from atoll.core.errors import AtollError, Failed, MissingError
+from atoll.core.errors import AtollError, Failed, Interrupted, MissingError
 from atoll.core.journal import set_verbosity
+from atoll.core.outage import at_once
 from atoll.core.storage import Storage
 from atoll.islands.group import Ranks
 from atoll.islands.island import run_island
@@ -64,7 +65,7 @@ def launch(run_uri: str, shard: str, workers: int, each: Each) -> None:
             f"Several workers are launched by Ray Train, which is not there: {error}",
             cure="install ray[train] on the island, or train with one worker",
         ) from None
-    own = Storage(run_uri).scoped(read=[], write=[island_folder(shard)])
+    own = Storage(run_uri).scoped(read=[], write=[island_folder(shard)]).patient()
     own.remove(leave_request(shard))
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", _LOOK_SECONDS)
     # A job finds its cluster in RAY_ADDRESS. Train's helpers have to be told: they look for any on
@@ -102,6 +103,7 @@ def _work(given: dict[str, Any]) -> None:
     if not group.leads:
         return run_island(order.run, order.shard, group=group)
     own = Storage(order.run).scoped(read=[], write=[island_folder(order.shard)])
+    own = own.patient(leave=group.leave.is_set)
     process = Process(own, order.shard, leave=group.leave.set)
     with process.watching():
         run_island(order.run, order.shard, enter=process.enter, group=group)
@@ -138,7 +140,14 @@ def _passing_sigterm_on(run: Storage, shard: str) -> Iterator[None]:
     """Inside, SIGTERM becomes a request that the first worker reads: no signal reaches it."""
 
     def handle(_signal: int, _frame: FrameType | None) -> None:
-        ask_to_leave(run, shard)
+        try:
+            with at_once():
+                ask_to_leave(run, shard)
+        except (OSError, Failed) as error:
+            raise Interrupted(
+                f"Stopped, and the workers could not be told to commit before: {error}",
+                cure="run the same command again, it goes on from the last checkpoint",
+            ) from error
 
     before = signal.signal(signal.SIGTERM, handle)
     try:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import signal
 from collections.abc import Iterator
 
+import fsspec
 import pytest
 from hypothesis import HealthCheck, settings
 
+from atoll.core import outage
+from tests.outages import Away
 from tests.s3 import Gate, serving_s3
 
 # A shell starts its background jobs with SIGINT ignored, and children inherit that.
@@ -23,3 +26,15 @@ def s3() -> Iterator[Gate]:
     """An S3 server that clients in this process and below it find by themselves."""
     with serving_s3() as gate:
         yield gate
+
+
+@pytest.fixture
+def away(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Away]]:
+    """A store at `away://` that fails as a test says; nobody pauses long."""
+    fsspec.register_implementation("away", Away, clobber=True)
+    monkeypatch.setattr(outage, "LONGEST_PAUSE", 0.002)
+    Away.rule = staticmethod(lambda _request, _path: None)
+    yield Away
+    Away.failed.clear()
+    Away.store.clear()
+    Away.pseudo_dirs[:] = [""]

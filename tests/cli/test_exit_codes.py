@@ -60,6 +60,13 @@ def test_1_no_space_left_on_a_real_device(corpus, tmp_path) -> None:
         subprocess.run(["umount", str(place)], check=True)
 
 
+def test_1_a_store_that_does_not_answer(away) -> None:
+    """Whatever its client raises: the three kinds in turn."""
+    away.rule = lambda _request, _path: "before"
+    said = [str(refused(1, "status", "away://run")["what"]) for _ in range(3)]
+    assert any("ClientError: the store is away" in what for what in said)
+
+
 def test_1_an_island_that_fails(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)

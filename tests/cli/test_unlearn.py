@@ -15,6 +15,7 @@ import pytest
 
 from tests.cli.conftest import (
     BASE,
+    CLAIMS,
     CLOCKS,
     PARTITION,
     SHARD,
@@ -69,7 +70,7 @@ def test_the_run_is_bitwise_one_that_never_had_the_shard(made, tmp_path) -> None
     assert outside == exported(place)
 
 
-def test_what_is_set_aside_holds_only_clocks(made: Path) -> None:
+def test_what_is_set_aside_holds_only_clocks_and_names_of_writers(made: Path) -> None:
     keys = {
         "generation", "images_seen", "of", "images_per_second", "unix_seconds", "schema_version",
         "event", "process", "submission_id", "name", "from_images_seen", "seconds",
@@ -79,6 +80,10 @@ def test_what_is_set_aside_holds_only_clocks(made: Path) -> None:
         text = path.read_text()
         for line in text.splitlines() if path.suffix == ".jsonl" else [text]:
             assert set(json.loads(line)) <= keys
+    claims = [path for path in made.rglob("*.json") if CLAIMS in str(path)]
+    assert claims
+    for path in claims:
+        assert set(json.loads(path.read_text())) == {"schema_version", "generation", "writer"}
 
 
 def test_an_island_that_was_for_this_shard_alone_goes_with_it(fresh: Path) -> None:

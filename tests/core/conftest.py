@@ -19,6 +19,7 @@ import pytest
 import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
+from atoll.core import outage
 from atoll.core.conditioning import Conditioning
 from atoll.core.storage import Storage
 
@@ -78,8 +79,9 @@ class Flaky(MemoryFileSystem):
 
 
 @pytest.fixture
-def flaky() -> Iterator[type[Flaky]]:
-    """A store at `flaky://` whose moods a test sets."""
+def flaky(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Flaky]]:
+    """A store at `flaky://` whose moods a test sets; nobody pauses long."""
+    monkeypatch.setattr(outage, "LONGEST_PAUSE", 0.01)
     fsspec.register_implementation("flaky", Flaky, clobber=True)
     Flaky.reads.clear()
     yield Flaky

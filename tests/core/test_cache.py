@@ -42,11 +42,11 @@ def far(contents: Path, flaky: type[Any]) -> dict[str, FarFile]:
     place = Storage("flaky://blocks")
     place.publish(contents, "x")
     flaky.reads.clear()
+    return files(contents, place.patient())
+
+
+def files(contents: Path, place: Storage) -> dict[str, FarFile]:
     return read_blocks(place, "x", list(SIZES), (contents / BLOCKS_NAME).read_bytes())
-
-
-def quick(gib: float = LEAST, *, patience: float = 60.0) -> BlockCache:
-    return BlockCache(gib, patience=patience, pause=0.01)
 
 
 def settled(cache: BlockCache) -> None:
@@ -69,7 +69,7 @@ def check_reads(contents: Path, far: dict[str, FarFile], cache: BlockCache, seed
 
 def test_what_is_read_is_what_the_files_hold(contents: Path, far: dict[str, FarFile]) -> None:
     """104 blocks through a cache of 64, so that it turns over many times."""
-    cache = quick()
+    cache = BlockCache(LEAST)
     check_reads(contents, far, cache, 0)
     assert cache._file is not None
     assert os.fstat(cache._file).st_blocks * 512 <= 64 * BLOCK_BYTES
@@ -81,7 +81,7 @@ def test_threads_share_it_and_fetching_ahead_changes_nothing(
     contents: Path, far: dict[str, FarFile], flaky: type[Any]
 ) -> None:
     flaky.seconds = 0.0005
-    cache = quick()
+    cache = BlockCache(LEAST)
 
     def work(seed: int) -> None:
         for turn in range(3):
@@ -94,7 +94,7 @@ def test_threads_share_it_and_fetching_ahead_changes_nothing(
 
 
 def test_what_is_expected_is_there_when_it_is_read(far: dict[str, FarFile], flaky: Any) -> None:
-    cache = quick()
+    cache = BlockCache(LEAST)
     cache.expect([(far["b"], 1), *((far["a"], number) for number in (9, 3, 4, 5, 99))])
     settled(cache)
     asked = [("a", 3), ("a", 9), ("a", 99), ("b", 1)]
@@ -109,7 +109,7 @@ def test_what_is_expected_is_there_when_it_is_read(far: dict[str, FarFile], flak
 
 def test_a_reader_waits_for_what_is_on_its_way(far: dict[str, FarFile], flaky: Any) -> None:
     flaky.seconds = 0.2
-    cache = quick()
+    cache = BlockCache(LEAST)
     cache.expect([(far["b"], 1)])
     until(lambda: cache._coming, every=0.001)
     cache.read(far["b"], [BLOCK_BYTES], 10)
@@ -117,7 +117,7 @@ def test_a_reader_waits_for_what_is_on_its_way(far: dict[str, FarFile], flaky: A
 
 
 def test_the_block_used_longest_ago_goes_first(far: dict[str, FarFile]) -> None:
-    cache = quick()
+    cache = BlockCache(LEAST)
     for number in range(64):
         cache.read(far["a"], [number * BLOCK_BYTES], 1)
     cache.read(far["a"], [0], 1)
@@ -130,7 +130,7 @@ def test_the_block_used_longest_ago_goes_first(far: dict[str, FarFile]) -> None:
 
 
 def test_half_of_the_cache_is_the_most_that_is_fetched_ahead(far: dict[str, FarFile]) -> None:
-    cache = quick()
+    cache = BlockCache(LEAST)
     cache.expect((far["a"], number) for number in range(100))
     settled(cache)
     assert [number for _, number in cache._slots] == list(range(32))
@@ -141,26 +141,31 @@ def test_half_of_the_cache_is_the_most_that_is_fetched_ahead(far: dict[str, FarF
 
 def test_an_outage_is_ridden_out(far: dict[str, FarFile], contents: Path, flaky: Any) -> None:
     flaky.failures = 3
-    assert quick().read(far["c"], [0], 11) == (contents / "c").read_bytes()
+    assert BlockCache(LEAST).read(far["c"], [0], 11) == (contents / "c").read_bytes()
     assert flaky.failures == 0
 
 
-def test_an_outage_that_does_not_end_is_told(far: dict[str, FarFile], flaky: Any) -> None:
+def test_an_outage_that_does_not_end_is_told(
+    contents: Path, far: dict[str, FarFile], flaky: Any
+) -> None:
     flaky.failures = 10**6
-    cache = quick(patience=0.05)
-    cache.expect([(far["c"], 0)])
+    cache, hasty = (
+        BlockCache(LEAST),
+        files(contents, Storage("flaky://blocks").patient(seconds=0.05)),
+    )
+    cache.expect([(hasty["c"], 0)])
     with pytest.raises(Failed, match=r"away for \d+ s, reading x/c: the store is away.*it resumes"):
-        cache.read(far["c"], [0], 11)
+        cache.read(hasty["c"], [0], 11)
     settled(cache)
     flaky.failures = 0
-    assert len(cache.read(far["c"], [0], 11)) == 11  # nothing is claimed for ever
+    assert len(cache.read(hasty["c"], [0], 11)) == 11  # nothing is claimed for ever
 
 
 def test_what_was_garbled_on_the_way_is_fetched_again(
     far: dict[str, FarFile], contents: Path, flaky: Any
 ) -> None:
     flaky.garbled = 1
-    assert quick().read(far["c"], [0], 11) == (contents / "c").read_bytes()
+    assert BlockCache(LEAST).read(far["c"], [0], 11) == (contents / "c").read_bytes()
 
 
 def test_a_changed_file_is_refused_where_it_is_changed(far: dict[str, FarFile]) -> None:
@@ -168,7 +173,7 @@ def test_a_changed_file_is_refused_where_it_is_changed(far: dict[str, FarFile]) 
     data = bytearray(place.read_bytes("x/b"))
     data[2 * BLOCK_BYTES] ^= 1
     place.write_bytes("x/b", bytes(data))
-    cache = quick()
+    cache = BlockCache(LEAST)
     cache.read(far["b"], [0], 2 * BLOCK_BYTES)
     with pytest.raises(Refused, match=r"131072 to 196608 of flaky://blocks/x/b are not those"):
         cache.read(far["b"], [BLOCK_BYTES], BLOCK_BYTES + 1)
@@ -194,7 +199,7 @@ def _full_after(slots: int) -> Callable[..., int]:
 def test_a_full_disk_makes_the_cache_smaller(
     contents: Path, far: dict[str, FarFile], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cache = quick(2 * LEAST)
+    cache = BlockCache(2 * LEAST)
     monkeypatch.setattr(cache_module.os, "pwrite", _full_after(70))
     check_reads(contents, far, cache, 1)
     cache.read(far["a"], [0], SIZES["a"])
@@ -207,7 +212,7 @@ def test_a_disk_without_room_is_a_sentence(
 ) -> None:
     monkeypatch.setattr(cache_module.os, "pwrite", _full_after(10))
     with pytest.raises(Failed, match=r"No space left in /.*lower cache_gib.*TMPDIR"):
-        quick().read(far["a"], [0], SIZES["a"])
+        BlockCache(LEAST).read(far["a"], [0], SIZES["a"])
 
 
 def test_a_cache_of_nearly_nothing_is_refused() -> None:

@@ -231,7 +231,7 @@ def test_far_rows_are_the_near_ones(
     """Whether a small tensor is fetched whole or by its rows."""
     monkeypatch.setattr(rows_module, "_SMALL", small)
     place = Storage("flaky://run")
-    far = open_pack(place, publish(folder, place), BlockCache(1, pause=0.01))
+    far = open_pack(place.patient(), publish(folder, place), BlockCache(1))
     near = Pack(folder)
     assert (far.is_far, near.is_far) == (small == 0, False)
     assert (len(far), far.card, far.train) == (len(near), near.card, near.train)

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 
 from atoll.core.errors import Failed, Fenced
+from atoll.islands import background
 from atoll.islands.background import Background
 
 
@@ -87,6 +88,19 @@ def test_an_ending_training_does_not_wait_for_a_store_for_ever() -> None:
         background.drain(patience=0.2)
     background.close()
     assert time.monotonic() - began < 30  # and not the hour of a training that goes on
+
+
+def test_asked_to_leave_it_gives_an_outage_its_grace(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the training waits for it, and cannot tell it so."""
+    monkeypatch.setattr(background, "GRACE_SECONDS", 0.05)
+    store, leave = Store(), threading.Event()
+    waiting = Background(pause=0.01, leave=leave.is_set)
+    waiting.submit("a checkpoint", store.work("a"))
+    assert store.refused.wait(300)
+    leave.set()
+    with pytest.raises(Failed, match="writing a checkpoint"):
+        waiting.drain()
+    waiting.close()
 
 
 def test_a_pause_ends_when_the_training_does() -> None:

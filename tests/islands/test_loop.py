@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import errno
 import json
 import os
 import signal
@@ -318,32 +317,6 @@ def test_commits_by_the_clock_come_besides(storage: Storage) -> None:
     assert len(made) > 4
     expected = straight(storage)
     assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
-
-
-@pytest.mark.parametrize("number", [errno.ENOSPC, errno.ECONNRESET])
-def test_a_store_that_is_away_for_a_while_delays_no_step_and_loses_nothing(
-    storage: Storage, monkeypatch: pytest.MonkeyPatch, number: int
-) -> None:
-    expected = straight(storage)
-    write, away, failed = Storage.write_bytes, [False], []
-
-    def perhaps(self: Storage, name: str, data: bytes) -> None:
-        if away[0] and name.startswith("run/"):
-            failed.append(name)
-            raise OSError(number, os.strerror(number))
-        write(self, name, data)
-
-    monkeypatch.setattr(Storage, "write_bytes", perhaps)
-    network = module()
-
-    def loss(first: int, count: int) -> Errors:
-        away[0] = 100 <= first < 396  # back before the end
-        return loss_of(network)(first, count)
-
-    Loop(storage, "run", network, COURSE, name="run").run(loss)
-    assert failed
-    assert all(torch.equal(v, expected[n]) for n, v in weights(network).items())
-    assert storage.read_bytes("run/metrics.jsonl") == storage.read_bytes("straight/metrics.jsonl")
 
 
 def test_resuming_otherwise_is_refused(storage: Storage) -> None:

@@ -82,7 +82,7 @@ def test_from_the_base_to_base_plus_scaled_product(made: Path, tmp_path: Path, f
     assert all(name.endswith((".lora_A.weight", ".lora_B.weight")) for name in latest.tensors)
 
     adapted = outputs(denoiser, pack)
-    adapters.save(denoiser.network, tmp_path, family)
+    (tmp_path / FILE_NAME).write_bytes(adapters.file(denoiser.network, family))
     adapters.merge(denoiser.network)
     merged = weights(denoiser.network)
     assert merged.keys() == base.keys()
@@ -209,7 +209,7 @@ def test_peft_reads_what_we_write(made: Path, tmp_path: Path, family: str) -> No
             if "lora_B" in name:
                 parameter += 0.1
     bare.save(tmp_path)  # as in an expert's folder: it is found beside the weights
-    adapters.save(denoiser.network, tmp_path, family)
+    (tmp_path / FILE_NAME).write_bytes(adapters.file(denoiser.network, family))
     if family != "pixart":  # whose class in diffusers takes no adapters by itself
         prefix = "unet" if family == "unet" else "transformer"
         load = bare.network.load_lora_adapter

@@ -81,7 +81,8 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: No
         assert alone.sha256(here) == together.sha256(here), name
     same = [n for n in alone.list(f"islands/{shard}") if not n.endswith(CLOCKS)]
     assert same == [n for n in together.list(f"islands/{shard}") if not n.endswith(CLOCKS)]
-    assert all(alone.read_bytes(n) == together.read_bytes(n) for n in same)
+    for name in [n for n in same if "/gen/" not in n]:  # a claim is its writer's own
+        assert alone.read_bytes(name) == together.read_bytes(name), name
 
     started = [journal(together, each, "started")[0] for each in manifest.shards]
     assert len({entry["process"] for entry in started}) == len(manifest.shards)
