@@ -94,7 +94,9 @@ def _create_afar(fs: Any, path: str, data: bytes) -> None:
     except FileExistsError:
         raise
     except OSError as error:
-        # Some stores say no more than that a condition did not hold.
-        if is_there(fs, path):
+        # Some stores say no more than that a condition did not hold; others had no time to answer,
+        # and have done what was asked.
+        if not is_there(fs, path):
+            raise
+        if bytes(fs.cat_file(path)) != data:
             raise FileExistsError(path) from error
-        raise

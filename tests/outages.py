@@ -99,7 +99,8 @@ def _requests(name: str, place: int = 0) -> None:
     plain = getattr(MemoryFileSystem, name)
 
     def asked(self: Away, *given: Any, **options: Any) -> Any:
-        return Away.request(name, given[place], lambda: plain(self, *given, **options))
+        said = f"{name} {options['mode']}" if "mode" in options else name
+        return Away.request(said, given[place], lambda: plain(self, *given, **options))
 
     setattr(Away, name, asked)
 
