@@ -12,7 +12,9 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch._subclasses import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.flop_counter import FlopCounterMode
 
 from atoll.core.conditioning import Conditioning
@@ -36,6 +38,7 @@ __all__ = [
     "outline_of",
     "parameter_count",
     "recipe_of",
+    "saved_bytes",
     "training_bytes",
     "training_flops",
 ]
@@ -167,9 +170,52 @@ def training_bytes(
 ) -> int:
     """Memory that training holds whatever the batch: weights, gradients, AdamW's two, the average.
 
-    Activations come on top, in proportion to the batch; gradient checkpointing keeps them to about
-    one block's and the inputs of the others.
+    What is saved for the backward pass comes on top (`saved_bytes`); gradient checkpointing keeps
+    it to about one block's and the inputs of the others.
     """
     of_average = average.itemsize if average is not None else 0
     each = weights.itemsize + gradients.itemsize + 2 * moments.itemsize + of_average
     return parameters * each
+
+
+def saved_bytes(
+    recipe: Recipe,
+    picture: Picture,
+    cond: Conditioning,
+    *,
+    batch: int,
+    precision: torch.dtype = torch.float32,
+) -> int:
+    """Memory that autograd keeps of a forward pass for the backward pass, weights aside.
+
+    Counted on fake tensors, every storage once: nothing is computed. `cond` gives the text's length
+    and widths, `precision` is autocast's, whose copies of weights count. What is kept is a CPU's
+    choice, which as a GPU's is fused attention; it is for a network that is neither compiled, when
+    it keeps less, nor checkpointed.
+    """
+    saved: dict[int, int] = {}
+    kept = []  # or another storage could come to stand at the same address
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        kept.append(storage)
+        saved[storage._cdata] = storage.nbytes()
+        return tensor
+
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        network = build(
+            recipe, picture, cond.tokens.shape[2], seed=0, pooled_width=cond.pooled.shape[1]
+        ).train()
+        own = {parameter.untyped_storage()._cdata for parameter in network.parameters()}
+        text = Conditioning(
+            *(
+                torch.zeros(batch, *each.shape[1:], dtype=each.dtype)
+                for each in (cond.tokens, cond.mask, cond.pooled, cond.is_null)
+            )
+        )
+        low = precision != torch.float32
+        with saved_tensors_hooks(keep, lambda t: t), torch.autocast("cpu", precision, enabled=low):
+            FAMILIES[recipe.family].adapter(
+                network, torch.zeros(batch, *picture.shape), torch.ones(batch), text
+            )
+    return sum(size for place, size in saved.items() if place not in own)

@@ -26,6 +26,7 @@ from atoll.core.recipes import (
     outline_of,
     parameter_count,
     recipe_of,
+    saved_bytes,
     training_bytes,
 )
 
@@ -345,3 +346,32 @@ def test_memory_of_training_is_what_a_step_leaves_behind(cond: MakeCond) -> None
     moments = [v for s in optimizer.state.values() for v in s.values() if v.ndim > 0]
     held = [*network.parameters(), *(p.grad for p in network.parameters()), *moments, *average]
     assert sum(h.nbytes for h in held if h is not None) == training_bytes(parameter_count(network))
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_memory_saved_for_the_backward_pass_is_what_autograd_saves(
+    family: str, precision: torch.dtype, cond: MakeCond
+) -> None:
+    recipe, batch = recipe_of(f"{family}-tiny"), 4
+    network = build(recipe, DIGIT, 8, seed=0).train()
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage()
+        return tensor
+
+    low = precision != torch.float32
+    with (
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+        torch.autocast("cpu", precision, enabled=low),
+    ):
+        x = torch.zeros(batch, *DIGIT.shape)
+        output = FAMILIES[family].adapter(network, x, torch.ones(batch), cond(batch))
+    assert output.requires_grad
+    weights = {parameter.untyped_storage().data_ptr() for parameter in network.parameters()}
+    measured = sum(s.nbytes() for place, s in saved.items() if place not in weights)
+    foretold = saved_bytes(recipe, DIGIT, cond(1), batch=batch, precision=precision)
+    # What a processor's own kernels for bfloat16 keep besides is not foretold.
+    assert foretold == pytest.approx(measured, rel=0.02 if low else 0)
+    assert foretold < saved_bytes(recipe, DIGIT, cond(1), batch=2 * batch, precision=precision)

@@ -33,6 +33,7 @@ from atoll.islands.signs import Process, ask_to_stop, process_heartbeat
 from atoll.islands.sites import Site
 from atoll.islands.step import Errors
 from atoll.islands.supervise import train
+from atoll.islands.work import Choice, Work
 from tests.islands.conftest import CONTROLLER, TRAIN, finding, journal
 from tests.islands.kills import beside
 from tests.islands.test_job import finish_here, order, results
@@ -122,8 +123,8 @@ def test_a_job_whose_every_request_fails_twice_is_bitwise_the_undisturbed_one(
         ]
         assert len(lines) == times
     for request, part in {
-        "cat_file": "island.json", "pipe_file create": "gen/000001.json", "put_file": "checkpoints/",
-        "open ab": "journal.jsonl", "pipe_file": "expert/atoll.json", "info": "exit.json",
+        "cat_file": "island.json", "pipe_file create": "gen/000001.json",
+        "put_file": "checkpoints/", "open ab": "journal.jsonl", "pipe_file": "expert/atoll.json", "info": "exit.json",
     }.items():  # fmt: skip
         assert any(r == request and p.startswith(f"{here}/{part}") for r, p in failed), part
     commits = {p for r, p in failed if r == "pipe_file create" and "/commits/" in p}
@@ -277,7 +278,7 @@ def test_time_without_storage_is_no_silence(
     monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run = Storage("away://run")
     at_work = queue_of(run, jobs)
-    at_work._waiting = [queue._Work("a", 8)]
+    at_work._waiting = [Work("a", 8, Choice(run, "a", TRAIN, at_work._sites))]
     at_work._turn(lambda *_given, **_options: None)
     (work,) = at_work._running
     beat = {"submission_id": work.submission_id, "name": "expert"}
