@@ -124,7 +124,8 @@ def test_a_job_whose_every_request_fails_twice_is_bitwise_the_undisturbed_one(
         assert len(lines) == times
     for request, part in {
         "cat_file": "island.json", "pipe_file create": "gen/000001.json",
-        "put_file": "checkpoints/", "open ab": "journal.jsonl", "pipe_file": "expert/atoll.json", "info": "exit.json",
+        "put_file": "checkpoints/", "open ab": "journal.jsonl",
+        "pipe_file": "expert/atoll.json", "info": "exit.json",
     }.items():  # fmt: skip
         assert any(r == request and p.startswith(f"{here}/{part}") for r, p in failed), part
     commits = {p for r, p in failed if r == "pipe_file create" and "/commits/" in p}
