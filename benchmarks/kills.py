@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import random
 import shutil
 import signal
@@ -41,6 +40,7 @@ from atoll.islands.settings import (
 from atoll.islands.supervise import plan_islands, write_order
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
+from benchmarks.rows import row, show
 
 SHARD = "shard-00"
 HERE = f"islands/{SHARD}"
@@ -170,24 +170,16 @@ def main() -> None:
     torch.set_num_threads(1)
     rows = []
     for name, stage in kills(10 if given.quick else 200, seed=2026).items():
+        # Two: the commit at the end of an interval may still be on its way to the disk.
         rows += [
-            {
-                "name": f"{name}: kills", "value": stage.kills, "unit": "kills", "against": "",
-                "bar": None, "holds": None,
-            },
-            {
-                # Two: the commit at the end of an interval may still be on its way to the disk.
-                "name": f"{name}: most that one lost", "value": round(max(stage.lost), 2),
-                "unit": "intervals", "against": "", "bar": 2, "holds": max(stage.lost) <= 2,
-            },
-            {
-                "name": f"{name}: bits equal", "value": int(stage.same), "unit": "",
-                "against": "the undisturbed training", "bar": 1, "holds": stage.same,
-            },
+            row(f"{name}: kills", stage.kills, "kills"),
+            row(f"{name}: most that one lost", max(stage.lost), "intervals", at_most=2, digits=2),
+            row(
+                f"{name}: bits equal", int(stage.same), "",
+                against="the undisturbed training", at_least=1,
+            ),
         ]  # fmt: skip
-    machine = f"{platform.machine()}, torch {torch.__version__}, one thread"
-    result = {"benchmark": "kills", "machine": machine, "rows": rows}
-    print(json.dumps(result) if given.json else json.dumps(result, indent=2))  # noqa: T201
+    show("kills", rows, as_json=given.json)
 
 
 if __name__ == "__main__":
