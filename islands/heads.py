@@ -1,9 +1,9 @@
 """Ray heads of our own on this machine: started together, ended together, never left behind.
 
-A head is a child of this process with a token, ports of its own, an empty folder to start in (a
-job's working directory is its head's, and a clone there would be imported) and a temporary folder
-that goes with it. It ends when this process ends, also by kill -9; its folder is then removed by
-the next start, which finds the owner's lock free.
+A head is a child of this process with a token, ports of its own on loopback, an empty folder to
+start in (a job's working directory is its head's, and a clone there would be imported) and a
+temporary folder that goes with it. It ends when this process ends, also by kill -9; its folder is
+then removed by the next start, which finds the owner's lock free.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ _DEAD_SECONDS = 300.0  # of a folder where nothing has moved
 _PREFIX = "atoll-ray-"
 _PORTS = (
     "--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port",
-    "--dashboard-agent-grpc-port", "--metrics-export-port", "--runtime-env-agent-port",
-    "--node-manager-port", "--object-manager-port",
+    "--dashboard-agent-grpc-port", "--runtime-env-agent-port", "--node-manager-port",
+    "--object-manager-port",
 )  # fmt: skip
 
 
@@ -201,6 +201,13 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
+        # What binds every port to loopback, on Linux too: a head of ours is of this machine alone.
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
+        # Metrics would be served to whoever asks, without a token. Two of the three servers have
+        # no switch, and do without where their port cannot be had.
+        "RAY_enable_metrics_collection": "0",
+        "AUTOSCALER_METRIC_PORT": "-1",
+        "DASHBOARD_METRIC_PORT": "-1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
         # A head that ends has no node to move work to. Jobs have committed by then, or, where the
         # controller was killed, lose at most one interval.

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,17 +40,18 @@ def order(run: Storage, manifest: Manifest, shard: str, config: TrainConfig = TR
     write_order(run, manifest, config, shard)
 
 
-def start(run: Storage, shard: str) -> subprocess.Popen[bytes]:
+def start(run: Storage, shard: str, within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """The job as Ray starts it, or by another command."""
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "atoll.islands.job", run.uri, shard],
+        [*within, sys.executable, "-P", "-m", "atoll.islands.job", run.uri, shard],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
 
 
-def finish(run: Storage, shard: str) -> dict[str, str]:
+def finish(run: Storage, shard: str, within: Sequence[str] = ()) -> dict[str, str]:
     """Run the job to its end; the digests of what it made."""
-    assert start(run, shard).wait(timeout=PATIENCE_SECONDS) == 0
+    assert start(run, shard, within).wait(timeout=PATIENCE_SECONDS) == 0
     return results(run, shard)
 
 
