@@ -6,13 +6,19 @@ import os
 import subprocess
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ExitCode, Fenced
 from atoll.core.storage import Storage
 from atoll.islands.group import Group
+from atoll.islands.heads import Head, HeadOrder, local_heads
 from atoll.islands.island import run_island
+from atoll.islands.learner import Parallel
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.signs import (
     SUBMISSION_VARIABLE,
@@ -25,10 +31,10 @@ from atoll.islands.status import read_status
 from atoll.islands.submit import Cluster, Jobs
 from atoll.islands.supervise import train
 from atoll.islands.workers import Each, _cause
-from tests.islands.conftest import CONTROLLER, TRAIN, journal
+from tests.islands.conftest import CONTROLLER, TRAIN, finding, journal
 from tests.islands.kills import beside, kill_attempts
-from tests.islands.ranks import pool
-from tests.islands.test_job import order
+from tests.islands.ranks import Pool, pool
+from tests.islands.test_job import order, results
 from tests.waiting import PATIENCE_SECONDS
 
 SHARD = "shard-00"
@@ -42,10 +48,27 @@ def island(group: Group, uri: str) -> None:
     run_island(uri, SHARD, group=group)
 
 
-def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh) -> None:
+@pytest.fixture(scope="module")
+def head() -> Iterator[Head]:
+    """A head for two workers."""
+    with local_heads([HeadOrder("local", 2)]) as (started,):
+        yield started
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    with pool(2) as ranks:
+        yield ranks
+
+
+@pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
+def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(
+    fresh, head: Head, pair: Pool, parallel: Parallel
+) -> None:
+    config = CONFIG.model_copy(update={"parallel": parallel})
     run, manifest = fresh()
-    with beside(lambda: kill_attempts(run, SHARD, [1])):
-        assert train(run, manifest, CONFIG, shards=[SHARD]) == [SHARD]
+    with finding([head]), beside(lambda: kill_attempts(run, SHARD, [1])):
+        assert train(run, manifest, config, shards=[SHARD]) == [SHARD]
     first, second = journal(run, SHARD, "ended", CONTROLLER)
     assert first["code"] == ExitCode.FAILED
     assert "worker 0" in str(first["reason"])
@@ -55,14 +78,15 @@ def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh
     assert resumed["from_images_seen"] > 0
 
     plain, manifest = fresh("plain")
-    order(plain, manifest, SHARD, CONFIG)
-    with pool(2) as ranks:
-        assert ranks.run(island, plain.uri) == [None, None]
-    for part in ("expert", "gate_head", "preview.png", "metrics.jsonl"):
-        assert run.sha256(f"islands/{SHARD}/{part}") == plain.sha256(f"islands/{SHARD}/{part}")
+    order(plain, manifest, SHARD, config)
+    assert pair.run(island, plain.uri) == [None, None]
+    assert results(run, SHARD) == results(plain, SHARD)
+    latest = Checkpoints(run, f"islands/{SHARD}").latest()
+    assert latest is not None
+    assert (latest.facts["workers"], latest.facts["parallel"]) == (2, parallel)
 
     alone, manifest = fresh("alone")
-    order(alone, manifest, SHARD, CONFIG)
+    order(alone, manifest, SHARD, config)
     run_island(alone.uri, SHARD)
     head = f"islands/{SHARD}/gate_head"
     assert run.sha256(head) == alone.sha256(head)  # which the first worker trains by itself
