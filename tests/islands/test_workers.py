@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from atoll.core.errors import ExitCode, Fenced
+import pytest
+
+from atoll.core.checkpoint import newest_commit
+from atoll.core.errors import ExitCode, Fenced, Interrupted
 from atoll.core.storage import Storage
 from atoll.islands.group import Group
 from atoll.islands.island import run_island
@@ -16,14 +21,16 @@ from atoll.islands.signs import (
     Process,
     ask_to_leave,
 )
+from atoll.islands.spot import heeding
 from atoll.islands.submit import Cluster, Jobs
 from atoll.islands.supervise import train
 from atoll.islands.workers import Each, _cause
-from tests.islands.conftest import CONTROLLER, TRAIN, journal
-from tests.islands.kills import beside, kill_attempts
-from tests.islands.ranks import pool
-from tests.islands.test_job import order
-from tests.waiting import PATIENCE_SECONDS
+from tests.islands.clouds import playing
+from tests.islands.conftest import CONTROLLER, TRAIN, copied, journal
+from tests.islands.kills import beside, expect_none_left, kill_attempts
+from tests.islands.ranks import Pool, pool
+from tests.islands.test_job import order, results
+from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-00"
 # The workers are the island's business and not the order's.
@@ -32,11 +39,34 @@ CONFIG = TRAIN.model_copy(
 )
 
 
-def island(group: Group, uri: str) -> None:
-    run_island(uri, SHARD, group=group)
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Pool]:
+    """Two processes as Ray Train would join them, without it."""
+    with pool(2) as ranks:
+        yield ranks
 
 
-def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh) -> None:
+@pytest.fixture(scope="module")
+def undisturbed(made: Path, pair: Pool, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    """What the two come to."""
+    run, manifest = copied(made, tmp_path_factory.mktemp("undisturbed") / "run")
+    order(run, manifest, SHARD, CONFIG)
+    assert pair.run(island, run.uri, {}) == [None, None]
+    return results(run, SHARD)
+
+
+def island(group: Group, uri: str, environment: dict[str, str]) -> None:
+    """A rank's part, on a machine whose cloud is asked often."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr("atoll.islands.island.heeding", partial(heeding, poll_seconds=0.02))
+        run_island(uri, SHARD, group=group)
+
+
+def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(
+    fresh, undisturbed: dict[str, str]
+) -> None:
     run, manifest = fresh()
     with beside(lambda: kill_attempts(run, SHARD, [1])):
         assert train(run, manifest, CONFIG, shards=[SHARD]) == [SHARD]
@@ -48,18 +78,33 @@ def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(fresh
     assert resumed["generation"] == 2
     assert resumed["from_images_seen"] > 0
 
-    plain, manifest = fresh("plain")
-    order(plain, manifest, SHARD, CONFIG)
-    with pool(2) as ranks:
-        assert ranks.run(island, plain.uri) == [None, None]
-    for part in ("expert", "gate_head", "preview.png", "metrics.jsonl"):
-        assert run.sha256(f"islands/{SHARD}/{part}") == plain.sha256(f"islands/{SHARD}/{part}")
+    assert results(run, SHARD) == undisturbed
+    expect_none_left(run.uri)
 
     alone, manifest = fresh("alone")
     order(alone, manifest, SHARD, CONFIG)
     run_island(alone.uri, SHARD)
     head = f"islands/{SHARD}/gate_head"
     assert run.sha256(head) == alone.sha256(head)  # which the first worker trains by itself
+
+
+def test_a_notice_to_one_machine_is_a_commit_of_all_and_they_go_on_from_there(
+    fresh, pair: Pool, undisturbed: dict[str, str]
+) -> None:
+    run, manifest = fresh()
+    order(run, manifest, SHARD, CONFIG.model_copy(update={"spot": "aws"}))
+    here = f"islands/{SHARD}"
+    with playing() as (cloud, environment):
+        cloud.once = True
+        pair.send(island, run.uri, environment)
+        until(lambda: len(run.list(f"{here}/commits")) >= 2)
+        cloud.notice = True
+        assert [type(error) for error in pair.receive()] == [Interrupted, Interrupted]
+        left_at = newest_commit(run, here)
+        assert pair.run(island, run.uri, environment) == [None, None]
+    assert results(run, SHARD) == undisturbed
+    (resumed,) = journal(run, SHARD, "trained")
+    assert (resumed["generation"], resumed["from_images_seen"]) == (2, left_at)
 
 
 def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeypatch) -> None:
