@@ -76,14 +76,19 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "run"
 
 
+def copied(made: Path, place: Path) -> tuple[Storage, Manifest]:
+    """A copy of that run."""
+    shutil.copytree(made, place)
+    run = Storage(place)
+    return run, Manifest.load(run)
+
+
 @pytest.fixture
 def fresh(made: Path, tmp_path: Path) -> Callable[[str], tuple[Storage, Manifest]]:
     """Copies of that run, by name."""
 
     def copy(name: str = "run") -> tuple[Storage, Manifest]:
-        shutil.copytree(made, tmp_path / name)
-        run = Storage(tmp_path / name)
-        return run, Manifest.load(run)
+        return copied(made, tmp_path / name)
 
     return copy
 

@@ -49,10 +49,21 @@ def kill_attempts(run: Storage, shard: str, generations: Iterable[int]) -> None:
         attempt(run, shard, generation).kill()
 
 
-def kill_head_of(run: Storage, shard: str) -> None:
-    """SIGKILL to the head of the first attempt, once that has committed twice, and to all below."""
-    above = attempt(run, shard, 1).parents()
-    send(family(next(each for each in above if "--head" in each.cmdline())), signal.SIGKILL)
+def kill_in_head(run: Storage, shard: str, name: str | None) -> list[psutil.Process]:
+    """SIGKILL to the process of that name in the head of the first attempt, or to all of the head.
+
+    When the attempt has committed twice; it stands still from then on, not to be done before it is
+    noticed. Returns the head and all below, as it was.
+    """
+    job = attempt(run, shard, 1)
+    # Not by --head alone, which its raylet is told too.
+    above = (each for each in job.parents() if "ray.scripts.scripts" in each.cmdline())
+    found = family(next(above))
+    meant = [each for each in found if name in (None, each.name())]
+    assert meant
+    job.suspend()
+    send(meant, signal.SIGKILL)
+    return found
 
 
 def family(process: psutil.Process) -> list[psutil.Process]:
@@ -83,3 +94,15 @@ def command_lines(marker: str) -> list[str]:
 def expect_none_left(marker: str) -> None:
     """That no such process lives on; what was just killed takes a moment to be gone."""
     until(lambda: not command_lines(marker), every=0.2)
+
+
+def expect_gone(processes: list[psutil.Process]) -> None:
+    """That none of them lives on."""
+    until(lambda: not any(_lives(each) for each in processes), every=0.2)
+
+
+def _lives(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -16,10 +16,9 @@ import grpc
 import psutil
 import pytest
 
-from atoll.core.errors import Failed
 from atoll.islands import heads
 from atoll.islands.heads import Head, HeadOrder, local_heads
-from atoll.islands.submit import Jobs
+from atoll.islands.submit import Jobs, TokenRefused
 from tests.islands.conftest import answer
 from tests.islands.kills import command_lines, expect_none_left, family
 from tests.islands.test_job import finish, finish_here, order
@@ -88,7 +87,7 @@ def test_a_head_is_this_machines_alone_and_refuses_strangers_on_every_port(tmp_p
                 assert shown.status == 200
         assert (head.folder / "token").stat().st_mode & 0o077 == 0
         assert head.folder.stat().st_mode & 0o077 == 0
-        with pytest.raises(Failed, match="does not answer"):
+        with pytest.raises(TokenRefused, match="refuses the token"):
             Jobs(type(cluster)(cluster.address, "0" * 64))
     expect_none_left(str(head.folder))
     expect_none_left(str(program))

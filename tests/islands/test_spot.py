@@ -1,13 +1,11 @@
-"""Spot notices: three clouds' metadata services, as a real server on this machine plays them."""
+"""Spot notices of three clouds, asked of a real server on this machine."""
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
 from collections.abc import Iterator
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
@@ -16,74 +14,20 @@ from atoll.core.errors import Interrupted
 from atoll.core.storage import Storage
 from atoll.islands import spot
 from atoll.islands.loop import Loop
+from tests.islands.clouds import Cloud, playing
 from tests.islands.test_loop import COURSE, loss_of, module, straight, weights
 from tests.waiting import PATIENCE_SECONDS, until
-
-NOTICE = json.dumps({"action": "terminate", "time": "2026-11-20T08:22:00Z"})
-
-
-class Cloud:
-    """What the services say, and what they were asked."""
-
-    def __init__(self) -> None:
-        self.notice = False
-        self.broken = False
-        self.asked: list[str] = []
-
-    def answer(self, method: str, path: str, headers: dict[str, str]) -> tuple[int, str]:
-        self.asked.append(f"{method} {path}")
-        if self.broken:
-            return 500, "{"
-        if path == "/latest/api/token":
-            assert method == "PUT"
-            assert headers["X-Aws-Ec2-Metadata-Token-Ttl-Seconds"] == "60"
-            return 200, "secret"
-        if path == "/latest/meta-data/spot/instance-action":
-            if headers.get("X-Aws-Ec2-Metadata-Token") != "secret":
-                return 401, ""
-            return (200, NOTICE) if self.notice else (404, "")
-        if path == "/computeMetadata/v1/instance/preempted":
-            if headers.get("Metadata-Flavor") != "Google":
-                return 403, ""
-            return 200, "TRUE" if self.notice else "FALSE"
-        assert path == "/metadata/scheduledevents?api-version=2020-07-01"
-        if headers.get("Metadata") != "true":
-            return 400, ""
-        events = [{"EventType": "Reboot"}]
-        if self.notice:
-            events.append({"EventType": "Preempt"})
-        return 200, json.dumps({"Events": events})
 
 
 @pytest.fixture
 def cloud(monkeypatch: pytest.MonkeyPatch) -> Iterator[Cloud]:
-    played = Cloud()
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            headers = {name.title(): value for name, value in self.headers.items()}
-            code, text = played.answer(self.command, self.path, headers)
-            self.send_response(code)
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        do_PUT = do_GET
-
-        def log_message(self, *_: object) -> None:
-            pass
-
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    place = f"127.0.0.1:{server.server_address[1]}"
-    for name in ("AWS_EC2_METADATA_SERVICE_ENDPOINT", "AZURE_METADATA_SERVICE_ENDPOINT"):
-        monkeypatch.setenv(name, f"http://{place}/")
-    monkeypatch.setenv("GCE_METADATA_HOST", place)
-    # A proxy that the environment names is not the machine's own metadata service.
-    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
-    monkeypatch.setattr(spot, "_ANSWER_SECONDS", PATIENCE_SECONDS)
-    yield played
-    server.shutdown()
-    server.server_close()
+    with playing() as (played, environment):
+        for name, place in environment.items():
+            monkeypatch.setenv(name, place)
+        # A proxy that the environment names is not the machine's own metadata service.
+        monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+        monkeypatch.setattr(spot, "_ANSWER_SECONDS", PATIENCE_SECONDS)
+        yield played
 
 
 @pytest.mark.parametrize("name", spot.NOTICES)

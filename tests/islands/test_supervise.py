@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 from logging import LogRecord
 from pathlib import Path
 
+import psutil
 import pytest
 
 from atoll.core.errors import ExitCode, Failed, Refused, UsageError
@@ -36,6 +37,7 @@ from tests.islands.conftest import (
     CONTROLLER,
     TRAIN,
     answer,
+    copied,
     ended_job,
     finding,
     journal,
@@ -47,7 +49,6 @@ from tests.islands.kills import (
     command_lines,
     expect_none_left,
     kill_attempts,
-    kill_head_of,
 )
 from tests.islands.test_job import RESULTS, finish_here, order, results
 from tests.s3 import Gate
@@ -69,9 +70,21 @@ def on_head(head: Head) -> Iterator[None]:
         yield
 
 
-def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: None) -> None:
-    together, manifest = fresh("together")
-    assert train(together, manifest, TRAIN) == list(manifest.shards)
+@pytest.fixture(scope="module")
+def whole(
+    made: Path, head: Head, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Storage, Manifest]:
+    """The run with all its islands, undisturbed."""
+    run, manifest = copied(made, tmp_path_factory.mktemp("together") / "run")
+    with finding([head]):
+        assert train(run, manifest, TRAIN) == list(manifest.shards)
+    return run, manifest
+
+
+def test_an_expert_is_bitwise_the_same_alone_or_beside_others(
+    fresh, whole: tuple[Storage, Manifest], on_head: None
+) -> None:
+    together, manifest = whole
     shard = "shard-01"
     alone, single = fresh("alone")
     assert train(alone, single, TRAIN, shards=[shard]) == [shard]
@@ -99,6 +112,26 @@ def test_an_expert_is_bitwise_the_same_alone_or_beside_others(fresh, on_head: No
     assert train(together, manifest, TRAIN) == []  # nothing is left to do, and no head is started
 
 
+def test_an_island_that_is_lost_for_good_changes_no_bit_of_the_others(
+    fresh, whole: tuple[Storage, Manifest], on_head: None
+) -> None:
+    run, manifest = fresh()
+    lost, *others = manifest.shards
+
+    def lose() -> None:
+        until(lambda: run.list(f"islands/{lost}/commits"), every=0.002)
+        psutil.Process(journal(run, lost, "started")[0]["process"]).kill()
+
+    with beside(lose), pytest.raises(Failed, match=rf"1 of 3 islands.*{lost}: its process died"):
+        train(run, manifest, TRAIN.model_copy(update={"retries": 0}))
+    expect_none_left(run.uri)
+    undisturbed, together = whole
+    left = Manifest.load(run).experts
+    assert left == {each: together.experts[each] for each in others}
+    for each in others:
+        assert results(run, each) == results(undisturbed, each)
+
+
 def test_a_job_on_s3_that_is_killed_again_and_again_but_gets_further_is_finished(
     fresh, on_head: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -124,6 +157,7 @@ def test_a_job_on_s3_that_is_killed_again_and_again_but_gets_further_is_finished
     resumed = journal(run, shard, "trained")[0]
     assert resumed["generation"] == 3
     assert resumed["from_images_seen"] > 0
+    expect_none_left(run.uri)
 
     undisturbed, manifest = fresh("undisturbed")
     order(undisturbed, manifest, shard, config)
@@ -294,22 +328,6 @@ def without_atoll(folder: Path) -> Path:
     assert subprocess.run([python, "-P", "-c", "import torch"]).returncode == 0
     assert subprocess.run([python, "-P", "-c", "import atoll"], capture_output=True).returncode
     return python
-
-
-def test_the_only_head_is_started_again_when_it_dies(fresh) -> None:
-    """Killed with all that it started; the shard goes on at the next generation, bitwise."""
-    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=60, checkpoints=30)})
-    shard = "shard-01"
-    straight, manifest = fresh("straight")
-    order(straight, manifest, shard, config)
-    expected = finish_here(straight, shard)
-
-    run, manifest = fresh("run")
-    with beside(lambda: kill_head_of(run, shard)):
-        assert train(run, manifest, config, shards=[shard]) == [shard]
-    assert results(run, shard) == expected
-    submitted = journal(run, shard, "submitted", CONTROLLER)
-    assert [line["generation"] for line in submitted] == [1, 2]
 
 
 def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import os
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from atoll.core.checkpoint import Checkpoints
-from atoll.core.errors import ExitCode, Fenced
+from atoll.core.checkpoint import Checkpoints, newest_commit
+from atoll.core.errors import ExitCode, Fenced, Interrupted
 from atoll.core.storage import Storage
 from atoll.islands.group import Group
 from atoll.islands.heads import Head, HeadOrder, local_heads
@@ -27,15 +28,17 @@ from atoll.islands.signs import (
     process_heartbeat,
     write_journal,
 )
+from atoll.islands.spot import heeding
 from atoll.islands.status import read_status
 from atoll.islands.submit import Cluster, Jobs
 from atoll.islands.supervise import train
 from atoll.islands.workers import Each, _cause
-from tests.islands.conftest import CONTROLLER, TRAIN, finding, journal
-from tests.islands.kills import beside, kill_attempts
+from tests.islands.clouds import playing
+from tests.islands.conftest import CONTROLLER, TRAIN, copied, finding, journal
+from tests.islands.kills import beside, expect_none_left, kill_attempts
 from tests.islands.ranks import Pool, pool
 from tests.islands.test_job import order, results
-from tests.waiting import PATIENCE_SECONDS
+from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-00"
 # The workers are the island's business and not the order's.
@@ -44,8 +47,13 @@ CONFIG = TRAIN.model_copy(
 )
 
 
-def island(group: Group, uri: str) -> None:
-    run_island(uri, SHARD, group=group)
+def island(group: Group, uri: str, environment: dict[str, str]) -> None:
+    """A rank's part, on a machine whose cloud is asked often."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        patch.setattr("atoll.islands.island.heeding", partial(heeding, poll_seconds=0.02))
+        run_island(uri, SHARD, group=group)
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +65,30 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture(scope="module")
 def pair() -> Iterator[Pool]:
+    """Two processes as Ray Train would join them, without it."""
     with pool(2) as ranks:
         yield ranks
 
 
+@pytest.fixture(scope="module")
+def undisturbed(
+    made: Path, pair: Pool, tmp_path_factory: pytest.TempPathFactory
+) -> Callable[[Parallel], dict[str, str]]:
+    """What the two come to, as replicas or as shards."""
+
+    @cache
+    def of(parallel: Parallel) -> dict[str, str]:
+        run, manifest = copied(made, tmp_path_factory.mktemp("undisturbed") / "run")
+        order(run, manifest, SHARD, CONFIG.model_copy(update={"parallel": parallel}))
+        assert pair.run(island, run.uri, {}) == [None, None]
+        return results(run, SHARD)
+
+    return of
+
+
 @pytest.mark.parametrize("parallel", ["ddp", "fsdp"])
 def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(
-    fresh, head: Head, pair: Pool, parallel: Parallel
+    fresh, head: Head, undisturbed: Callable[[Parallel], dict[str, str]], parallel: Parallel
 ) -> None:
     config = CONFIG.model_copy(update={"parallel": parallel})
     run, manifest = fresh()
@@ -77,19 +102,37 @@ def test_a_worker_that_is_killed_ends_the_job_and_the_next_resumes_bitwise(
     assert resumed["generation"] == 2
     assert resumed["from_images_seen"] > 0
 
-    plain, manifest = fresh("plain")
-    order(plain, manifest, SHARD, config)
-    assert pair.run(island, plain.uri) == [None, None]
-    assert results(run, SHARD) == results(plain, SHARD)
+    assert results(run, SHARD) == undisturbed(parallel)
     latest = Checkpoints(run, f"islands/{SHARD}").latest()
     assert latest is not None
     assert (latest.facts["workers"], latest.facts["parallel"]) == (2, parallel)
+    expect_none_left(run.uri)
 
     alone, manifest = fresh("alone")
     order(alone, manifest, SHARD, config)
     run_island(alone.uri, SHARD)
-    head = f"islands/{SHARD}/gate_head"
-    assert run.sha256(head) == alone.sha256(head)  # which the first worker trains by itself
+    gate_head = f"islands/{SHARD}/gate_head"
+    # Which the first worker trains by itself.
+    assert run.sha256(gate_head) == alone.sha256(gate_head)
+
+
+def test_a_notice_to_one_machine_is_a_commit_of_all_and_they_go_on_from_there(
+    fresh, pair: Pool, undisturbed: Callable[[Parallel], dict[str, str]]
+) -> None:
+    run, manifest = fresh()
+    order(run, manifest, SHARD, CONFIG.model_copy(update={"spot": "aws"}))
+    here = f"islands/{SHARD}"
+    with playing() as (cloud, environment):
+        cloud.once = True
+        pair.send(island, run.uri, environment)
+        until(lambda: len(run.list(f"{here}/commits")) >= 2)
+        cloud.notice = True
+        assert [type(error) for error in pair.receive()] == [Interrupted, Interrupted]
+        left_at = newest_commit(run, here)
+        assert pair.run(island, run.uri, environment) == [None, None]
+    assert results(run, SHARD) == undisturbed("ddp")
+    (resumed,) = journal(run, SHARD, "trained")
+    assert (resumed["generation"], resumed["from_images_seen"]) == (2, left_at)
 
 
 def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeypatch) -> None:
