@@ -73,7 +73,6 @@ def test_a_crash_loop_is_stopped_with_its_reason(
         update={"islands": (island,), "retries": 2, "watch": WatchConfig(backoff_seconds=0.25)}
     )
     run, manifest = fresh()
-    monkeypatch.setattr("atoll.core.journal.log.propagate", True)
     with pytest.raises(Failed) as stopped:
         train(run, manifest, config, shards=["shard-00"])
     assert stopped.value.exit_code == ExitCode.FAILED

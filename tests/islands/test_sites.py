@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 
 from atoll.core.errors import ConfigError
-from atoll.core.journal import log
 from atoll.core.places import Island, Resources
 from atoll.islands import sites
 from atoll.islands.settings import TrainConfig
@@ -79,7 +78,6 @@ def test_a_site_tells_of_each_change_once_and_of_no_single_miss(
     monkeypatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """A cluster that is slow once, silent, back with another token, and given that."""
-    monkeypatch.setattr(log, "propagate", True)
     caplog.set_level(logging.WARNING, "atoll")
     monkeypatch.setattr(sites, "_ASK_AGAIN_SECONDS", 0.0)
     held, code, asked = tmp_path / "token", {"good": 503}, []

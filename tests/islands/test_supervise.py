@@ -21,7 +21,6 @@ import psutil
 import pytest
 
 from atoll.core.errors import ExitCode, Failed, Refused, UsageError
-from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.places import Island
@@ -365,7 +364,6 @@ def test_a_cluster_of_somebody_elses_trains_the_same(fresh, monkeypatch, tmp_pat
 @pytest.fixture
 def said(monkeypatch, caplog: pytest.LogCaptureFixture) -> Callable[[str], list[str]]:
     """The warnings that hold a word; no cluster is too slow to answer meanwhile."""
-    monkeypatch.setattr(log, "propagate", True)
     monkeypatch.setattr(submit, "_ANSWER_SECONDS", PATIENCE_SECONDS)
     caplog.set_level(logging.WARNING, "atoll")
     return lambda word: [m for m in map(LogRecord.getMessage, caplog.records) if word in m]
