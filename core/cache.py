@@ -22,6 +22,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from atoll.core.blocks import BLOCK_BYTES, FarFile
 from atoll.core.errors import ConfigError, Failed, Refused
 from atoll.core.journal import log
+from atoll.core.outage import at_once
 from atoll.core.storage import Storage
 
 Block = tuple[FarFile, int]
@@ -115,10 +116,11 @@ class BlockCache:
                 mine = [b for b in blocks[start : start + _AT_ONCE] if b not in taken]
                 self._coming.update(mine)
             try:
-                for _ in self._fetched(mine):
-                    pass
+                with at_once():
+                    for _ in self._fetched(mine):
+                        pass
             except Exception as error:
-                # Whoever needs the block fetches it again, and is told.
+                # Whoever needs the block fetches it again, waits for its store, and is told.
                 log.debug("fetching ahead came to an end: %s", error)
                 return
 

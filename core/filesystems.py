@@ -91,12 +91,8 @@ def _create_afar(fs: Any, path: str, data: bytes) -> None:
     # what a probe finds out. Not open("xb"), which s3fs lets replace a file by an empty one.
     try:
         in_folder(fs, path, lambda: fs.pipe_file(path, data, mode="create"))
-    except FileExistsError:
-        raise
     except OSError as error:
-        # Some stores say no more than that a condition did not hold; others had no time to answer,
-        # and have done what was asked.
-        if not is_there(fs, path):
-            raise
-        if bytes(fs.cat_file(path)) != data:
+        # Some stores say no more than that a condition did not hold, others had no time to answer.
+        if is_there(fs, path):
             raise FileExistsError(path) from error
+        raise

@@ -53,8 +53,8 @@ def exclusive(run: Storage) -> Iterator[None]:
 def _release(run: Storage) -> None:
     try:
         run.remove("lock.json")
-    except Failed as error:  # what was done under it stands, however that ended
-        log.warning("%s/lock.json is left, remove it by hand: %s", run.uri, error.what)
+    except (Failed, OSError) as error:  # what was done under it stands, however that ended
+        log.warning("%s/lock.json is left, remove it by hand: %s", run.uri, error)
 
 
 @contextlib.contextmanager

@@ -1,8 +1,8 @@
 """Outages of a store: which errors are one, and work that is tried again until it is over.
 
-Two things ride them out: a patient handle, each of its requests (`Storage.patient`), and a
-training's storage thread, each piece of its work (`islands/background.py`). Of work within work the
-outer one alone is tried again, as a whole, so that no patience is spent twice.
+They are ridden out by a patient handle, each of its requests (`Storage.patient`), by a training's
+storage thread, each piece of its work (`islands/background.py`), and by a job for its last word. Of
+work within work the outer one alone is tried again, as a whole, so that no patience is spent twice.
 """
 
 from __future__ import annotations

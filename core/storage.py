@@ -255,19 +255,20 @@ class Storage:
     def create(self, name: str, data: bytes) -> None:
         """Create the file, complete and exclusively; FileExistsError when it is already there.
 
-        A patient handle that has to ask again may find what it has just made itself: it knows it by
-        its content, which must be of this writer alone where it matters who the creator is.
+        Who asks again may find what he has just made himself, and a store's client asks again by
+        itself where an answer is lost: afar, and by a patient handle, a file is known by its
+        content, which must be of this writer alone where it matters who the creator is.
         """
         path = self._path(name, write=True)
         asked = itertools.count()
 
         def create() -> None:
-            again = next(asked) > 0
+            perhaps_ours = next(asked) > 0 or not self.is_local
             try:
                 with no_space_is_failure(name):
                     create_alone(self._fs, path, data)
             except FileExistsError:
-                if not again or bytes(self._fs.cat_file(path)) != data:
+                if not perhaps_ours or bytes(self._fs.cat_file(path)) != data:
                     raise
 
         self._ask(f"creating {name}", create)

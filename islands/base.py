@@ -112,6 +112,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         stream="base",
         threads=config.threads,
         device=config.device,
+        origin={"recipe": base.recipe, "start_sha256": base.origin.get("start_sha256")},
         bitwise_resume=config.bitwise_resume,
         group=group,
     )

@@ -28,6 +28,7 @@ class Course:
     accumulation: int = 1
     kernel: str = "fused"
     loss: Mapping[str, Any] = field(default_factory=dict)  # what the loss was told, as JSON
+    origin: Mapping[str, Any] = field(default_factory=dict)  # what the weights come from, as JSON
     bitwise_resume: bool = True  # else a resume on other hardware or versions is only journalled
 
     def settings(self) -> dict[str, Any]:

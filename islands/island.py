@@ -166,6 +166,7 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Calla
         stream=f"expert-{order.name}",
         threads=order.config.threads,
         device=order.config.device,
+        origin={"base_sha256": order.base.sha256},
         bitwise_resume=order.config.bitwise_resume,
         group=group,
         parallel=order.config.parallel,
@@ -241,5 +242,6 @@ def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
         # those of its next mistake are a spike; clipping is enough.
         guard=GuardConfig(spike=None),
         loss=settings.model_dump(mode="json", include={"broad", "condition_dropout"}),
+        origin=settings.model_dump(mode="json", include={"width"}),
         bitwise_resume=config.bitwise_resume,
     )

@@ -91,7 +91,7 @@ def _say_the_end(
     patience = GRACE_SECONDS if soon else PATIENCE_SECONDS
     try:
         ride_out("writing exit.json", say, patience=lambda: patience)
-    except Failed as error:
+    except (Failed, OSError) as error:
         log.error(str(error))
 
 

@@ -123,7 +123,7 @@ class Loop:
         seen = self._resume()
         # Two, so that a heart beats while a large commit is on its way.
         leave = self._group.leave.is_set
-        self._background, self._pulse = Background(leave=leave), Background()
+        self._background, self._pulse = Background(leave=leave), Background(leave=leave)
         try:
             started, first = time.time(), seen
             seen = self._train(loss, seen, milestones or Milestones())

@@ -90,8 +90,7 @@ class Queue:
     def work(self, plans: dict[str, int]) -> None:
         """Train every shard, by name -> images_seen; raises at the end for those not finished."""
         self._waiting = [
-            Work(shard, total, Choice(self._run, shard, self._config, self._sites))
-            for shard, total in plans.items()
+            Work(shard, Choice(self._run, shard, self._config, self._sites)) for shard in plans
         ]
         try:
             with progress("training the islands", sum(plans.values())) as advance:
@@ -203,6 +202,7 @@ class Queue:
             # It may have arrived all the same: what comes of it is stopped, or fenced.
             site.missed(error)
             self._left_behind.append((site, identity))
+            self._turned_away(work, site, error)
             return
         except Failed as error:
             self._waiting.remove(work)
@@ -215,13 +215,21 @@ class Queue:
         site.running += 1
         work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
         work.started_at = work.alive_at = work.logged_at = self._now
-        work.waits_for = ""
+        work.waits_for, work.turned_away = "", 0
         work.signs = signs_of_life(self._run, work.shard)
         self._journal(
             work, "submitted", island=island.name, price=island.price, labels=island.labels,
             generation=generation, code_sha256=code,
         )  # fmt: skip
         log.debug("%s is generation %d on island %s", work.shard, generation, island.name)
+
+    def _turned_away(self, work: Work, site: Site, error: Unreachable) -> None:
+        """Try another island first, and later: one may answer, and yet take no job."""
+        work.failed_at.append(site.island.name)
+        pause = self._config.watch.backoff_seconds * 2 ** min(5, work.turned_away)
+        work.turned_away += 1
+        work.not_before = time.monotonic() + pause
+        self._wait(work, f"could not be given to island {site.island.name}: {error.what}")
 
     # -- what runs -------------------------------------------------------------------------------
 
@@ -297,8 +305,8 @@ class Queue:
                 reason += f"; its last words: {words[-1]}"
         else:
             name = f"{island_folder(work.shard)}/exit.json"
-            said = self._run.read_json(name)
-            reason, found = str(said["reason"]), said.get("differing", {})
+            said = read_object(self._run, name)
+            reason, found = str(said.get("reason", "")), said.get("differing", {})
         self._end(work, code, reason, found)
 
     def _end(

@@ -90,8 +90,8 @@ def read_object(run: Storage, name: str) -> dict[str, Any]:
 
 def exit_code(run: Storage, shard: str) -> ExitCode | None:
     """How an island's last attempt ended, if it did: its own word."""
-    name = f"{island_folder(shard)}/exit.json"
-    return ExitCode(int(run.read_json(name)["code"])) if run.exists(name) else None
+    code = read_object(run, f"{island_folder(shard)}/exit.json").get("code")
+    return None if code is None else ExitCode(int(code))
 
 
 def committed(run: Storage, shard: str) -> int:

@@ -93,9 +93,13 @@ class Site:
             "the head of island %s has ended and is started again; its last words: %s",
             self.island.name, self.head.last_words(),
         )  # fmt: skip
-        self.head.restart()
-        self.jobs = Jobs(self.head.cluster)
-        self.heard()
+        try:
+            self.head.restart()
+            self.jobs = Jobs(self.head.cluster)
+        except Failed as error:
+            self.missed(error)
+        else:
+            self.heard()
         return True
 
     def lost(self, seconds: float | None) -> bool:
@@ -147,7 +151,10 @@ def open_sites(config: TrainConfig, shards: int) -> Iterator[list[Site]]:
 
 
 def _away(remote: dict[str, Jobs], *, alone: bool) -> dict[str, Unreachable]:
-    """The clusters that do not answer now, or refuse the token; to reach none is an error."""
+    """The clusters that do not answer now, or refuse the token; to reach none is an error.
+
+    So is one that answers and is no cluster.
+    """
     away = {}
     for name, jobs in remote.items():
         try:

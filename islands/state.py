@@ -23,7 +23,7 @@ from atoll.islands.metrics import Means
 # Facts of a checkpoint that go on with a training, and need not be the same for it to go on.
 _CARRIED = ("means", "guard")
 # And those without which it is another training.
-_THE_TRAINING = ("plan", "lora", "ema_decays")
+_THE_TRAINING = ("origin", "plan", "lora", "ema_decays")
 # And those that are the island's: hardware, workers, threads and versions.
 _THE_ISLAND = (
     "workers", "parallel", "threads", "torch", "cuda", "numpy", "diffusers", "device",
@@ -135,7 +135,9 @@ class TrainingState:
             return None
         said = f"The checkpoint of {self._name} was made otherwise: {in_words(found)}"
         if any(name.partition(".")[0] in _THE_TRAINING for name in found):
-            raise Refused(said, cure="use the same plan, averages and adapters, or start a new run")
+            raise Refused(
+                said, cure="use the same start, plan, averages and adapters, or start a new run"
+            )
         inexact = "--allow-inexact-resume goes on, and the result is not bitwise what it would be"
         if self._course.bitwise_resume and found.keys() <= {*_THE_ISLAND}:
             raise NotBitwise(
@@ -175,6 +177,7 @@ class TrainingState:
         return {
             **adapters,
             **self._course.settings(),
+            "origin": dict(self._course.origin),
             "plan": self._course.plan.model_dump(),
             "ema_decays": list(self._course.ema_decays),
             "workers": self._learner.group.world,

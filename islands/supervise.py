@@ -2,7 +2,7 @@
 
 The plan is in the manifest before the first job starts. A job's word is its `exit.json`; Ray's is a
 hint. An island that dies is started again at the next generation and resumes; one that refuses is
-not. Only this process writes manifest and ledger.
+not, unless another can take its shard. Only this process writes manifest and ledger.
 """
 
 from __future__ import annotations
@@ -77,10 +77,10 @@ def train(
     for name in wanted:
         manifest.shard(name)
     check_islands(config.islands)
-    plan_islands(run, manifest, config)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
     check_artefact(run, base)
     _check_prediction(run, base, config)
+    plan_islands(run, manifest, config)
     _check_exclusive_create(run)
     todo = [name for name in wanted if name not in manifest.experts]
     _check_unchanged(run, config, done=[name for name in wanted if name not in todo], todo=todo)

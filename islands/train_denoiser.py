@@ -28,7 +28,6 @@ from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, pre
 
 # What decides the bits of a loss, besides the data and the plan.
 _OF_THE_LOSS = {
-    "prediction",
     "condition_dropout",
     "time",
     "weight",
@@ -39,7 +38,12 @@ _OF_THE_LOSS = {
 
 
 def course_of(
-    training: DenoiserTraining, plan: Plan, learning_rate: float, *, bitwise_resume: bool = True
+    training: DenoiserTraining,
+    plan: Plan,
+    learning_rate: float,
+    *,
+    origin: Mapping[str, Any] | None = None,
+    bitwise_resume: bool = True,
 ) -> Course:
     """The loop's orders from a configuration; `learning_rate` is the recipe's."""
     optimizer = training.optimizer
@@ -57,7 +61,11 @@ def course_of(
         lora=training.lora,
         accumulation=training.accumulation,
         kernel=optimizer.kernel,
-        loss=training.model_dump(mode="json", include=_OF_THE_LOSS),
+        loss={
+            **training.model_dump(mode="json", include=_OF_THE_LOSS),
+            "prediction": training.objective.value,
+        },
+        origin=origin or {},
         bitwise_resume=bitwise_resume,
     )
 
@@ -75,6 +83,7 @@ def train_here(
     stream: str,
     threads: int,
     device: Device,
+    origin: Mapping[str, Any] | None = None,
     bitwise_resume: bool = True,
     group: Group | None = None,
     parallel: Parallel = "ddp",
@@ -82,7 +91,8 @@ def train_here(
 ) -> Denoiser:
     """Train a denoiser in this process, or in this and the others of a group.
 
-    Checkpoints and metrics go to `folder`. What is returned is whole on every rank.
+    Checkpoints and metrics go to `folder`; those of another `origin` are not gone on from. What is
+    returned is whole on every rank.
     """
     with computing(device, threads) as chosen:
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
@@ -98,7 +108,9 @@ def train_here(
             batch=plan.batch,
             stride=stride,
         )
-        course = course_of(training, plan, learning_rate, bitwise_resume=bitwise_resume)
+        course = course_of(
+            training, plan, learning_rate, origin=origin, bitwise_resume=bitwise_resume
+        )
         told = _speeds(denoiser, pack, training, chosen, workers=learner.group.world)
         with ahead(batches, chosen, stride=stride) as coming:
             Loop(

@@ -100,7 +100,6 @@ class Work:
     """One shard's attempts."""
 
     shard: str
-    total: int
     choice: Choice
     site: Site | None = None
     submission_id: str = ""
@@ -113,6 +112,7 @@ class Work:
     alive_at: float = 0.0  # by our clock: when its signs of life last changed
     logged_at: float = 0.0
     waits_for: str = ""  # as it was last said
+    turned_away: int = 0  # times in a row that an island could not be given it
     failed_at: list[str] = field(default_factory=list)  # islands, with repetition
     reasons: list[str] = field(default_factory=list)
     code: ExitCode | None = None  # how the last attempt ended

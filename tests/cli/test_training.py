@@ -182,6 +182,7 @@ def test_experts_predict_what_their_base_does(based, tmp_path) -> None:
     assert said.code == 3
     assert "The base predicts velocity" in said.error["what"]
     assert not (run / "islands" / SHARD).exists()
+    assert set(plans(run).values()) == {None}
 
 
 def test_commits_by_the_clock_are_to_be_had_by_command(partitioned, tmp_path) -> None:
@@ -227,7 +228,10 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
         said = atoll("base", run, "--set", other, "--json")
         assert said.code == 7
         assert "--allow-inexact-resume" in str(said.error["cure"])
-    done("base", run, "--set=threads=2", "--allow-inexact-resume")
+    said = atoll("base", run, "--recipe=dit-tiny", "--allow-inexact-resume", "--json")
+    assert said.code == 7
+    assert "origin.recipe unet-tiny then and dit-tiny now" in said.error["what"]
+    done("base", run, "--recipe=unet-tiny", "--set=threads=2", "--allow-inexact-resume")
     journal = (run / "base-training/journal.jsonl").read_text().splitlines()
     (resumed,) = [line for text in journal if (line := json.loads(text))["event"] == "resumed"]
     assert resumed["bitwise"] is False

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from atoll.core.lock import exclusive
 from atoll.core.storage import Storage
 from tests.core.conftest import at_once, near
 from tests.s3 import Gate
@@ -106,6 +107,20 @@ def test_a_condition_that_does_not_hold_is_one_however_a_store_says_so(
     assert _creates(place, "a", b"1")
     assert not _creates(place, "a", b"2")
     assert place.read_bytes("a") == b"1"
+
+
+def test_what_is_created_is_ours_where_the_store_s_client_asked_again_by_itself(
+    s3: Gate, monkeypatch
+) -> None:
+    place = Storage("s3://runs/lost-answers")
+    monkeypatch.setattr(s3, "loses_answers", 1)
+    place.create("a", b"mine")
+    assert s3.loses_answers == 0
+    assert place.read_bytes("a") == b"mine"
+    monkeypatch.setattr(s3, "loses_answers", 1)
+    with exclusive(place):
+        assert place.exists("lock.json")
+    assert not place.exists("lock.json")
 
 
 @pytest.mark.parametrize("data", [b"", b"second"])

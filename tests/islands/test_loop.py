@@ -393,11 +393,15 @@ def test_resuming_with_other_settings_is_never_called_bitwise(
     assert [line["bitwise"] for line in lines if line["event"] == "resumed"] == [False]
 
 
-def test_other_averages_are_another_training_and_other_commits_are_not(storage: Storage) -> None:
+def test_another_start_is_another_training_and_other_commits_are_not(storage: Storage) -> None:
     straight(storage)
-    other = replace(COURSE, ema_decays=(0.9, 0.5), bitwise_resume=False)
-    with pytest.raises(Refused, match="ema_decays"):
-        Loop(storage, "straight", module(), other, name="straight").run(loss_of(module()))
+    leave = replace(COURSE, bitwise_resume=False)
+    for other, said in (
+        (replace(leave, ema_decays=(0.9, 0.5)), "ema_decays"),
+        (replace(leave, origin={"width": 64}), r"origin\.width None then and 64 now"),
+    ):
+        with pytest.raises(Refused, match=said):
+            Loop(storage, "straight", module(), other, name="straight").run(loss_of(module()))
     oftener = replace(COURSE, checkpoints=20, checkpoint_seconds=1.0)
     Loop(storage, "straight", module(), oftener, name="straight").run(loss_of(module()))
 

@@ -18,7 +18,7 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from atoll.core import outage
-from atoll.core.errors import ExitCode, Interrupted
+from atoll.core.errors import ExitCode, Failed, Interrupted
 from atoll.core.manifest import Manifest
 from atoll.core.places import Island
 from atoll.core.storage import Storage
@@ -32,6 +32,7 @@ from atoll.islands.settings import DenoiserTraining, LoraConfig
 from atoll.islands.signs import Process, ask_to_stop, process_heartbeat
 from atoll.islands.sites import Site
 from atoll.islands.step import Errors
+from atoll.islands.submit import Unreachable
 from atoll.islands.supervise import train
 from atoll.islands.work import Choice, Work
 from tests.islands.conftest import CONTROLLER, TRAIN, finding, journal
@@ -271,6 +272,52 @@ def queue_of(run: Storage, jobs: Any) -> Queue:
     return Queue(run, TRAIN, [site], lambda shard: None, Curves(run, ["a"]))
 
 
+def test_an_island_that_answers_and_takes_no_job_leaves_the_shard_to_another(
+    tmp_path: Path, jobs: Jobs
+) -> None:
+    class Unwilling(Jobs):
+        def submit(self, *_given: Any, **_options: Any) -> None:
+            raise Unreachable("No available agent to submit job, please try again later")
+
+        def check(self) -> None:
+            return None
+
+    run = Storage(tmp_path)
+    at_work = queue_of(run, Unwilling())
+    at_work._waiting = [Work("a", Choice(run, "a", TRAIN, at_work._sites))]
+    with said() as lines:
+        for _ in range(9):  # more often than it is asked
+            at_work._turn(lambda *_given, **_options: None)
+            at_work._sites[0].heard()
+    (waiting,) = at_work._waiting
+    assert waiting.turned_away == 1
+    assert [line for line in lines if "could not be given to island there: No available" in line]
+
+    other = Site(Island(name="other", address="http://127.0.0.1:2"), jobs, 1, cpus=1, gpus=0)
+    at_work._sites = [*at_work._sites, other]  # as one that comes back
+    waiting.choice = Choice(run, "a", TRAIN, at_work._sites)
+    waiting.not_before = 0.0
+    at_work._turn(lambda *_given, **_options: None)
+    assert [work.site for work in at_work._running] == [other]
+    assert waiting.turned_away == 0
+
+
+def test_a_head_that_does_not_come_back_is_one_that_does_not_answer(jobs: Jobs) -> None:
+    class Ended:
+        def alive(self) -> bool:
+            return False
+
+        def last_words(self) -> str:
+            return "none"
+
+        def restart(self) -> None:
+            raise Failed("The Ray head did not start within 90 s")
+
+    site = Site(Island(name="local", local=True), jobs, 1, cpus=1, gpus=0, head=Ended())
+    assert [site.revive() for _ in range(3)] == [True, True, False]
+    assert "did not start" in site.trouble
+
+
 def test_time_without_storage_is_no_silence(
     away: type[Away], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -279,7 +326,7 @@ def test_time_without_storage_is_no_silence(
     monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
     run = Storage("away://run")
     at_work = queue_of(run, jobs)
-    at_work._waiting = [Work("a", 8, Choice(run, "a", TRAIN, at_work._sites))]
+    at_work._waiting = [Work("a", Choice(run, "a", TRAIN, at_work._sites))]
     at_work._turn(lambda *_given, **_options: None)
     (work,) = at_work._running
     beat = {"submission_id": work.submission_id, "name": "expert"}
