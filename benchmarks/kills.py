@@ -3,15 +3,16 @@
     python -m benchmarks.kills [--quick] [--json]
 
 Trains one island of the handwritten digits undisturbed, then again and again with kills at random
-moments: while it starts, in its expert's training, in its gate head's, and while it publishes. The
-row of a stage says how many kills it took, how much the worst of them lost, and whether every
-training that was killed there came to the bits of the undisturbed one.
+moments, one training on each core: while it starts, in its expert's training, in its gate head's,
+and while it publishes. The rows of a stage say how many kills it took, how much the worst of them
+lost, and whether every training that was killed there came to the bits of the undisturbed one.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import shutil
 import signal
@@ -20,6 +21,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -57,9 +59,8 @@ TRAIN = TrainConfig(
 class Stage:
     """What happened to kills at one stage of a job."""
 
-    kills: int = 0
-    lost: list[float] = field(default_factory=list)  # intervals between commits
-    same: bool = True
+    lost: list[tuple[int, float]] = field(default_factory=list)  # steps, intervals between commits
+    same: list[bool] = field(default_factory=list)  # bits, of the trainings that were killed there
 
 
 def _made(folder: Path) -> Path:
@@ -95,10 +96,10 @@ def _committed(run: Storage, folder: str) -> int:
     return int(commits[-1].rsplit("-", 1)[1].removesuffix(".json")) if commits else 0
 
 
-def _stage(run: Storage) -> tuple[str, float]:
-    """Where a killed job was, and how many intervals between commits it lost."""
+def _stage(run: Storage) -> tuple[str, tuple[int, float]]:
+    """Where a killed job was, and how many steps and intervals between commits it lost."""
     if not run.exists(f"{HERE}/commits"):
-        return "starting", 0.0
+        return "starting", (0, 0.0)
     plan = Manifest.load(run).shard(SHARD).plan
     assert plan is not None
     for name, folder, part, course, checkpoints in (
@@ -113,17 +114,16 @@ def _stage(run: Storage) -> tuple[str, float]:
     ):
         if not run.exists(f"{HERE}/{part}"):
             lost = max(0, _seen(run, folder) - _committed(run, folder))
-            return name, lost * checkpoints / course.images_seen
-    return "publishing", 0.0
+            return name, (lost // course.batch, lost * checkpoints / course.images_seen)
+    return "publishing", (0, 0.0)
 
 
 def _digests(run: Storage) -> dict[str, str]:
     return {name: run.sha256(f"{HERE}/{name}") for name in RESULTS}
 
 
-def kills(wanted: int, *, seed: int) -> dict[str, Stage]:
-    """So many kills, over as many trainings as it takes."""
-    draw = random.Random(seed)
+def kills(wanted: int, *, seed: int, at_once: int = 1) -> dict[str, Stage]:
+    """So many kills, over as many trainings as it takes, `at_once` of them side by side."""
     stages: dict[str, Stage] = defaultdict(Stage)
     with tempfile.TemporaryDirectory() as scratch:
         made = _made(Path(scratch))
@@ -133,28 +133,43 @@ def kills(wanted: int, *, seed: int) -> dict[str, Stage]:
             raise SystemExit("the undisturbed training failed")
         seconds = time.monotonic() - began
         expected = _digests(straight)
-        done = trainings = 0
-        while done < wanted:
-            trainings += 1
-            run = _copy(made, Path(scratch) / f"killed-{trainings}")
-            touched = []
-            while not run.exists(f"{HERE}/exit.json"):
-                job = _start(run)
-                # Some while it starts, most while it works, and not more than are wanted.
-                alive = draw.uniform(0.2, 0.8 * seconds) if done < wanted else 600.0
-                try:
-                    job.wait(timeout=alive)
-                except subprocess.TimeoutExpired:
-                    job.send_signal(signal.SIGKILL)
-                    job.wait()
-                    stage, lost = _stage(run)
-                    stages[stage].kills += 1
-                    stages[stage].lost.append(lost)
-                    touched.append(stage)
-                    done += 1
-            for stage in touched:
-                stages[stage].same &= _digests(run) == expected
+        shares = [wanted // at_once + (lane < wanted % at_once) for lane in range(at_once)]
+
+        def lane(number: int) -> None:
+            draw, left, trainings = random.Random(f"{seed}-{number}"), shares[number], 0
+            while left:
+                trainings += 1
+                run = _copy(made, Path(scratch) / f"killed-{number}-{trainings}")
+                touched = _killed(run, draw, left, 0.8 * seconds, stages)
+                left -= len(touched)
+                same = _digests(run) == expected
+                for stage in touched:
+                    stages[stage].same.append(same)
+                shutil.rmtree(run.local(""))
+
+        with ThreadPoolExecutor(at_once) as lanes:
+            list(lanes.map(lane, range(at_once)))
     return dict(stages)
+
+
+def _killed(
+    run: Storage, draw: random.Random, most: int, longest: float, stages: dict[str, Stage]
+) -> list[str]:
+    """Bring one job to its end under kills; at which stages they met it."""
+    touched: list[str] = []
+    while not run.exists(f"{HERE}/exit.json"):
+        job = _start(run)
+        # Some while it starts, most while it works, and not more than are wanted.
+        alive = draw.uniform(0.2, longest) if len(touched) < most else 600.0
+        try:
+            job.wait(timeout=alive)
+        except subprocess.TimeoutExpired:
+            job.send_signal(signal.SIGKILL)
+            job.wait()
+            stage, lost = _stage(run)
+            stages[stage].lost.append(lost)
+            touched.append(stage)
+    return touched
 
 
 def _copy(made: Path, to: Path) -> Storage:
@@ -169,13 +184,16 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_num_threads(1)
     rows = []
-    for name, stage in kills(10 if given.quick else 200, seed=2026).items():
+    at_once = len(os.sched_getaffinity(0))
+    for name, stage in kills(10 if given.quick else 200, seed=2026, at_once=at_once).items():
+        steps, intervals = (max(lost[i] for lost in stage.lost) for i in (0, 1))
         # Two: the commit at the end of an interval may still be on its way to the disk.
         rows += [
-            row(f"{name}: kills", stage.kills, "kills"),
-            row(f"{name}: most that one lost", max(stage.lost), "intervals", at_most=2, digits=2),
+            row(f"{name}: kills", len(stage.lost), "kills"),
+            row(f"{name}: most that one lost", steps, "steps"),
+            row(f"{name}: that is", intervals, "intervals", at_most=2, digits=2),
             row(
-                f"{name}: bits equal", int(stage.same), "",
+                f"{name}: bits equal", int(all(stage.same)), "",
                 against="the undisturbed training", at_least=1,
             ),
         ]  # fmt: skip

@@ -229,7 +229,8 @@ class Queue:
         pause = self._config.watch.backoff_seconds * 2 ** min(5, work.turned_away)
         work.turned_away += 1
         work.not_before = time.monotonic() + pause
-        self._wait(work, f"could not be given to island {site.island.name}: {error.what}")
+        if work.turned_away > 1:  # once is a slip, or the beginning of a silence
+            self._wait(work, f"could not be given to island {site.island.name}: {error.what}")
 
     # -- what runs -------------------------------------------------------------------------------
 
