@@ -17,7 +17,7 @@ smallest: $(VENV)/.demo
 	$(BIN)/atoll demo --smallest --out out/smallest
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 3 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
