@@ -50,6 +50,7 @@ from atoll.islands.train_denoiser import train_here
 from atoll.merge import soup as soups
 from atoll.partitioner.pipeline import partition
 from atoll.router.assemble import add_export, assemble
+from atoll.router.calibrate import GateCalibration
 
 CONTROL = "monolith"
 SOUP = "soups/all"
@@ -226,7 +227,7 @@ class _Demo:
                 instrument=evaluating.instrument_of(run, manifest),
                 real=load_records(run, manifest, split=TRAIN),
                 control=CONTROL,
-            )
+            ).model_copy(update={"gates": {"ensemble": self._gate(manifest)}})
         )
         evaluating.save_evaluation(outcome.evaluation, run, manifest)
         outcome.prompts = evaluating.prompts_of(run, manifest, settings.prompts)
@@ -246,6 +247,10 @@ class _Demo:
                 Storage(self.place.local("") / "control"), CONTROL, "training/metrics.jsonl"
             ),
         )
+
+    def _gate(self, manifest: Manifest) -> GateCalibration:
+        ensemble = load_model(str(self.run_storage.local("ensemble")))
+        return evaluating.gate_of(ensemble, self.run_storage, manifest)
 
     def _forget(self, manifest: Manifest) -> None:
         """Copy the run elsewhere, take a shard out of the copy, and recheck it from its files."""

@@ -17,6 +17,7 @@ from atoll.core.head import GateHead, HeadConfig
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
+from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.evaluate.evaluation import (
     METRICS_NAME,
@@ -43,6 +44,8 @@ from atoll.partitioner.assignments import cluster_name
 from atoll.partitioner.settings import CLUSTERS
 from atoll.partitioner.words import count_words, telling_words
 from atoll.router.assemble import add_export
+from atoll.router.calibrate import GateCalibration, measure_gate
+from atoll.router.gate import Gate
 
 _MONTAGE = 24
 _MOST_REFERENCE = 1_000
@@ -118,6 +121,11 @@ def _measure(
             )
         systems += systems_of(model, name, routings=routings, steps=steps, guidance=guidance)
     encoder = loaded[0].encoder
+    gates = {
+        name: gate_of(model, run, manifest)
+        for name, model in zip(model_names(list(models)), loaded, strict=True)
+        if model.kind == "ensemble" and set(model.shards) <= set(manifest.shards)
+    }
     evaluation = evaluate_systems(
         systems,
         reference_of(run, manifest),
@@ -127,7 +135,7 @@ def _measure(
         instrument=instrument_of(run, manifest),
         real=load_records(run, manifest, split=TRAIN),
         shape=manifest.picture.shape,
-    )
+    ).model_copy(update={"gates": gates})
     data = ReportData(
         title=f"Evaluation of {reference}",
         shards=tuple(manifest.shards),
@@ -267,6 +275,19 @@ def gate_heads(run: Storage, manifest: Manifest) -> dict[str, HeadConfig]:
         shard: GateHead.load(run.local(expert.gate_head.path)).config
         for shard, expert in manifest.experts.items()
     }
+
+
+def gate_of(model: Model, run: Storage, manifest: Manifest) -> GateCalibration:
+    """An ensemble's gate on the held-out records of its shards; what it warns of is logged."""
+    packs = {shard: Pack(run.local(manifest.shard(shard).path)) for shard in model.shards}
+    gate = model.gate
+    heads = gate.configs if isinstance(gate, Gate) else {}
+    found = measure_gate(gate, packs, heads=heads, seed=manifest.seed)
+    for warning in found.warnings:
+        log.warning("%s", warning)
+    if found.recommended is not None:
+        log.warning("--routing %s does without: it draws at the start", found.recommended)
+    return found
 
 
 def prompts_of(run: Storage, manifest: Manifest, count: int) -> tuple[str, ...]:

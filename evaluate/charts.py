@@ -205,6 +205,29 @@ def curves(lines: Sequence[Curve], shards: Sequence[str]) -> Markup:
     )
 
 
+Line = tuple[str, str, Sequence[tuple[float, float]]]
+"""A name, a CSS colour, and points of t and a value from 0 up."""
+
+
+def over_t(lines: Sequence[Line], label: str) -> Markup:
+    """Lines over t from 0, data, to 1, noise."""
+    high = 1.08 * max(y for _, _, points in lines for _, y in points) or 1.0
+
+    def place(point: tuple[float, float]) -> tuple[float, float]:
+        x = _LEFT + (_WIDE - _LEFT - 8) * point[0]
+        return x, _TOP + (_HIGH - _TOP - _BOTTOM) * (1 - point[1] / high)
+
+    paths = [
+        f'<path class="mean" style="--c:{escape(colour)}" d="{_path([place(p) for p in points])}">'
+        f"<title>{escape(name)}</title></path>"
+        for name, colour, points in lines
+    ]
+    return Markup(
+        f'<svg class="curves" viewBox="0 0 {_WIDE} {_HIGH}" role="img" '
+        f'aria-label="{escape(label)}">{_axes(0, high, 1, place)}{"".join(paths)}</svg>'
+    )
+
+
 def _axes(low: float, high: float, right: float, place: object) -> str:
     assert callable(place)
     parts = []

@@ -25,6 +25,7 @@ from atoll.evaluate.metrics import Estimate, Jackknife, Quality, as_estimate, me
 from atoll.evaluate.reader import Reader, Reading
 from atoll.evaluate.reference import Records
 from atoll.evaluate.shares import Instrument, Shares, compare
+from atoll.router.calibrate import GateCalibration
 
 SCHEMA_VERSION = 1
 METRICS_NAME = "evaluation/metrics.json"
@@ -101,6 +102,7 @@ class Evaluation(BaseModel):
     control: str | None
     reader: Estimate | None = None  # its own leave-one-out accuracy
     rows: list[Row]
+    gates: dict[str, GateCalibration] = Field(default_factory=dict)  # of each ensemble, by name
 
     def save(self, run: Storage) -> None:
         """Write it below the run, complete or not at all."""

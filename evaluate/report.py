@@ -27,6 +27,7 @@ from atoll.evaluate.features import to_images, to_uint8
 from atoll.evaluate.metrics import Estimate
 from atoll.evaluate.verdict import outcome, verdict
 from atoll.evaluate.views import Curve, PictureRow, RemovalRow, ReportData
+from atoll.router.calibrate import GateBand, GateCalibration
 
 REPORT_NAME = "evaluation/report.html"
 MONTAGE = 24
@@ -56,6 +57,7 @@ def render_report(data: ReportData) -> str:
         sizes=_sizes(data),
         panels=_panels(data),
         times=_band_times(data),
+        calibrations=_calibrations(evaluation) if evaluation else [],
         flops=sum(line.flops or 0 for line in data.costs),
         tone=lambda name: Markup(charts.tone(data.shards, name)),
         montage=MONTAGE,
@@ -147,6 +149,38 @@ def _band_times(data: ReportData) -> list[float]:
 def _trust(band: Band) -> float:
     """How much a head knows at a noise level: 1 - loss / log 2, between 0 and 1."""
     return min(1.0, max(0.0, 1 - band.loss / 0.6931471805599453))
+
+
+def _calibrations(evaluation: Evaluation) -> list[dict[str, Any]]:
+    """Each ensemble's gate: two charts over t, and the table that they are drawn from."""
+    return [
+        {"name": name, "gate": gate, "charts": _gate_charts(gate), "kinds": _kinds(gate)}
+        for name, gate in evaluation.gates.items()
+        if gate.prompted
+    ]
+
+
+def _kinds(gate: GateCalibration) -> list[tuple[str, str, list[GateBand]]]:
+    return [
+        ("with prompt", "var(--sea)", gate.prompted),
+        ("without prompt", "var(--ink)", gate.unprompted),
+    ]
+
+
+def _gate_charts(gate: GateCalibration) -> list[tuple[str, Markup]]:
+    def line(name: str, colour: str, bands: list[GateBand], what: str) -> charts.Line:
+        return name, colour, [(band.t, getattr(band, what)) for band in bands]
+
+    kinds, faint = _kinds(gate), "var(--quiet)"
+    losses = [line(*kind, "nll") for kind in kinds]
+    losses.append(line("prior", faint, gate.unprompted, "prior_nll"))
+    errors = [line(*kind, "calibration_error") for kind in kinds]
+    errors.append(line("a perfect gate, by chance", faint, gate.unprompted, "calibration_noise"))
+    titles = ("Loss in nats", "Calibration error, debiased")
+    return [
+        (title, charts.over_t(lines, title))
+        for title, lines in zip(titles, (losses, errors), strict=True)
+    ]
 
 
 # -- metrics ---------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atoll.core.conditioning import Conditioning
-from atoll.core.head import GateHead
+from atoll.core.head import GateHead, HeadConfig
 
 
 class GateWeights(Protocol):
@@ -32,6 +32,15 @@ class Gate(nn.Module):
         self.heads = nn.ModuleList(heads.values())
         # Integer counts, so that a removal changes the others' priors exactly.
         self.records = {shard: records[shard] for shard in self.shards}
+
+    @property
+    def configs(self) -> dict[str, HeadConfig]:
+        """Every head's configuration, its calibration among it, by shard."""
+        found = {}
+        for shard, head in zip(self.shards, self.heads, strict=True):
+            assert isinstance(head, GateHead)
+            found[shard] = head.config
+        return found
 
     def log_weights(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """log p(k | x_t, t, cond), `(batch, shard)`."""

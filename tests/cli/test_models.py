@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from atoll.core.pack import Pack
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
 ROUTINGS = ("full", "top-k:2", "mass:0.9", "threshold:0.2", "sample:2", "once", f"oracle:{SHARD}")
@@ -95,6 +96,10 @@ def test_models_outside_of_a_run(made: Path, tmp_path: Path) -> None:
     assert pictures(done("sample", tmp_path / "soup", *common, *encoder)) == by_ingredients
 
 
+def packs(run: Path) -> list[Pack]:
+    return [Pack(run / "shards" / shard) for shard in SHARDS]
+
+
 def test_evaluate(made: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     shutil.copytree(made, run)
@@ -111,6 +116,11 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
     for folder in (run / "evaluation", tmp_path / "out"):
         assert sorted(tree(folder)) == ["metrics.json", "report.html"]
         assert json.loads((folder / "metrics.json").read_text()) == said["metrics"]
+    [(name, gate)] = said["metrics"]["gates"].items()
+    assert (name, gate["shards"]) == ("ensemble", list(SHARDS))
+    for bands in (gate["prompted"], gate["unprompted"]):
+        assert [band["t"] for band in bands] == [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
+    assert gate["n"] == sum(len(pack.held_out) for pack in packs(run))
     page = (run / "evaluation/report.html").read_text()
     assert 'src="http' not in page
     assert "held-out records" in page

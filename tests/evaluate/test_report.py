@@ -19,6 +19,7 @@ from atoll.evaluate.metrics import Estimate, Quality, proportion
 from atoll.evaluate.reader import Reading
 from atoll.evaluate.report import REPORT_NAME, render_report, shared_words, write_report
 from atoll.evaluate.shares import compare
+from atoll.router.calibrate import GateBand, GateCalibration
 from atoll.router.ensemble import TraceStep
 
 EVIL = "<script>alert(1)</script>\" onerror='x' {{ 7*7 }} \u202egnp"
@@ -83,7 +84,22 @@ def evaluation() -> Evaluation:
         control="mono",
         reader=proportion(39, 40),
         rows=rows,
+        gates={EVIL: calibration()},
     )
+
+
+def calibration() -> GateCalibration:
+    bands = [
+        GateBand(
+            t=t, nll=0.2 + t, prior_nll=1.3, accuracy=1 - t / 2, calibration_error=t / 10,
+            calibration_noise=0.012, worse_than_prior=[],
+        )
+        for t in (0.1, 0.5, 1.0)
+    ]  # fmt: skip
+    return GateCalibration(
+        n=1234, shards=list(SHARDS), prompted=bands, unprompted=bands[:2], warnings=[EVIL],
+        recommended="once",
+    )  # fmt: skip
 
 
 def everything() -> views.ReportData:
@@ -225,6 +241,14 @@ def test_metrics_are_sorted_with_the_verdict_above(page: str) -> None:
     table = page[page.index('id="metrics"') :]
     assert table.index("verdict") < table.index("<bdi>full</bdi>") < table.index("<bdi>mono</bdi>")
     assert table.index("<bdi>mono</bdi>") < table.index("<bdi>soup</bdi>")
+
+
+def test_the_gates_calibration_is_drawn_and_warned_of(page: str) -> None:
+    gate = page[page.index('id="gate"') : page.index('id="removal"')]
+    assert "1,234 held-out records of 2 shards" in gate
+    assert "0.050<span" in gate  # the error at t = 0.5
+    assert "--routing once" in gate
+    assert gate.count('class="mean"') == 6  # two charts of three lines
 
 
 def test_heat_strip_draws_each_weight_once() -> None:
