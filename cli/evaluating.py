@@ -196,8 +196,7 @@ def _sampler(
             model, request.prompts, routing=routing, steps=steps, guidance=guidance,
             seed=request.seed, first=request.first, x_noise=request.x_noise,
         )  # fmt: skip
-        branches = 1 if guidance == 1 else 2
-        return Sampled(made.x_data, made.experts_per_step / branches)
+        return Sampled(made.x_data, made.experts_per_step, made.null_experts_per_step)
 
     return draw
 

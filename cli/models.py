@@ -12,7 +12,8 @@ from atoll.cli.output import Result, command
 RoutingOption = Annotated[
     str,
     typer.Option(
-        help="full, top-k:K, mass:P, threshold:Q, sample:M, once or oracle:SHARD.",
+        help="full, top-k:K, mass:P, threshold:Q, sample:M, once or oracle:SHARD; by bands of t "
+        "with >, as in full>0.5,once.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option(min=1, help="Solver steps.")]
@@ -32,6 +33,12 @@ def register(app: typer.Typer) -> None:
         routing: RoutingOption = "full",
         steps: StepsOption = 30,
         guidance: GuidanceOption = 1.0,
+        one_posterior: Annotated[
+            bool,
+            typer.Option(
+                "--one-posterior", help="Guide by the prompt's gate weights alone, as others do."
+            ),
+        ] = False,
         seed: Annotated[int, typer.Option(help="Seed of the noise and of draws.")] = 0,
         count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
         size: Annotated[
@@ -61,7 +68,7 @@ def register(app: typer.Typer) -> None:
         with progress("sampling", steps) as advance:
             made = do_sample(
                 loaded, prompts, routing=routing, steps=steps, guidance=guidance, seed=seed,
-                trace=trace, watch=lambda _step: advance(1),
+                one_posterior=one_posterior, trace=trace, watch=lambda _step: advance(1),
             )  # fmt: skip
         place = Storage(out)
         files = []
@@ -71,16 +78,23 @@ def register(app: typer.Typer) -> None:
             files.append({"file": f"{out}/{name}", "prompt": text})
         settings = {
             "schema_version": 1, "model": model, "routing": routing, "steps": steps,
-            "guidance": guidance, "seed": seed, "prompts": prompts,
+            "guidance": guidance, "one_posterior": one_posterior, "seed": seed, "prompts": prompts,
         }  # fmt: skip
         settings |= {} if size is None else {"size": size}
         place.write_json("sample.json", settings)
-        result: dict[str, Any] = {"pictures": files, "experts_per_step": made.experts_per_step}
+        result: dict[str, Any] = {
+            "pictures": files,
+            "experts_per_step": made.experts_per_step,
+            "null_experts_per_step": made.null_experts_per_step,
+        }
         if trace:
             place.write_json("trace.json", trace_json(made.trace, loaded.shards))
             place.write_bytes("trace.png", strip_png(made.trace, loaded.shards, prompts))
             result["trace"] = [f"{out}/trace.json", f"{out}/trace.png"]
-        result["text"] = f"{len(files)} pictures in {out}"
+        cost = f"{made.experts_per_step:.3g} experts a step"
+        if guidance != 1:
+            cost += f", and {made.null_experts_per_step:.3g} for guidance"
+        result["text"] = f"{len(files)} pictures in {out}, by {cost}"
         return result
 
     @command(app, "evaluate", example="atoll evaluate out/run/ensemble --reference out/run")

@@ -21,6 +21,8 @@ from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.latents import Autoencoder, autoencoder_beside
 from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture, parse_size
+from atoll.router.chooser import sample_settings
+from atoll.router.chooser import x_noise as noise_of
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, parse_routing
@@ -59,7 +61,9 @@ class Pictures:
 
     x_data: Tensor
     trace: list[TraceStep]  # empty unless it was asked for
-    experts_per_step: float  # forward passes a picture and a step, both branches counted
+    # Forward passes a picture and a step, of the conditional branch and of guidance's null branch.
+    experts_per_step: float
+    null_experts_per_step: float
 
 
 def of_size(model: Model, text: str) -> Model:
@@ -84,39 +88,46 @@ def sample(
     model: Model,
     prompts: Sequence[str],
     *,
-    routing: str = "full",
+    routing: str | Sequence[str] = "full",
     steps: int = 30,
-    guidance: float = 1.0,
-    seed: int = 0,
+    guidance: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
     first: int = 0,
+    one_posterior: bool = False,
     x_noise: Tensor | None = None,
     trace: bool = False,
     watch: Callable[[int], None] | None = None,
 ) -> Pictures:
-    """One picture per prompt; picture number i starts from the noise of (seed, first + i)."""
-    from atoll.router.pipeline import x_noise as noise
+    """One picture per prompt; number i has the settings and the noise of (seed, first + i).
 
-    cond: Conditioning = model.encoder.condition(list(prompts))
+    Options are as of `sample_settings` and `Trajectory`.
+    """
+    settings = sample_settings(
+        len(prompts), model.shards, routing=routing, guidance=guidance, seed=seed, first=first
+    )
     trajectory = Trajectory(
         model.experts,
         model.gate,
         shards=model.shards,
-        routing=model.routing(routing),
-        cond=cond,
+        settings=settings,
+        cond=model.encoder.condition(list(prompts)),
         null=model.encoder.condition([""]),
-        guidance=guidance,
-        seed=seed,
-        first=first,
+        one_posterior=one_posterior,
         trace=trace,
     )
     if x_noise is None:
-        x_noise = noise(seed, first, len(prompts), model.picture.shape)
+        x_noise = noise_of(settings, model.picture.shape)
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
     x_noise = x_noise.to(model.device)
     x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
     x_data = (x_data if model.vae is None else model.vae.decode(x_data)).cpu()
-    runs = trajectory.experts_run / (steps * len(prompts))
-    return Pictures(x_data, trajectory.trace or [], runs)
+    each = 1 / (steps * len(prompts))
+    return Pictures(
+        x_data,
+        trajectory.trace or [],
+        trajectory.experts_run * each,
+        trajectory.null_experts_run * each,
+    )
 
 
 def device_of(name: str) -> torch.device:

@@ -27,7 +27,10 @@ def steps(pictures: int, shards: int, count: int = 3) -> list[TraceStep]:
         drawn = seeds.uniform(step, "w", first=0, count=pictures, each=shards).float()
         return drawn / drawn.sum(dim=1, keepdim=True)
 
-    return [TraceStep(1 - s / count, weights(s), weights(s), pictures) for s in range(count)]
+    x_data = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8).repeat(pictures, 1, 1, 1)
+    return [
+        TraceStep(1 - s / count, weights(s), weights(s), pictures, x_data) for s in range(count)
+    ]
 
 
 def opened(data: bytes) -> Image.Image:
