@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoll.cli.output import Result, command
+
+if TYPE_CHECKING:
+    from atoll.cli.systems import Model, Pictures
+    from atoll.core.storage import Storage
 
 RoutingOption = Annotated[
     str,
@@ -59,7 +63,6 @@ def register(app: typer.Typer) -> None:
         from atoll.core.journal import progress
         from atoll.core.storage import Storage
         from atoll.router.pipeline import to_pil
-        from atoll.router.trace import strip_png, trace_json
 
         loaded = load_model(model, encoder=encoder, device=device)
         loaded = loaded if size is None else of_size(loaded, size)
@@ -88,9 +91,9 @@ def register(app: typer.Typer) -> None:
             "null_experts_per_step": made.null_experts_per_step,
         }
         if trace:
-            place.write_json("trace.json", trace_json(made.trace, loaded.shards))
-            place.write_bytes("trace.png", strip_png(made.trace, loaded.shards, prompts))
-            result["trace"] = [f"{out}/trace.json", f"{out}/trace.png"]
+            result["trace"] = [
+                f"{out}/{name}" for name in _write_trace(place, loaded, made, prompts)
+            ]
         cost = f"{made.experts_per_step:.3g} experts a step"
         if guidance != 1:
             cost += f", and {made.null_experts_per_step:.3g} for guidance"
@@ -129,6 +132,19 @@ def register(app: typer.Typer) -> None:
             "report": f"{place}/report.html",
             "text": f"Look at {place}/report.html",
         }
+
+
+def _write_trace(place: Storage, model: Model, made: Pictures, prompts: list[str]) -> list[str]:
+    """Write what was noted of each step; the names of the two files to look at."""
+    from atoll.router.trace import preview_png, strip_png, trace_json
+
+    previews = [f"trace/{number:04d}.png" for number in range(len(made.trace))]
+    for name, step in zip(previews, made.trace, strict=True):
+        place.write_bytes(name, preview_png(step, model.decoded))
+    place.write_json("trace.json", trace_json(made.trace, model.shards, previews))
+    strips = strip_png(made.trace, model.shards, prompts, model.decoded)
+    place.write_bytes("trace.png", strips)
+    return ["trace.json", "trace.png"]
 
 
 def _png(picture: Any) -> bytes:

@@ -54,6 +54,10 @@ class Model:
         """A routing over this model's shards; `UsageError` lists the choices."""
         return parse_routing(text, self.shards)
 
+    def decoded(self, x_data: Tensor) -> Tensor:
+        """Pixels in about [-1, 1] from what the experts make, `(batch, channel, height, width)`."""
+        return x_data if self.vae is None else self.vae.decode(x_data.to(self.device))
+
 
 @dataclass(frozen=True)
 class Pictures:
@@ -120,7 +124,7 @@ def sample(
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
     x_noise = x_noise.to(model.device)
     x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
-    x_data = (x_data if model.vae is None else model.vae.decode(x_data)).cpu()
+    x_data = model.decoded(x_data).cpu()
     each = 1 / (steps * len(prompts))
     return Pictures(
         x_data,

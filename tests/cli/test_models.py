@@ -65,6 +65,8 @@ def test_every_routing_and_its_seed(made: Path, tmp_path: Path, routing: str) ->
     for step in trace["steps"]:
         for weights in (step["gate_weights"], step["weights"]):
             assert all(abs(sum(row) - 1) < 1e-4 for row in weights)
+        with Image.open(tmp_path / "a" / step["x_data"]) as preview:
+            assert preview.width == 3 * preview.height
     with Image.open(tmp_path / "a/trace.png") as strip:
         assert strip.width > 400
     assert not (tmp_path / "b/trace.json").exists()
