@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -25,6 +26,14 @@ ExpertVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, cond) -> velocity of one expert, all with the same leading batch."""
 
 
+@runtime_checkable
+class Paged(Protocol):
+    """Experts of which not all are in memory; `[k]` brings one there."""
+
+    def order(self, wanted: Sequence[int]) -> Sequence[int]:
+        """The order in which to run these, so that few have to be brought."""
+
+
 def mix(
     experts: Sequence[ExpertVelocity],
     weights: Tensor,
@@ -34,20 +43,23 @@ def mix(
 ) -> Tensor:
     """sum_k weights[:, k] v_k, each expert run on just the samples that give it weight.
 
-    A sample with a sole expert gets that expert's output untouched, not multiplied by one.
+    A sample with a sole expert gets that expert's output untouched, not multiplied by one. The sum
+    is in the order of the experts, in whatever order they were run.
     """
-    mixed = torch.zeros_like(x_t)
-    for k, expert in enumerate(experts):
-        rows = weights[:, k].nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
+    rows = {k: weights[:, k].nonzero()[:, 0] for k in range(len(experts))}
+    wanted = [k for k, here in rows.items() if len(here)]
+    velocities = {}
+    for k in experts.order(wanted) if isinstance(experts, Paged) else wanted:
         # The whole batch goes in as it is: the same shape, so the same kernels and the same bits.
-        whole = len(rows) == len(x_t)
-        v = expert(x_t, t, cond) if whole else expert(x_t[rows], t[rows], cond[rows])
+        whole = len(rows[k]) == len(x_t)
+        at = (x_t, t, cond) if whole else (x_t[rows[k]], t[rows[k]], cond[rows[k]])
         # Before the sum: in 16 bits a weight of .999 would be a sole expert's.
-        v = v.to(x_t)
-        w = weights[rows, k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
-        mixed[rows] = torch.where(w == 1, v, mixed[rows] + w * v)
+        velocities[k] = experts[k](*at).to(x_t)
+    mixed = torch.zeros_like(x_t)
+    for k in wanted:
+        v = velocities.pop(k)
+        w = weights[rows[k], k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
+        mixed[rows[k]] = torch.where(w == 1, v, mixed[rows[k]] + w * v)
     return mixed
 
 
