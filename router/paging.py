@@ -26,6 +26,8 @@ from atoll.core.errors import ConfigError, Refused
 from atoll.core.starts import weight_files
 from atoll.router.ensemble import ExpertVelocity
 
+_MAPPED = 64 * 2**20  # bytes of a file that are mapped at a time
+
 
 @dataclass(frozen=True)
 class _Place:
@@ -130,7 +132,9 @@ class PagedExperts(Sequence[ExpertVelocity]):
                 return alike
             while room < place.bytes:
                 room += self._slots.pop(0).bytes
-        network = Denoiser.load(place.folder).network.to(self._device, self._dtype)
+        network = Denoiser.load(place.folder).network
+        # Within a list, since diffusers warns of modules that are not there when its own are cast.
+        nn.ModuleList([network]).to(self._device, self._dtype)
         return _Slot(network, place.shape, place.bytes, k)
 
     @torch.no_grad()
@@ -186,7 +190,17 @@ def _opened(file: Path) -> Iterator[Any]:
 
 
 def _tensors(place: _Place) -> Iterator[tuple[str, Tensor]]:
+    """All tensors of an expert, mapped; of each only until the next is asked for."""
     for file in place.files:
         with _opened(file) as opened:
-            for name in opened.keys():  # noqa: SIM118
-                yield name, opened.get_tensor(name)
+            names = list(opened.keys())
+        while names:
+            # A mapping stays resident as far as it was read, so it is made anew now and then.
+            with _opened(file) as opened:
+                mapped = 0
+                while names and mapped < _MAPPED:
+                    name = names.pop(0)
+                    tensor = opened.get_tensor(name)
+                    mapped += tensor.nbytes
+                    yield name, tensor
+                    del tensor
