@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 RoutingOption = Annotated[
     str,
     typer.Option(
-        help="full, top-k:K, mass:P, threshold:Q, sample:M, once or oracle:SHARD; by bands of t "
-        "with >, as in full>0.5,once.",
+        help="full, top-k:K, mass:P, threshold:Q, sample:M, once, oracle:SHARD, or auto: what the "
+        "run's evaluation chose. By bands of t with >, as in full>0.5,once.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option(min=1, help="Solver steps.")]
@@ -66,7 +66,7 @@ def register(app: typer.Typer) -> None:
 
         loaded = load_model(model, encoder=encoder, device=device)
         loaded = loaded if size is None else of_size(loaded, size)
-        loaded.routing(routing)  # refused before anything is computed
+        routing = str(loaded.routing(routing))  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]
         with progress("sampling", steps) as advance:
             made = do_sample(

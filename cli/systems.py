@@ -20,7 +20,10 @@ from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.latents import Autoencoder, autoencoder_beside
-from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture, parse_size
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import MANIFEST_NAME, PIXELS, Manifest, Picture, parse_size
+from atoll.core.storage import Storage
+from atoll.evaluate.evaluation import METRICS_NAME, Evaluation
 from atoll.router.chooser import sample_settings
 from atoll.router.chooser import x_noise as noise_of
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
@@ -49,10 +52,12 @@ class Model:
     device: torch.device = CPU
     latent_space: str = PIXELS
     vae: Autoencoder | None = None  # of latents
+    sha256: str | None = None  # of an ensemble's folder
+    auto: str | None = None  # what its own evaluation chose
 
     def routing(self, text: str) -> Routing:
-        """A routing over this model's shards; `UsageError` lists the choices."""
-        return parse_routing(text, self.shards)
+        """A routing over this model's shards, `auto` among them; `UsageError` lists the choices."""
+        return parse_routing(self.auto if text == "auto" and self.auto else text, self.shards)
 
     def decoded(self, x_data: Tensor) -> Tensor:
         """Pixels in about [-1, 1] from what the experts make, `(batch, channel, height, width)`."""
@@ -106,8 +111,14 @@ def sample(
 
     Options are as of `sample_settings` and `Trajectory`.
     """
+    asked = [routing] if isinstance(routing, str) else routing
     settings = sample_settings(
-        len(prompts), model.shards, routing=routing, guidance=guidance, seed=seed, first=first
+        len(prompts),
+        model.shards,
+        routing=[str(model.routing(text)) for text in asked],
+        guidance=guidance,
+        seed=seed,
+        first=first,
     )
     trajectory = Trajectory(
         model.experts,
@@ -167,6 +178,7 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
     from atoll.router.model import EnsembleModel
 
     model = EnsembleModel.from_pretrained(folder / "transformer").to(device)
+    sha256, auto = _own(folder)
     return Model(
         name=folder.name,
         kind="ensemble",
@@ -179,7 +191,31 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
         device=device,
         latent_space=model.latent_space,
         vae=_vae(folder, model.latent_space, device),
+        sha256=sha256,
+        auto=auto,
     )
+
+
+def _own(folder: Path) -> tuple[str | None, str | None]:
+    """Of a run's own ensemble its digest, and the routing that its evaluation chose, if it did.
+
+    A copy elsewhere has neither: nobody says what became of its run.
+    """
+    home = owning_run(folder)
+    if home is None:
+        return None, None
+    run = Storage(home)
+    ensemble = Manifest.load(run).ensemble
+    if ensemble is None or home / ensemble.path != folder.resolve():
+        return None, None
+    entry = Ledger(run).latest("evaluation", METRICS_NAME)
+    recorded = entry.sha256 if entry is not None and run.exists(METRICS_NAME) else None
+    if recorded is None or recorded != run.sha256(METRICS_NAME):
+        return ensemble.sha256, None
+    auto = Evaluation.load(run).auto
+    if auto is None or auto.ensemble_sha256 != ensemble.sha256:
+        return ensemble.sha256, None
+    return ensemble.sha256, auto.routing
 
 
 def _denoiser(folder: Path, encoder: str | None, device: torch.device) -> Model:
@@ -220,6 +256,7 @@ def one_expert(
         experts=[denoiser.velocity],
         gate=_sole_gate,
         shards=[denoiser.card.shard or denoiser.card.name],
+        auto="full",  # which all are
         encoder=encoder,
         picture=Picture(channels=config.in_channels, height=height, width=width),
         takes=denoiser.check_takes,

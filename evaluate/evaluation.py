@@ -87,6 +87,16 @@ class Row(BaseModel):
     reading: Reading | None = None
 
 
+class Chosen(BaseModel):
+    """The routing that `auto` is for one ensemble, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    routing: str
+    why: str
+    ensemble_sha256: str  # of the ensemble that was evaluated
+
+
 class Evaluation(BaseModel):
     """`metrics.json`."""
 
@@ -102,6 +112,7 @@ class Evaluation(BaseModel):
     control: str | None
     reader: Estimate | None = None  # its own leave-one-out accuracy
     rows: list[Row]
+    auto: Chosen | None = None  # where the run's own ensemble was evaluated
 
     def save(self, run: Storage) -> None:
         """Write it below the run, complete or not at all."""

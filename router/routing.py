@@ -113,6 +113,13 @@ def parse_routing(text: str, shards: Sequence[str]) -> Routing:
 
     A rule is `KIND` or `KIND:ARGUMENT`.
     """
+    if text == "auto":
+        raise UsageError(
+            "No evaluation has chosen a routing for this ensemble",
+            allowed=", ".join(KINDS),
+            cure="`atoll evaluate RUN/ensemble --reference RUN` chooses one for the run that it is "
+            "of; name a routing for a copy elsewhere",
+        )
     name, _, shard = text.partition(":")
     if name == "oracle" and shard in shards:
         return Routing((Rule(name, shard),))  # whatever signs the shard's name has

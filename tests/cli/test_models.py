@@ -122,6 +122,39 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
     # It saw the shard, so it does not outlive it.
     done("unlearn", run, SHARD)
     assert not (run / "evaluation").exists()
+    assert atoll("sample", run, "--routing", "auto", "--json").code == 2
+
+
+def test_auto_is_what_the_evaluation_of_this_ensemble_chose(made: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(made, run)
+    auto = ("--routing", "auto", "--steps=2", "--out", out)
+
+    def refused(model: Path) -> None:
+        ended = atoll("sample", model, *auto, "--json")
+        assert ended.code == 2
+        assert "atoll evaluate" in json.loads(ended.out)["error"]["cure"]
+
+    refused(run)
+    asked = ("--routing", "once", "--routing", "mass:0.5", "--count=20", "--steps=2")
+    chosen = done("evaluate", run, "--reference", run, *asked)["metrics"]["auto"]
+    assert chosen["routing"] in ("once", "mass:0.5")
+    for model in (run, run / "ensemble"):
+        done("sample", model, *auto)
+        assert json.loads((out / "sample.json").read_text())["routing"] == chosen["routing"]
+    done("sample", run / "base", *auto)
+    assert json.loads((out / "sample.json").read_text())["routing"] == "full"
+    shutil.copytree(run / "ensemble", tmp_path / "copy")
+    refused(tmp_path / "copy")
+    # Others' evaluations choose nothing here, and an edited one is none.
+    elsewhere = done("evaluate", run / "base", "--reference", run, "--count=20", "--steps=2")
+    assert elsewhere["metrics"]["auto"] is None
+    refused(run)
+    done("evaluate", run, "--reference", run, *asked)
+    done("sample", run, *auto)
+    metrics = run / "evaluation/metrics.json"
+    metrics.write_text(metrics.read_text() + " ")
+    refused(run)
 
 
 def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> None:
