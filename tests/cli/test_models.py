@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -163,3 +164,10 @@ def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> 
     given = [sys.executable, str(example), str(made / "ensemble"), "a handwritten 7", str(out)]
     subprocess.run(given, check=True, capture_output=True)
     assert Image.open(out).size == (256, 256)
+
+
+def test_every_routing_of_the_example_from_one_noise(made: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "compare_routings.py"
+    out = tmp_path / "routings.png"
+    runpy.run_path(str(example))["main"](str(made / "ensemble"), "a handwritten 7", str(out))
+    assert Image.open(out).height > 7 * 100
