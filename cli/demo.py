@@ -218,16 +218,19 @@ class _Demo:
         outcome.evaluation = (
             Evaluation.load(run)
             if saved
-            else evaluate_systems(
-                [systems[name] for name in MEASURED],
-                evaluating.reference_of(run, manifest),
-                load_encoder(run.local(manifest.encoder.path)),
-                seed=manifest.seed,
-                count=settings.pictures,
-                instrument=evaluating.instrument_of(run, manifest),
-                real=load_records(run, manifest, split=TRAIN),
-                control=CONTROL,
-            ).model_copy(update={"gates": {"ensemble": self._gate(manifest)}})
+            else evaluating.with_choice(
+                evaluate_systems(
+                    [systems[name] for name in MEASURED],
+                    evaluating.reference_of(run, manifest),
+                    load_encoder(run.local(manifest.encoder.path)),
+                    seed=manifest.seed,
+                    count=settings.pictures,
+                    instrument=evaluating.instrument_of(run, manifest),
+                    real=load_records(run, manifest, split=TRAIN),
+                    control=CONTROL,
+                ).model_copy(update={"gates": {"ensemble": self._gate(manifest)}}),
+                manifest,
+            )
         )
         evaluating.save_evaluation(outcome.evaluation, run, manifest)
         outcome.prompts = evaluating.prompts_of(run, manifest, settings.prompts)
