@@ -13,6 +13,7 @@ from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.places import Island
 from atoll.core.recipes import Recipe
+from atoll.core.schedule import NoiseSchedule
 from atoll.islands.compute import Device
 from atoll.islands.learner import Parallel
 from atoll.islands.spot import Cloud
@@ -88,6 +89,8 @@ class DenoiserTraining(Config):
     batch: int | None = Field(default=None, ge=1)  # None takes the recipe's
     passes: float | None = Field(default=None, gt=0)  # images_seen over records; None: recipe's
     prediction: Prediction | None = None  # None: a base's velocity, of an expert its base's
+    # The noise schedule that the network works on. None: our linear path, of an expert its base's.
+    schedule: NoiseSchedule | None = None
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     # Decays per step, warmed up. Of several, the one of least held-out loss is published.
     ema_decays: tuple[_Decay, ...] = Field(default=(0.995,), min_length=1)

@@ -29,6 +29,7 @@ from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, pre
 # What decides the bits of a loss, besides the data and the plan.
 _OF_THE_LOSS = {
     "condition_dropout",
+    "schedule",
     "time",
     "weight",
     "precision",

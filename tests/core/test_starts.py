@@ -153,12 +153,12 @@ def _learn(start: Start, cond: Conditioning, steps: int = 40) -> list[float]:
     x_noise = seeds.normal(0, "x_noise", first=0, count=4, shape=PICTURE.shape)
     t = torch.tensor([0.2, 0.4, 0.6, 0.8])
     x_t = flow.interpolate(x_data, x_noise, t)
-    wanted = flow.target(x_data, x_noise, start.prediction)
+    wanted = flow.target(x_data, x_noise, t, start.prediction)
     optimizer = torch.optim.AdamW(start.network.parameters(), lr=6e-3)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        output = FAMILIES[start.family].adapter(start.network, x_t, t, cond)
+        output = FAMILIES[start.family].adapter(start.network, x_t, 1000 * t, cond)
         loss = (output - wanted).square().mean()
         loss.backward()
         optimizer.step()
@@ -193,12 +193,12 @@ def test_other_picture_size_is_taken_where_the_network_can(tmp_path: Path, cond:
 # -- what is refused -----------------------------------------------------------------------------
 
 
-def test_v_prediction_is_refused_unless_it_is_to_become_another(tmp_path: Path) -> None:
-    v = pipeline(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"})
-    with pytest.raises(Refused, match=r"predicts v_prediction.*choose the prediction"):
-        load(v)
-    start = load(v, prediction=Prediction.VELOCITY)
-    assert (start.declared, start.prediction) == ("v_prediction", "velocity")
+def test_unknown_prediction_is_refused_unless_it_is_to_become_another(tmp_path: Path) -> None:
+    odd = pipeline(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": "score"})
+    with pytest.raises(Refused, match=r"predicts score.*v_prediction.*choose the prediction"):
+        load(odd)
+    start = load(odd, prediction=Prediction.VELOCITY)
+    assert (start.declared, start.prediction) == ("score", "velocity")
 
 
 def test_component_that_does_not_say_what_it_predicts(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import Storage
 from atoll.islands.base import new_base
 from atoll.islands.data import Batches
@@ -33,6 +34,7 @@ CPU = torch.device("cpu")
 # Another value of every key that decides the bits of a training.
 OTHERWISE = DenoiserTraining(
     prediction=Prediction.EPSILON,
+    schedule=NoiseSchedule(),
     condition_dropout=0.5,
     time=TimeConfig(mean=1.0),
     weight=WeightConfig(kind="cosmap"),
