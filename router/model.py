@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -24,9 +24,9 @@ from atoll.core.errors import MissingError, Refused
 from atoll.core.head import GateHead
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json
+from atoll.router.chooser import SampleSettings
 from atoll.router.ensemble import ExpertVelocity, Trajectory
 from atoll.router.gate import Gate
-from atoll.router.routing import parse_routing
 
 SCHEMA_VERSION = 1
 _log = logging.getLogger("atoll")
@@ -75,14 +75,18 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             expert.check_takes(picture)
 
     def trajectory(
-        self, cond: Conditioning, null: Conditioning, *, routing: str, **options: Any
+        self,
+        cond: Conditioning,
+        null: Conditioning,
+        settings: Sequence[SampleSettings],
+        **options: Any,
     ) -> Trajectory:
         """A velocity for one batch's way from noise to data; options as `Trajectory`'s."""
         return Trajectory(
             self.velocities,
             self.gate,
             shards=self.shards,
-            routing=parse_routing(routing, self.shards),
+            settings=settings,
             cond=cond,
             null=null,
             **options,

@@ -24,12 +24,13 @@ from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from atoll.core import sampler, seeds
+from atoll.core import sampler
 from atoll.core.embedding import Encoder
 from atoll.core.errors import Refused, UsageError
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.storage import canonical_json
+from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel
 
@@ -84,11 +85,12 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 1.0,
-        routing: str = "full",
+        guidance_scale: float | Sequence[float] = 1.0,
+        routing: str | Sequence[str] = "full",
         num_images_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         first: int = 0,
+        one_posterior: bool = False,
         output_type: str = "pil",
         trace: bool = False,
         callback: Progress | None = None,
@@ -96,8 +98,10 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
 
         `height` and `width` are in pixels, the main shape's by default; of a shape that no expert
-        was trained on pictures are made as well, and look it. `routing` is one of
-        `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch.
+        was trained on pictures are made as well, and look it. `routing` is as `parse_routing`
+        reads it; `guidance_scale` 1 runs no null branch. Both, and `seed`, may be one for each
+        picture; with a seed of its own a picture is number `first` of that seed, as it would be
+        alone. `one_posterior` is as of `Trajectory`.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
@@ -108,17 +112,22 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         encoder: Encoder = self.text_encoder
         model: EnsembleModel = self.transformer
         picture = self._picture(height, width)
-        trajectory = model.trajectory(
-            encoder.condition(prompts),
-            encoder.condition([""]),
+        settings = sample_settings(
+            len(prompts),
+            model.shards,
             routing=routing,
             guidance=guidance_scale,
             seed=seed,
             first=first,
+        )
+        trajectory = model.trajectory(
+            encoder.condition(prompts),
+            encoder.condition([""]),
+            settings,
+            one_posterior=one_posterior,
             trace=trace,
         )
-        x_t = x_noise(seed, first, len(prompts), picture.shape)
-        x_t = x_t.to(self.device)
+        x_t = x_noise(settings, picture.shape).to(self.device)
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
         grid = sampler.times(num_inference_steps)
@@ -184,11 +193,6 @@ def _forget_place(path: Path) -> None:
 def ensemble_card(shards: list[str], missing: list[str]) -> dict[str, Any]:
     """`atoll.json` of an ensemble folder."""
     return {"schema_version": 1, "kind": "ensemble", "shards": shards, "missing": missing}
-
-
-def x_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise of pictures `first` to `first + count - 1`, `(count, channel, height, width)`."""
-    return seeds.normal(seed, "x_noise", first=first, count=count, shape=shape)
 
 
 def to_pil(x_data: Tensor) -> list[Image.Image]:
