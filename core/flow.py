@@ -131,6 +131,7 @@ def _times_of(schedule: NoiseSchedule, device: torch.device) -> Tensor:
     return (noise / (data + noise)).to(device)
 
 
+@lru_cache(maxsize=64)
 def span(schedule: NoiseSchedule | None) -> tuple[float, float]:
     """The first and the last time of our path that a schedule has; None is our path, [0, 1]."""
     if schedule is None:
@@ -177,8 +178,11 @@ def ask(
     before t = 1 is given pure noise of variance 1 at its last timestep, as diffusers' pipelines
     start. Its mean is (1 - t) / norm(t) of the data's, where the network knows alpha at the end.
     """
-    low, high = span(schedule)
-    held = t.clamp(max(low, _SPAN[prediction][0]), min(high, _SPAN[prediction][1]))
+    (low, high), (first, last) = span(schedule), _SPAN[prediction]
+    low, high = max(low, first), min(high, last)
+    if (low, high) == (0.0, 1.0):  # there is no beyond
+        return Asked(x_t, t)
+    held = t.clamp(low, high)
     return Asked(x_t * expand(norm(held) / norm(t), x_t), held)
 
 
@@ -199,6 +203,8 @@ def answer(output: Tensor, asked: Asked, x_t: Tensor, t: Tensor, prediction: Pre
     from t moves by t times that. Nobody asks for a velocity at t = 0; t is held at 5e-4.
     """
     velocity = to_velocity(output, asked.x_t, asked.t, prediction)
+    if asked.t is t:
+        return velocity
     x_data = velocity_to_x_data(velocity, asked.x_t, asked.t)
     beyond = x_data_to_velocity(x_data, x_t, t.clamp(min=_SPAN[Prediction.X_DATA][0]))
     return torch.where(expand(asked.t == t, x_t), velocity, beyond)

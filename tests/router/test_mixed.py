@@ -15,8 +15,8 @@ from atoll.core import flow, sampler, seeds
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.flow import Prediction
 from atoll.core.schedule import NoiseSchedule
+from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
-from atoll.router.routing import parse_routing
 
 World = Any  # what `make_world` makes; see conftest.py
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -83,15 +83,16 @@ def experts(world: World, prompt: Any) -> list[Callable[..., Tensor]]:
     return made
 
 
-def trajectory(world: World, prompt: Any, captions: list[int], **options: Any) -> Trajectory:
+def trajectory(
+    world: World, prompt: Any, captions: list[int], *, guidance: float = 1.0
+) -> Trajectory:
     return Trajectory(
         experts(world, prompt),
         world.gate,
         shards=world.names,
-        routing=parse_routing("full", world.names),
+        settings=sample_settings(len(captions), world.names, routing="full", guidance=guidance),
         cond=prompt(captions),
         null=prompt([0]),
-        **options,
     )
 
 
