@@ -37,7 +37,8 @@ from atoll.islands.settings import (
     DenoiserTraining,
     HeadTraining,
     TrainConfig,
-    plan_head,
+    TrunkTraining,
+    plan_beside,
 )
 from atoll.islands.supervise import plan_islands, write_order
 from atoll.partitioner.pipeline import partition
@@ -49,7 +50,7 @@ HERE = f"islands/{SHARD}"
 RESULTS = ("expert", "gate_head", "preview.png", "metrics.jsonl")
 TRAIN = TrainConfig(
     training=DenoiserTraining(passes=20, checkpoints=20),
-    head=HeadTraining(images=8192, batch=16, width=8, bands=2, checkpoints=20),
+    head=HeadTraining(images=8192, batch=16, bands=2, checkpoints=20),
     preview=4,
     preview_steps=2,
 )
@@ -70,7 +71,9 @@ def _made(folder: Path) -> Path:
     settings = PartitionConfig(shards=3, commons="0.25", holdout=0.15, fit=FitConfig(steps=20))
     manifest = partition(write_digits(place), run, settings)
     training = DenoiserTraining(passes=1, checkpoints=1)
-    train_base(run, manifest, BaseConfig(recipe="unet-tiny", training=training))
+    trunk = TrunkTraining(images=256, width=8)
+    config = BaseConfig(recipe="unet-tiny", training=training, trunk=trunk)
+    train_base(run, manifest, config)
     plan_islands(run, manifest, TRAIN)
     write_order(run, manifest, TRAIN, SHARD)
     return folder / "run"
@@ -108,7 +111,7 @@ def _stage(run: Storage) -> tuple[str, tuple[int, float]]:
             "gate head",
             f"{HERE}/gate_head_training",
             "gate_head",
-            plan_head(TRAIN.head, plan),
+            plan_beside(TRAIN.head, plan),
             TRAIN.head.checkpoints,
         ),
     ):

@@ -33,6 +33,7 @@ from atoll.core.flow import Prediction
 from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Picture
 from atoll.core.recipes import build, recipe_of
+from atoll.core.trunk import TrunkConfig, first_stride, new_trunk
 from atoll.router.chooser import SampleSettings, sample_settings, x_noise
 from atoll.router.ensemble import Trajectory
 from atoll.router.gate import Gate
@@ -91,9 +92,16 @@ class Case:
 
     @cached_property
     def heads(self) -> Gate:
-        config = {"channels": self.picture.channels, "pooled": WIDTH}
-        made = {shard: new_head(HeadConfig(shard=shard, **config), seed=0) for shard in SHARDS}
-        return Gate(made, dict.fromkeys(SHARDS, 1)).to(self.device)
+        labels = dict.fromkeys(SHARDS, 1)
+        config = TrunkConfig(
+            channels=self.picture.channels, pooled=WIDTH, stride=first_stride(self.picture),
+            labels=labels,
+        )  # fmt: skip
+        trunk = new_trunk(config, seed=0)
+        made = {
+            shard: new_head(HeadConfig(shard=shard, trunk_sha256=""), trunk) for shard in SHARDS
+        }
+        return Gate(trunk, made, labels).to(self.device)
 
     def gate(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """The posterior of eight Gaussians in four of the dimensions, at the cost of heads."""

@@ -16,7 +16,7 @@ from atoll.cli.digits import write_digits
 from atoll.core.embedding import FitConfig
 from atoll.core.storage import Storage
 from atoll.islands.base import train_base
-from atoll.islands.settings import BaseConfig, DenoiserTraining
+from atoll.islands.settings import BaseConfig, DenoiserTraining, TrunkTraining
 from atoll.islands.signs import ask_to_stop, island_folder
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
@@ -32,7 +32,9 @@ def seconds_to_first_step() -> float:
         settings = PartitionConfig(shards=2, commons="0.25", fit=FitConfig(steps=5))
         manifest = partition(write_digits(Storage(scratch)), run, settings)
         training = DenoiserTraining(passes=0.1, checkpoints=1)
-        train_base(run, manifest, BaseConfig(recipe="unet-tiny", training=training))
+        trunk = TrunkTraining(images=256, width=8)
+        config = BaseConfig(recipe="unet-tiny", training=training, trunk=trunk)
+        train_base(run, manifest, config)
         command = ["train", run.uri, f"--shard={_SHARD}", "--passes=1000", "--set", "slots=1"]
         started = time.monotonic()
         process = subprocess.Popen(

@@ -13,7 +13,7 @@ from atoll.cli.systems import Model, Pictures, load_model, model_names, sample
 from atoll.cli.working import working_on
 from atoll.core import seeds
 from atoll.core.errors import UsageError
-from atoll.core.head import GateHead, HeadConfig
+from atoll.core.head import HeadConfig, read_head_config
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
@@ -283,7 +283,7 @@ def training_curves(run: Storage, manifest: Manifest) -> tuple[Curve, ...]:
 def gate_heads(run: Storage, manifest: Manifest) -> dict[str, HeadConfig]:
     """Every gate head's calibration, as its island measured it."""
     return {
-        shard: GateHead.load(run.local(expert.gate_head.path)).config
+        shard: read_head_config(run.local(expert.gate_head.path))
         for shard, expert in manifest.experts.items()
     }
 

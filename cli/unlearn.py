@@ -191,6 +191,7 @@ def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:
             cure="fetch the run, take the shard out there, and put it back",
         )
     stay = [manifest.encoder, manifest.commons, manifest.partition]
+    stay += [] if manifest.trunk is None else [manifest.trunk]
     stay += [entry for name, entry in manifest.shards.items() if name != shard]
     for name, expert in manifest.experts.items():
         stay += [] if name == shard else [expert, expert.gate_head]

@@ -199,11 +199,13 @@ def _soup_check(soup: Path) -> Callable[[], None]:
 def _ensemble_check(run: Storage, manifest: Manifest) -> None:
     """Build the folder again in a scratch place, from the islands' own files, and compare."""
     from atoll.router.assemble import build
+    from atoll.router.model import read_ensemble_config
 
+    gate = read_ensemble_config(run.local("ensemble/transformer")).gate
     assert manifest.ensemble is not None
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         folder = Path(scratch) / "ensemble"
-        build(run, manifest, folder)
+        build(run, manifest, folder, gate=gate)
         found = sha256_folder(folder)
     if found != manifest.ensemble.sha256:
         raise Refused(f"assembled anew it has sha256 {found}, not {manifest.ensemble.sha256}")
@@ -243,7 +245,14 @@ def _unaccounted(run: Storage, manifest: Manifest) -> list[str]:
     """Files that neither an artefact nor a known name accounts for: they may hold the shard."""
     kept = set(manifest.artefacts()) | {f"islands/{shard}" for shard in manifest.shards}
     kept |= {MANIFEST_NAME, CERTIFICATE_NAME, INTENT_NAME, ".lock", "lock.json"}
-    kept |= {"ledger", "base-training", "evaluation", f"islands/{CONFIG_NAME}"}
+    kept |= {
+        "ledger",
+        "base-training",
+        "trunk-training",
+        "joint-gate-training",
+        "evaluation",
+        f"islands/{CONFIG_NAME}",
+    }
     names = run.list()
     if run.is_local:  # hidden ones too
         root = run.local("")

@@ -1,34 +1,32 @@
 """The gate head's network: f_k(x_t, t, cond), the log density ratio of a shard to the anchor.
 
-Trained on an island, evaluated by the router, so it lives where both may import it. On disk a
-folder of `config.json` (shape and calibration) and `model.safetensors`. At t = 1, where x_t says
-nothing, a head of its own on cond alone answers, 0 for cond_null.
+Trained on an island, evaluated by the router, so it lives where both may import it. It continues
+from the trunk that all heads share (`core/trunk.py`) by a block and two sums over the trunk's
+labels: were the shard a mixture of them, f = log sum_l w_l p(l | x_t) / pi_l would be exact, and
+there it starts. On disk a folder of `config.json` (the trunk's digest and the calibration) and
+`model.safetensors`. At t = 1, where x_t says nothing, a head of its own on cond alone answers, 0
+for cond_null.
 """
 
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.nn import functional
 
-from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import Refused
-from atoll.core.flow import expand
 from atoll.core.manifest import check_schema
-from atoll.core.storage import canonical_json
+from atoll.core.trunk import Features, Trunk, TrunkConfig, Upper, save_network, scaled, text_head
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: a network of its own, without a trunk
 CONFIG_NAME = "config.json"
-_FREQUENCIES = 16
 
 
 class Band(BaseModel):
@@ -51,105 +49,87 @@ class HeadConfig(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     shard: str
-    channels: int
-    pooled: int
-    width: int = 32
+    trunk_sha256: str  # of the folder that it continues from
     bands: list[Band] = Field(default_factory=list)
     text: Band | None = None  # the band of the head on cond alone, t = 1
 
 
-class _Block(nn.Module):
-    """A strided convolution, normalised, then scaled and moved by (t, cond)."""
-
-    def __init__(self, inside: int, outside: int, stride: int, signal: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(inside, outside, 3, stride=stride, padding=1)
-        self.norm = nn.GroupNorm(8, outside)
-        self.film = nn.Linear(signal, 2 * outside)
-
-    def forward(self, x: Tensor, signal: Tensor) -> Tensor:
-        scale, move = self.film(signal)[:, :, None, None].chunk(2, dim=1)
-        return functional.silu(self.norm(self.conv(x)) * (1 + scale) + move)
-
-
 class GateHead(nn.Module):
-    """A light convolutional classifier of one shard's noised records against the anchor's."""
+    """A light classifier of one shard's noised records against the anchor's."""
 
-    def __init__(self, config: HeadConfig) -> None:
+    def __init__(self, config: HeadConfig, trunk: TrunkConfig) -> None:
         super().__init__()
         self.config = config
-        width, signal = config.width, 4 * config.width
-        self.time = nn.Linear(2 * _FREQUENCIES, signal)
-        self.text = nn.Linear(config.pooled, signal)
-        self.blocks = nn.ModuleList(
-            [
-                _Block(config.channels, width, 1, signal),
-                _Block(width, 2 * width, 2, signal),
-                _Block(2 * width, 2 * width, 1, signal),
-                _Block(2 * width, 4 * width, 2, signal),
-            ]
-        )
-        self.out = nn.Linear(4 * width, 1)
-        self.text_only = nn.Sequential(
-            nn.Linear(config.pooled, signal), nn.SiLU(), nn.Linear(signal, 1)
-        )
+        outputs = 2 * len(trunk.labels)
+        self.upper = Upper(trunk, outputs)
+        self.text_only = text_head(trunk, outputs)
 
-    def raw(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def raw(self, features: Features) -> Tensor:
         """Uncalibrated f from picture, time and text, `(batch,)`, for t below 1."""
-        steps = torch.arange(_FREQUENCIES, dtype=x_t.dtype, device=x_t.device)
-        angle = expand(t, steps[None]) * torch.exp(steps * (5.0 / (_FREQUENCIES - 1)))
-        waves = torch.cat([angle.sin(), angle.cos()], dim=1)
-        # Unit-norm CLIP vectors are small beside the waves; the root brings both to one scale.
-        pooled = cond.pooled * math.sqrt(cond.pooled.shape[1])
-        text = self.text(pooled) * (~cond.is_null)[:, None]
-        signal = functional.silu(self.time(waves) + text)
-        for block in self.blocks:
-            x_t = block(x_t, signal)
-        logit: Tensor = self.out(x_t.mean(dim=(2, 3)))
-        return logit[:, 0]
+        return _ratio(self.upper(features))
 
     def raw_text(self, cond: Conditioning) -> Tensor:
         """Uncalibrated f at t = 1 from text alone, `(batch,)`."""
-        logit: Tensor = self.text_only(cond.pooled * math.sqrt(cond.pooled.shape[1]))
-        return logit[:, 0]
+        return _ratio(self.text_only(scaled(cond)))
 
-    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    def forward(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
         """Calibrated f, `(batch,)`; slope and intercept run linearly between band centres."""
         slope, intercept = _between(self.config.bands, t)
         at_noise = _with_band(self.config.text, self.raw_text(cond)) * (~cond.is_null)
-        return torch.where(t >= 1, at_noise, slope * self.raw(x_t, t, cond) + intercept)
+        return torch.where(t >= 1, at_noise, slope * self.raw(features) + intercept)
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / CONFIG_NAME).write_bytes(canonical_json(self.config.model_dump(mode="json")))
-        tensors = {name: value.contiguous() for name, value in self.state_dict().items()}
-        save_file(tensors, folder / "model.safetensors")
+        save_network(self, self.config, folder)
 
     @classmethod
-    def load(cls, folder: Path) -> GateHead:
+    def load(cls, folder: Path, trunk: TrunkConfig) -> GateHead:
         """Read what `save` wrote; strict."""
         try:
-            values: Any = json.loads((folder / CONFIG_NAME).read_text())
-            check_schema(values, SCHEMA_VERSION, f"{folder}/{CONFIG_NAME}")
-            head = cls(HeadConfig.model_validate(values))
+            head = cls(read_head_config(folder), trunk)
             head.load_state_dict(load_file(folder / "model.safetensors"), strict=True)
-        except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        except (OSError, RuntimeError, SafetensorError) as error:
             raise Refused(f"{folder} is not a gate head ({error})") from error
         return head.eval()
 
 
-def new_head(config: HeadConfig, *, seed: int) -> GateHead:
-    """A head with seeded weights that says 0 everywhere: every shard at its prior."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seeds.key(seed, "gate-head", config.shard) & ((1 << 63) - 1))
-        head = GateHead(config)
-    last = head.text_only[-1]
-    for layer in (head.out, last):
-        assert isinstance(layer, nn.Linear)
-        nn.init.zeros_(layer.weight)
-        nn.init.zeros_(layer.bias)
+def read_head_config(folder: Path) -> HeadConfig:
+    """`config.json` of a gate head, checked."""
+    try:
+        values: Any = json.loads((folder / CONFIG_NAME).read_text())
+        check_schema(values, SCHEMA_VERSION, f"{folder}/{CONFIG_NAME}")
+        return HeadConfig.model_validate(values)
+    except (OSError, ValueError) as error:
+        raise Refused(f"{folder} is not a gate head ({error})") from error
+
+
+def new_head(config: HeadConfig, trunk: Trunk, log_shares: Tensor | None = None) -> GateHead:
+    """What the trunk knows of a shard that has these log shares of its labels, `(label,)`.
+
+    Without them the shard is as the commons, and the head says 0 everywhere.
+    """
+    head = GateHead(config, trunk.config)
+    tilt = torch.zeros(len(trunk.config.labels))
+    if log_shares is not None:
+        tilt = (log_shares - trunk.config.log_shares()).to(tilt)
+    with torch.no_grad():
+        head.upper.block.load_state_dict(trunk.upper.block.state_dict())
+        head.text_only[0].load_state_dict(trunk.text_only[0].state_dict())
+        for own, shared in (
+            (head.upper.out, trunk.upper.out),
+            (head.text_only[-1], trunk.text_only[-1]),
+        ):
+            assert isinstance(own, nn.Linear)
+            assert isinstance(shared, nn.Linear)
+            own.weight.copy_(shared.weight.repeat(2, 1))
+            own.bias.copy_(torch.cat([shared.bias + tilt, shared.bias]))
     return head
+
+
+def _ratio(logits: Tensor) -> Tensor:
+    """log of one sum of exponentials over another, `(batch, 2 * label)` -> `(batch,)`."""
+    above, below = logits.chunk(2, dim=1)
+    return above.logsumexp(dim=1) - below.logsumexp(dim=1)
 
 
 def _with_band(band: Band | None, f: Tensor) -> Tensor:

@@ -138,6 +138,8 @@ class Manifest(Entry):
     seed: int
     recipe: str | None = None
     base: Artefact | None = None
+    trunk: Artefact | None = None  # of the gate
+    joint_gate: Artefact | None = None  # descends from every shard
     experts: dict[str, Expert] = Field(default_factory=dict)
     ensemble: Artefact | None = None
     soups: dict[str, Artefact] = Field(default_factory=dict)
@@ -183,7 +185,11 @@ class Manifest(Entry):
         """Every artefact that is named here, by path -> sha256."""
         entries: list[Artefact] = [self.encoder, self.commons, self.partition]
         entries += self.shards.values()
-        entries += [e for e in (self.vae, self.base, self.ensemble) if e is not None]
+        entries += [
+            e
+            for e in (self.vae, self.base, self.trunk, self.joint_gate, self.ensemble)
+            if e is not None
+        ]
         for expert in self.experts.values():
             entries += [expert, expert.gate_head]
         entries += self.soups.values()

@@ -24,6 +24,7 @@ from atoll.core.families import FAMILIES, sample_size
 from atoll.core.head import GateHead, HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.sizes import RECIPES, Recipe
+from atoll.core.trunk import Trunk, TrunkConfig
 
 __all__ = [
     "RECIPES",
@@ -31,7 +32,8 @@ __all__ = [
     "build",
     "default_recipe",
     "forward_flops",
-    "head_forward_flops",
+    "gate_cost",
+    "gate_flops",
     "nearest_recipe",
     "network_config",
     "outline",
@@ -139,15 +141,25 @@ def forward_flops(network: nn.Module, family: str, picture: Picture, cond: Condi
     return int(counter.get_total_flops())
 
 
-def head_forward_flops(config: HeadConfig, picture: Picture, cond: Conditioning) -> int:
-    """Likewise of a gate head, its answer from the text alone included."""
+def gate_flops(config: TrunkConfig, picture: Picture, cond: Conditioning) -> tuple[int, int]:
+    """Likewise of the gate's trunk, and of one head on it, its answer from the text included."""
     with torch.device("meta"):
-        head = GateHead(config)
+        trunk = Trunk(config)
+        head = GateHead(HeadConfig(shard="", trunk_sha256=""), config)
     x_t = torch.zeros(1, *picture.shape, device="meta")
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        head.raw(x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
+    with FlopCounterMode(display=False) as of_trunk, torch.no_grad():
+        features = trunk.features(x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
+    with FlopCounterMode(display=False) as of_head, torch.no_grad():
+        head.raw(features)
         head.raw_text(cond[:1].to(x_t))
-    return int(counter.get_total_flops())
+    return int(of_trunk.get_total_flops()), int(of_head.get_total_flops())
+
+
+def gate_cost(config: TrunkConfig, recipe: Recipe, picture: Picture, cond: Conditioning) -> float:
+    """What an image costs a classifier like the trunk, in units of what one costs a denoiser."""
+    network = outline(recipe, picture, cond.tokens.shape[2], cond.pooled.shape[1])
+    whole = forward_flops(network, recipe.family, picture, cond)
+    return sum(gate_flops(config, picture, cond)) / whole
 
 
 def training_flops(forward: int, *, frozen: bool = False) -> int:

@@ -1,4 +1,4 @@
-"""The base: the common starting weights of all experts, trained on the commons alone."""
+"""The base: the common start of all experts, and the gate's trunk; of the commons alone."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from atoll.core.storage import Storage
 from atoll.islands.group import Group
 from atoll.islands.settings import BaseConfig, plan_for
 from atoll.islands.train_denoiser import train_here
+from atoll.islands.train_trunk import train_trunk
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -99,11 +100,13 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
 
 
 def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact:
-    """Train the base where it is not there yet; the same command resumes."""
+    """Train the base and the gate's trunk where they are not there; the same command resumes."""
     if manifest.base is not None:
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
-        return manifest.base
+        if manifest.trunk is not None:
+            check_artefact(run, manifest.trunk)
+            return manifest.base
     if config.training.lora.rank is not None:
         raise ConfigError(
             "A base has nothing that adapters could stand on: all of its weights are trained",
@@ -112,6 +115,17 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
     group = Group()
     run = run.patient(leave=group.leave.is_set)  # SIGTERM within the training only sets that flag
     commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
+    made = manifest.base or _train(run, manifest, commons, config, group)
+    recipe = recipes.recipe_of(str(manifest.recipe))
+    plan = plan_for(config.training, recipe, commons.card.records, base=True)
+    train_trunk(run, manifest, commons, config, plan)
+    return made
+
+
+def _train(
+    run: Storage, manifest: Manifest, commons: Pack, config: BaseConfig, group: Group
+) -> Artefact:
+    """The base itself."""
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
     plan = plan_for(config.training, recipe, commons.card.records, base=True)

@@ -1,7 +1,7 @@
 """One island: one shard and the commons in, an expert and a gate head out.
 
 Reads `islands/SHARD/island.json`, the only thing it is told, through a handle scoped to its shard,
-the commons and the base; writes below `islands/SHARD` alone.
+the commons, the base and the trunk; writes below `islands/SHARD` alone.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Artefact, Plan, check_artefact, check_schema
 from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
+from atoll.core.trunk import Trunk
 from atoll.islands.compute import computing
 from atoll.islands.course import Course
 from atoll.islands.group import Group
@@ -33,11 +35,11 @@ from atoll.islands.learner import Learner
 from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.preview import grid_files, milestones, preview_grid
-from atoll.islands.settings import GuardConfig, TrainConfig, plan_head
+from atoll.islands.settings import GuardConfig, TrainConfig, plan_beside
 from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
 from atoll.islands.train_denoiser import flops_per_image, train_here
-from atoll.islands.train_head import anchor_of, calibrate, head_loss
+from atoll.islands.train_head import anchor_of, calibrate, head_loss, label_shares
 
 SCHEMA_VERSION = 1  # of `island.json`
 # What an island publishes, and the file whose presence says that all of it is there.
@@ -52,6 +54,7 @@ class IslandOrder(Config):
     name: str
     commons: Artefact
     base: Artefact
+    trunk: Artefact
     vae: Artefact | None = None  # what decodes previews; None: training tensors are pixels
     recipe: str
     plan: Plan
@@ -78,7 +81,9 @@ def run_island(
     values = whole.read_json(f"{here}/island.json")
     check_schema(values, SCHEMA_VERSION, f"{run_uri}/{here}/island.json")
     order = IslandOrder.model_validate(values)
-    told = [part for part in (order.shard, order.commons, order.base, order.vae) if part]
+    told = [
+        part for part in (order.shard, order.commons, order.base, order.trunk, order.vae) if part
+    ]
     run = whole.scoped(read=[part.path for part in told], write=[here])
     if group.leads:
         _begin(run, here)
@@ -201,36 +206,35 @@ def _previews(run: Storage, order: IslandOrder, expert: Denoiser, pack: Pack) ->
 
 def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:
     settings = order.config.head
-    config = HeadConfig(
-        shard=order.name,
-        channels=pack.card.picture.channels,
-        pooled=pack.null.pooled.shape[1],
-        width=settings.width,
-    )
-    head = new_head(config, seed=order.seed)
-    anchor = anchor_of(commons, settings.broad, held_out=False)
+    check_artefact(run, order.trunk)
+    trunk = Trunk.load(run.local(order.trunk.path))
+    config = HeadConfig(shard=order.name, trunk_sha256=order.trunk.sha256)
     place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
-    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, config, pack))
+    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, trunk, pack))
+    course = replace(course, origin={"trunk_sha256": order.trunk.sha256})
     with computing(order.config.device, order.config.threads) as device:
-        loss = head_loss(head.to(device), pack, anchor, settings, seed=order.seed)
+        shares = label_shares(trunk, pack, settings, seed=order.seed)
+        head = new_head(config, trunk, shares).to(device)
+        anchor = anchor_of(commons, settings.broad, held_out=False)
+        loss = head_loss(head, trunk.to(device), pack, anchor, settings, seed=order.seed)
         learner = Learner(head, group)
         Loop(run, place, head, course, name=f"gate head of {order.name}", learner=learner).run(loss)
-    return calibrate(head.to("cpu"), pack, commons, settings, seed=order.seed)
+    return calibrate(head.to("cpu"), trunk.to("cpu"), pack, commons, settings, seed=order.seed)
 
 
-def _head_cost(run: Storage, order: IslandOrder, head: HeadConfig, pack: Pack) -> float:
+def _head_cost(run: Storage, order: IslandOrder, trunk: Trunk, pack: Pack) -> float:
     """What an image costs the head, in units of what one costs the expert."""
     base = run.local(order.base.path)
     network = json.loads((base / NETWORK_CONFIG).read_text())
     expert = flops_per_image(read_card(base).family, network, pack, order.config.training)
-    forward = recipes.head_forward_flops(head, pack.card.picture, pack.null)
-    return 2 * recipes.training_flops(forward) / expert  # one of the shard, one of the anchor
+    shared, own = recipes.gate_flops(trunk.config, pack.card.picture, pack.null)
+    return 2 * (shared + recipes.training_flops(own)) / expert  # of the shard, and of the anchor
 
 
 def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
     settings = config.head
     return Course(
-        plan=plan_head(settings, expert, cost=cost),
+        plan=plan_beside(settings, expert, cost=cost),
         learning_rate=settings.learning_rate,
         weight_decay=settings.weight_decay,
         betas=(0.9, 0.99),
@@ -243,6 +247,5 @@ def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
         # those of its next mistake are a spike; clipping is enough.
         guard=GuardConfig(spike=None),
         loss=settings.model_dump(mode="json", include={"broad", "condition_dropout"}),
-        origin=settings.model_dump(mode="json", include={"width"}),
         bitwise_resume=config.bitwise_resume,
     )

@@ -1,4 +1,4 @@
-"""What training is told: the typed configuration of a base, of experts and of their gate heads."""
+"""What training is told: the typed configuration of a base, of experts and of the gate."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ from atoll.islands.learner import Parallel
 from atoll.islands.spot import Cloud
 
 _Decay = Annotated[float, Field(ge=0, lt=1)]
-# Fewer than this and a head of any size knows little.
-_LEAST_HEAD_IMAGES = 4_000
+# Fewer than this and a classifier of any size knows little.
+_LEAST_IMAGES = 4_000
 
 
 class OptimizerConfig(Config):
@@ -121,25 +121,39 @@ class DenoiserTraining(Config):
         return self.model_copy(update=decided)
 
 
-class HeadTraining(Config):
-    """How a gate head is trained against the anchor, and calibrated."""
+class ClassifierTraining(Config):
+    """How a small classifier is trained beside a denoiser."""
 
-    # Shard records seen (as many of the anchor besides); None takes a share of the expert's
-    # images_seen, or as many as cost that share of its computations where those are fewer: a head
-    # stays light beside its expert, also beside a small one.
+    # Images seen; None takes a share of the denoiser's images_seen, or as many as cost that share
+    # of its computations where those are fewer: it stays light beside a small denoiser too.
     images: int | None = Field(default=None, ge=1)
     share: float = Field(default=1.0, gt=0)
     compute: float = Field(default=0.25, gt=0)
-    batch: int = Field(default=64, ge=2)
-    learning_rate: float = Field(default=2e-3, gt=0)
     weight_decay: float = Field(default=0.01, ge=0)
-    width: int = Field(default=32, ge=8, multiple_of=8)
     condition_dropout: float = Field(default=0.3, ge=0, le=1)
+    checkpoints: int = Field(default=2, ge=1)  # as far apart as a denoiser's 8, at a share of 0.25
+
+
+class TrunkTraining(ClassifierTraining):
+    """How the gate's trunk is trained on the commons' labels."""
+
+    batch: int = Field(default=128, ge=2)
+    learning_rate: float = Field(default=2e-3, gt=0)
+    width: int = Field(default=32, ge=8, multiple_of=8)
+
+
+class HeadTraining(ClassifierTraining):
+    """How a gate head is trained against the anchor, and calibrated.
+
+    `images` are those of its shard; as many of the anchor are seen besides.
+    """
+
+    batch: int = Field(default=64, ge=2)
+    learning_rate: float = Field(default=5e-4, gt=0)
     # Share of the anchor that is seeded broad noise instead of commons records, so that a head is
     # defined where the commons never goes.
     broad: float = Field(default=0.25, ge=0, lt=1)
     bands: int = Field(default=5, ge=1)
-    checkpoints: int = Field(default=2, ge=1)  # as far apart as an expert's 8, at a share of 0.25
 
 
 class BaseConfig(Config):
@@ -152,6 +166,7 @@ class BaseConfig(Config):
     bitwise_resume: bool = True  # false: other hardware or versions may go on, journalled
     cache_gib: float = Field(default=8.0, gt=0)  # of a far run's packs, on this machine's disk
     training: DenoiserTraining = DenoiserTraining()
+    trunk: TrunkTraining = TrunkTraining()  # of the gate, on the commons as the base is
 
 
 class WatchConfig(Config):
@@ -214,13 +229,15 @@ def plan_for(training: DenoiserTraining, recipe: Recipe, records: int, *, base: 
     return Plan(batch=batch, images_seen=steps * batch)
 
 
-def plan_head(head: HeadTraining, expert: Plan, *, cost: float = 0.0) -> Plan:
-    """Batch and images of a gate head beside an expert with this plan.
+def plan_beside(
+    training: TrunkTraining | HeadTraining, denoiser: Plan, *, cost: float = 0.0
+) -> Plan:
+    """Batch and images of a small classifier beside a denoiser with this plan.
 
-    `cost` is what an image costs the head, that of the anchor beside it included, in units of what
-    one costs the expert.
+    `cost` is what an image costs it, that of the anchor beside it included, in units of what one
+    costs the denoiser.
     """
-    share = min(head.share, head.compute / cost) if cost > 0 else head.share
-    images = head.images or max(_LEAST_HEAD_IMAGES, round(share * expert.images_seen))
-    steps = max(1, images // head.batch)
-    return Plan(batch=head.batch, images_seen=steps * head.batch)
+    share = min(training.share, training.compute / cost) if cost > 0 else training.share
+    images = training.images or max(_LEAST_IMAGES, round(share * denoiser.images_seen))
+    steps = max(1, images // training.batch)
+    return Plan(batch=training.batch, images_seen=steps * training.batch)

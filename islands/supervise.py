@@ -79,6 +79,7 @@ def train(
     check_islands(config.islands)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
     check_artefact(run, base)
+    check_artefact(run, require(manifest.trunk, "trunk of its gate", "`atoll base RUN` trains it"))
     _check_path(run, base, config)
     plan_islands(run, manifest, config)
     _check_exclusive_create(run)
@@ -168,11 +169,13 @@ def write_order(run: Storage, manifest: Manifest, config: TrainConfig, name: str
     shard = manifest.shard(name)
     assert shard.plan is not None
     assert manifest.base is not None
+    assert manifest.trunk is not None
     order = IslandOrder(
         name=name,
         shard=Artefact(path=shard.path, sha256=shard.sha256),
         commons=Artefact(path=manifest.commons.path, sha256=manifest.commons.sha256),
         base=manifest.base,
+        trunk=manifest.trunk,
         vae=manifest.vae and Artefact(path=manifest.vae.path, sha256=manifest.vae.sha256),
         recipe=str(manifest.recipe),
         plan=shard.plan,
@@ -201,6 +204,8 @@ def _collect(run: Storage, manifest: Manifest, shard: str) -> None:
         if (entry := ledger.latest(kind, name)) is not None
     ]
     ledger.append("expert", shard, expert, parents=parents, shards=[shard])
+    trunk = ledger.latest("trunk", "trunk")
+    parents += [] if trunk is None else [trunk]
     ledger.append("gate_head", shard, head, parents=parents, shards=[shard])
     manifest.experts[shard] = Expert(
         path=f"{here}/expert",

@@ -21,12 +21,15 @@ from atoll.core.conditioning import Conditioning, concatenate
 from atoll.core.head import Band, GateHead
 from atoll.core.journal import log
 from atoll.core.pack import Pack
+from atoll.core.trunk import Trunk
 from atoll.islands.data import drop, rows_at
 from atoll.islands.settings import HeadTraining
 from atoll.islands.step import Errors, Loss
 
 _PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
-_DRAWS = 512  # noised records of each side that a band is fitted and measured on
+_DRAWS = 2048  # noised records of each side that a band is fitted and measured on
+_AT_ONCE = 128  # of them
+_RECORDS, _ROUNDS, _LEAST = 512, 50, 1e-3  # of the shares of labels
 _TURN = 16  # records of one shape at a time, where there are several
 
 
@@ -80,8 +83,35 @@ def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
     )
 
 
+@torch.no_grad()
+def label_shares(trunk: Trunk, pack: Pack, config: HeadTraining, *, seed: int) -> Tensor:
+    """Log of the share of each of the trunk's labels in a shard, `(label,)`.
+
+    By expectation and maximisation (Saerens, Latinne & Decaestecker 2002, "Adjusting the outputs of
+    a classifier to new a priori probabilities") on records of the shard itself, lightly noised.
+    """
+    stream, prior = f"shares-{pack.card.name}", trunk.config.log_shares()
+    likelihood = []
+    for first in range(0, _RECORDS, config.batch):
+        where = {"first": first, "count": config.batch}
+        rows = rows_at(pack, pack.train, seed, stream, "order", **where, batch=config.batch)
+        x_data = pack.x_data(rows)
+        t = 0.5 * seeds.uniform(seed, stream, "time", **where)[:, 0].float()
+        x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
+        x_t = flow.interpolate(x_data, x_noise, t)
+        logits = trunk.logits(x_t, t, pack.null.expand(len(rows)))
+        likelihood.append(logits.double().log_softmax(dim=1) - prior)
+    found = torch.cat(likelihood)
+    shares = prior
+    for _ in range(_ROUNDS):
+        mean = (found + shares).softmax(dim=1).mean(dim=0)
+        # No label is given up for good: the head is still to be trained.
+        shares = mean.clamp(min=_LEAST).log().log_softmax(dim=0)
+    return shares
+
+
 def head_loss(
-    head: GateHead, pack: Pack, anchor: Anchor, config: HeadTraining, *, seed: int
+    head: GateHead, trunk: Trunk, pack: Pack, anchor: Anchor, config: HeadTraining, *, seed: int
 ) -> Loss:
     """Binary cross-entropy of shard against anchor, balanced at every t; and of text alone."""
     stream = f"head-{head.config.shard}"
@@ -90,7 +120,7 @@ def head_loss(
     def loss(first: int, count: int) -> Errors:
         t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
         f, is_shard, cond = _raw(
-            head, pack, pack.train, anchor, t, config,
+            head, trunk, pack, pack.train, anchor, t, config,
             seed=seed, stream=stream, purpose="train", first=first, count=count,
         )  # fmt: skip
         wanted = is_shard.float().to(device)
@@ -103,6 +133,7 @@ def head_loss(
 
 def _raw(
     head: GateHead,
+    trunk: Trunk,
     pack: Pack,
     rows: range,
     anchor: Anchor,
@@ -133,7 +164,7 @@ def _raw(
         cond = concatenate([pack.cond(picked), other_cond])
         dropped = drop(cond, pack.null, uniform[here], config.condition_dropout)
         sides = (pack.x_data(picked), other)
-        f.append(_of_sides(head, sides, t[here], dropped, seed, stream, first=2 * start))
+        f.append(_of_sides(head, trunk, sides, t[here], dropped, seed, stream, first=2 * start))
         is_shard.append(torch.arange(2 * length) < length)
         conds.append(cond)
     return torch.cat(f), torch.cat(is_shard), concatenate(conds)
@@ -150,6 +181,7 @@ def _pieces(first: int, count: int, turn: int | None) -> Iterator[tuple[int, int
 
 def _of_sides(
     head: GateHead,
+    trunk: Trunk,
     sides: tuple[Tensor, Tensor],
     t: Tensor,
     cond: Conditioning,
@@ -166,14 +198,16 @@ def _of_sides(
         where = {"first": first + start, "count": len(x_data)}
         x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
         x_t = flow.interpolate(x_data, x_noise, t[here]).to(next(head.parameters()).device)
-        f.append(head.raw(x_t, t[here].to(x_t), cond[here].to(x_t)))
+        with torch.no_grad():  # it is frozen
+            features = trunk.features(x_t, t[here].to(x_t), cond[here].to(x_t))
+        f.append(head.raw(features))
         start = here.stop
     return torch.cat(f)
 
 
 @torch.no_grad()
 def calibrate(
-    head: GateHead, pack: Pack, commons: Pack, config: HeadTraining, *, seed: int
+    head: GateHead, trunk: Trunk, pack: Pack, commons: Pack, config: HeadTraining, *, seed: int
 ) -> GateHead:
     """Fit slope and intercept per band of t on held-out records, and measure what is left.
 
@@ -188,18 +222,20 @@ def calibrate(
     bands = []
     for index in range(config.bands):
         centre = (index + 0.5) / config.bands
-        own, others = _noised_logits(head, pack, anchor, config, centre, seed=seed)
+        own, others = _noised_logits(head, trunk, pack, anchor, config, centre, seed=seed)
         bands.append(_band(centre, own, others))
     own_text = head.raw_text(pack.cond(torch.tensor(pack.held_out)))
     other_text = head.raw_text(commons.cond(torch.tensor(anchor.rows)))
     text = _band(1.0, own_text, other_text)
-    calibrated = GateHead(head.config.model_copy(update={"bands": bands, "text": text}))
+    told = head.config.model_copy(update={"bands": bands, "text": text})
+    calibrated = GateHead(told, trunk.config)
     calibrated.load_state_dict(head.state_dict())
     return calibrated.eval()
 
 
 def _noised_logits(
     head: GateHead,
+    trunk: Trunk,
     pack: Pack,
     anchor: Anchor,
     config: HeadTraining,
@@ -210,11 +246,17 @@ def _noised_logits(
     """Raw f on held-out shard records and on the anchor, at times within one band."""
     stream = f"calibrate-{head.config.shard}-{centre:.3f}"
     offset = seeds.uniform(seed, stream, "time", first=0, count=2 * _DRAWS)[:, 0].float() - 0.5
-    f, is_shard, _ = _raw(
-        head, pack, pack.held_out, anchor, centre + offset / config.bands, config,
-        seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}", first=0, count=_DRAWS,
-    )  # fmt: skip
-    return f[is_shard], f[~is_shard]
+    t = centre + offset / config.bands
+    own, others = [], []
+    for first in range(0, _DRAWS, _AT_ONCE):
+        f, is_shard, _ = _raw(
+            head, trunk, pack, pack.held_out, anchor, t[2 * first : 2 * (first + _AT_ONCE)], config,
+            seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}",
+            first=first, count=_AT_ONCE,
+        )  # fmt: skip
+        own.append(f[is_shard])
+        others.append(f[~is_shard])
+    return torch.cat(own), torch.cat(others)
 
 
 def _band(centre: float, own: Tensor, others: Tensor) -> Band:

@@ -136,7 +136,7 @@ def _write(
     if writer.autoencoder is not None:
         vae = _write_vae(run, writer.autoencoder, writer.picture, str(config.vae))
         parents.append(ledger.append("vae", "vae", vae.sha256))
-    card = writer.write(COMMONS, COMMONS, gathered.commons)
+    card = writer.write(COMMONS, COMMONS, gathered.commons, labels=placement.nearest)
     commons = Commons(
         path=COMMONS,
         sha256=run.sha256(COMMONS),

@@ -30,6 +30,7 @@ class Placement:
 
     shards: dict[str, list[Record]]
     rows: list[Assigned]
+    nearest: dict[str, int] | None = None  # record of the commons -> its centroid; None by owner
 
 
 def place_by_owner(gathered: Gathered, config: PartitionConfig) -> Placement:
@@ -46,6 +47,7 @@ def place_by_clusters(
     """Every record goes to its nearest coarse centroid; the commons is measured and stays."""
     records = gathered.commons + gathered.private
     rows: list[Assigned] = []
+    nearest_of: dict[str, int] = {}
     for vectors in embed.batches(records):
         found = assign(vectors, centroids.coarse)
         for nearest, distance, margin in zip(
@@ -57,7 +59,9 @@ def place_by_clusters(
             row = _row(records[number], shard, config)
             known = None if math.isnan(margin) else float(margin)
             rows.append(replace(row, distance=float(distance), margin=known))
-    return _grouped(gathered.private, rows, config)
+            if not private:
+                nearest_of[records[number].id] = int(nearest)
+    return replace(_grouped(gathered.private, rows, config), nearest=nearest_of)
 
 
 def training_only(records: Sequence[Record], config: PartitionConfig) -> list[Record]:

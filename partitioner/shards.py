@@ -8,7 +8,7 @@ which are in order by split, by bucket and by id.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from atoll.core.blocks import write_blocks
@@ -24,7 +25,7 @@ from atoll.core.embedding import Encoder
 from atoll.core.journal import progress
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
-from atoll.core.pack import ShardCard, write_pack, write_shard_card
+from atoll.core.pack import LABELS_NAME, ShardCard, write_pack, write_shard_card
 from atoll.core.pictures import training_pixels
 from atoll.core.storage import Storage, sha256_file
 from atoll.partitioner.buckets import nearest
@@ -65,8 +66,18 @@ class ShardWriter:
     def latent_space(self) -> str:
         return PIXELS if self.autoencoder is None else self.autoencoder.latent_space
 
-    def write(self, folder: str, name: str, records: Sequence[Record]) -> ShardCard:
-        """Write `folder` with the given records, in canonical order; its card."""
+    def write(
+        self,
+        folder: str,
+        name: str,
+        records: Sequence[Record],
+        *,
+        labels: Mapping[str, int] | None = None,
+    ) -> ShardCard:
+        """Write `folder` with the given records, in canonical order; its card.
+
+        `labels` are numbers by record, for `labels.safetensors` (`core/pack.py`).
+        """
         ordered = canonical(records, self.config.holdout)
         training = sum(split_of(record, self.config.holdout) == TRAIN for record in ordered)
         splits = [ordered[:training], ordered[training:]] if self.buckets else [ordered]
@@ -80,6 +91,9 @@ class ShardWriter:
                     self._write_pack(place / pack, part, picture)
                     packs[pack], shapes[pack] = len(part), self.shape(picture)
                     advance(len(part))
+            if labels is not None:
+                numbers = [labels[record.id] for _, part in parts for record in part]
+                save_file({"label": torch.tensor(numbers)}, place / LABELS_NAME)
             write_blocks(place, list(packs))
             card = ShardCard(
                 name=name,

@@ -16,15 +16,24 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from atoll.core.errors import DataError, Refused
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Artefact, Manifest, check_artefact
+from atoll.core.manifest import Artefact, Manifest, check_artefact, require
 from atoll.core.storage import Storage, canonical_json
-from atoll.router.model import EnsembleConfig, copy_parts, write_ensemble_config
+from atoll.router.model import (
+    EnsembleConfig,
+    GateKind,
+    copy_experts,
+    copy_heads,
+    copy_joint,
+    write_ensemble_config,
+)
 from atoll.router.pipeline import CARD_NAME, ensemble_card
 
 _log = logging.getLogger("atoll")
 
 
-def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefact:
+def assemble(
+    run: Storage, manifest: Manifest, out: str | None = None, *, gate: GateKind = "per-shard"
+) -> Artefact:
     """Write the ensemble of all experts that are there into the run, and a copy of it to `out`.
 
     A copy leaves the run, so the manifest lists it under exports.
@@ -39,6 +48,7 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
         check_artefact(run, manifest.experts[shard])
         check_artefact(run, manifest.experts[shard].gate_head)
     check_artefact(run, manifest.encoder)
+    check_artefact(run, _joint(manifest) if gate == "joint" else _trunk(manifest))
     if manifest.vae is not None:
         check_artefact(run, manifest.vae)
     if out is not None:
@@ -46,12 +56,12 @@ def assemble(run: Storage, manifest: Manifest, out: str | None = None) -> Artefa
     if missing:
         _log.warning("Missing shards, left out and renormalised: %s", ", ".join(missing))
     with run.writing_folder("ensemble") as folder:
-        build(run, manifest, folder)
+        build(run, manifest, folder, gate=gate)
     manifest.ensemble = Artefact(path="ensemble", sha256=run.sha256("ensemble"))
     if out is not None:
         export(run.local("ensemble"), out)
         add_export(manifest, out)
-    _record(run, manifest, present)
+    _record(run, manifest, present, gate)
     return manifest.ensemble
 
 
@@ -76,27 +86,41 @@ def add_export(manifest: Manifest, out: str) -> None:
     manifest.exports = sorted({*manifest.exports, uri})
 
 
+def _trunk(manifest: Manifest) -> Artefact:
+    return require(manifest.trunk, "trunk of its gate", "train one with `atoll base RUN`")
+
+
+def _joint(manifest: Manifest) -> Artefact:
+    return require(
+        manifest.joint_gate, "joint gate", "train one: `atoll assemble RUN --gate joint`"
+    )
+
+
 def _here(manifest: Manifest) -> tuple[list[str], list[str]]:
     """Shards with an expert, and shards without, in the order in which JSON keeps them."""
     present = sorted(shard for shard in manifest.shards if shard in manifest.experts)
     return present, sorted(shard for shard in manifest.shards if shard not in manifest.experts)
 
 
-def build(run: Storage, manifest: Manifest, folder: Path) -> None:
+def build(run: Storage, manifest: Manifest, folder: Path, *, gate: GateKind = "per-shard") -> None:
     """Fill a local folder with the ensemble; its bytes follow from the run's files alone."""
     present, missing = _here(manifest)
-    copy_parts(
-        folder / "transformer",
-        {shard: run.local(manifest.experts[shard].path) for shard in present},
-        {shard: run.local(manifest.experts[shard].gate_head.path) for shard in present},
-    )
+    transformer = folder / "transformer"
+    experts = {shard: manifest.experts[shard] for shard in present}
+    copy_experts(transformer, {shard: run.local(each.path) for shard, each in experts.items()})
+    if gate == "joint":
+        copy_joint(transformer, run.local(_joint(manifest).path), present)
+    else:
+        heads = {shard: run.local(each.gate_head.path) for shard, each in experts.items()}
+        copy_heads(transformer, run.local(_trunk(manifest).path), heads)
     config = EnsembleConfig(
         picture=manifest.picture,
         records={shard: manifest.shards[shard].records for shard in present},
+        gate=gate,
         missing=missing,
     )
     version = _diffusers_version(run.local(manifest.experts[present[0]].path))
-    write_ensemble_config(folder / "transformer", config, version=version)
+    write_ensemble_config(transformer, config, version=version)
     shutil.copytree(run.local(manifest.encoder.path), folder / "text_encoder")
     if manifest.vae is not None:
         shutil.copytree(run.local(manifest.vae.path), folder / "vae")
@@ -125,17 +149,17 @@ def _diffusers_version(expert: Path) -> str:
     return str(json.loads((expert / "config.json").read_text())["_diffusers_version"])
 
 
-def _record(run: Storage, manifest: Manifest, present: list[str]) -> None:
-    """One ledger entry, descending from every expert and gate head; then the manifest."""
+def _record(run: Storage, manifest: Manifest, present: list[str], gate: GateKind) -> None:
+    """One ledger entry, descending from every expert and the gate; then the manifest."""
     assert manifest.ensemble is not None
     ledger = Ledger(run)
     parents = [
         entry
         for shard in present
-        for kind in ("expert", "gate_head")
+        for kind in (("expert",) if gate == "joint" else ("expert", "gate_head"))
         if (entry := ledger.latest(kind, shard)) is not None
     ]
-    for part in ("encoder", "vae"):
+    for part in ("encoder", "vae", "joint_gate" if gate == "joint" else "trunk"):
         entry = ledger.latest(part, part)
         parents += [entry] if entry is not None else []
     ledger.append("ensemble", "ensemble", manifest.ensemble.sha256, parents=parents)

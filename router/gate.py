@@ -2,7 +2,8 @@
 
 p(k | x_t, t, cond) is proportional to n_k exp f_k(x_t, t, cond), with n_k the shard's record count
 and f_k its head's log density ratio to the one anchor. The anchor cancels, so adding or removing a
-shard is adding or removing its head, and nothing is retrained.
+shard is adding or removing its head, and nothing is retrained. What all heads share, the public
+trunk, runs once for all of them.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.head import GateHead, HeadConfig
+from atoll.core.trunk import Trunk
 
 
 class GateWeights(Protocol):
@@ -23,11 +25,24 @@ class GateWeights(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
-class Gate(nn.Module):
-    """Gate heads and record counts, in the order of the ensemble's shards."""
+class _InFloat32(nn.Module):
+    """Moves to another device as any module, but keeps its dtype: 16 bits are no odds."""
 
-    def __init__(self, heads: Mapping[str, GateHead], records: Mapping[str, int]) -> None:
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        def moved(tensor: Tensor) -> Tensor:
+            return tensor.to(fn(tensor.new_empty(0)).device)
+
+        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+
+
+class Gate(_InFloat32):
+    """The trunk, gate heads and record counts, in the order of the ensemble's shards."""
+
+    def __init__(
+        self, trunk: Trunk, heads: Mapping[str, GateHead], records: Mapping[str, int]
+    ) -> None:
         super().__init__()
+        self.trunk = trunk
         self.shards = list(heads)
         self.heads = nn.ModuleList(heads.values())
         # Integer counts, so that a removal changes the others' priors exactly.
@@ -47,17 +62,35 @@ class Gate(nn.Module):
         weight = next(self.heads.parameters())
         x_t, t, cond = x_t.to(weight), t.to(weight), cond.to(weight)
         counts = torch.tensor([float(self.records[shard]) for shard in self.shards])
-        ratios = torch.stack([head(x_t, t, cond) for head in self.heads], dim=1)
+        features = self.trunk.features(x_t, t, cond)
+        ratios = torch.stack([head(features, t, cond) for head in self.heads], dim=1)
         return (ratios + counts.log().to(ratios)).log_softmax(dim=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """gate_weights, `(batch, shard)`, each row summing to 1."""
         return self.log_weights(x_t, t, cond).exp()
 
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        """Moves to another device as any module, but keeps its dtype: 16 bits are no odds."""
 
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
+class JointGate(_InFloat32):
+    """One classifier that was trained on the records of all shards (DDM, section 3.3).
 
-        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
+    Of shards that left, or are missing, the others are renormalised: it is the exact law over them
+    if the classifier is exact.
+    """
+
+    def __init__(self, classifier: Trunk, records: Mapping[str, int]) -> None:
+        super().__init__()
+        self.classifier = classifier
+        self.records = dict(records)
+        labels = list(classifier.config.labels)
+        self._columns = [labels.index(shard) for shard in records]
+
+    def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """gate_weights, `(batch, shard)`, each row summing to 1."""
+        weight = next(self.classifier.parameters())
+        x_t, t, cond = x_t.to(weight), t.to(weight), cond.to(weight)
+        counts = torch.tensor([float(count) for count in self.records.values()]).log().to(weight)
+        text = self.classifier.text_logits(cond)[:, self._columns]
+        at_noise = torch.where(cond.is_null[:, None], counts, text)
+        seen = self.classifier.logits(x_t, t, cond)[:, self._columns]
+        return torch.where((t >= 1)[:, None], at_noise, seen).softmax(dim=1)

@@ -1,4 +1,4 @@
-"""The ensemble as a diffusers component: `config.json`, `experts/SHARD/`, `gate/SHARD/`.
+"""The ensemble as a diffusers component: `config.json`, `experts/SHARD/`, `trunk/`, `gate/SHARD/`.
 
 Every expert and gate head stands there as its island published it, byte for byte; `config.json`
 adds the shards' record counts, which are the gate's priors, and the shape of the pictures.
@@ -9,9 +9,9 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import diffusers
 import torch
@@ -21,18 +21,23 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser, read_card
 from atoll.core.errors import MissingError, Refused
-from atoll.core.head import GateHead
+from atoll.core.head import GateHead, HeadConfig, read_head_config
 from atoll.core.manifest import Picture, check_schema
-from atoll.core.storage import canonical_json
+from atoll.core.storage import canonical_json, sha256_folder
+from atoll.core.trunk import Trunk, TrunkConfig
 from atoll.router.chooser import SampleSettings
 from atoll.router.ensemble import ExpertVelocity, Trajectory
-from atoll.router.gate import Gate
+from atoll.router.gate import Gate, JointGate
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: heads without a trunk
+TRUNK, JOINT = "trunk", "joint"
 _log = logging.getLogger("atoll")
 
 
 ShardName = Annotated[str, Field(pattern=r"^[^/\\\x00]*[^/\\\x00.][^/\\\x00]*$")]
+
+
+GateKind = Literal["per-shard", "joint"]
 
 
 class EnsembleConfig(BaseModel):
@@ -44,13 +49,16 @@ class EnsembleConfig(BaseModel):
     picture: Picture
     # Shard -> record count, of the experts that are here. A shard's name is that of a folder.
     records: Annotated[dict[ShardName, Annotated[int, Field(ge=1, le=2**53)]], Field(min_length=1)]
+    gate: GateKind = "per-shard"
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
 
 
 class EnsembleModel(ModelMixin):  # type: ignore[misc]
     """All experts and the gate, resident."""
 
-    def __init__(self, config: EnsembleConfig, experts: Mapping[str, Denoiser], gate: Gate) -> None:
+    def __init__(
+        self, config: EnsembleConfig, experts: Mapping[str, Denoiser], gate: Gate | JointGate
+    ) -> None:
         super().__init__()
         self.ensemble_config = config
         self.cards = {shard: expert.card for shard, expert in experts.items()}
@@ -97,7 +105,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts."""
         folder = Path(folder)
         config = read_ensemble_config(folder)
-        experts, heads = {}, {}
+        experts = {}
         for shard in config.records:
             place = folder / "experts" / shard
             if not place.is_dir():
@@ -106,8 +114,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                     cure="assemble the ensemble again without it, or restore the folder",
                 )
             experts[shard] = Denoiser.load(place)
-            heads[shard] = GateHead.load(folder / "gate" / shard)
-            _check_part(shard, experts[shard], heads[shard], config.picture)
+            _check_expert(shard, experts[shard], config.picture)
         spaces = {expert.card.latent_space for expert in experts.values()}
         if len(spaces) > 1:
             raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
@@ -118,7 +125,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                 len(config.records) + len(config.missing),
                 ", ".join(config.missing),
             )
-        model = cls(config, experts, Gate(heads, config.records))
+        model = cls(config, experts, _load_gate(folder, config))
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):
             model.networks.to(dtype)
@@ -128,30 +135,78 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
     def save_pretrained(self, folder: str | Path, **_options: Any) -> None:
         """Write the component folder that `from_pretrained` reads."""
         folder = Path(folder)
-        for shard, expert, head in zip(self.shards, self._experts, self.gate.heads, strict=True):
+        for shard, expert in zip(self.shards, self._experts, strict=True):
             expert.save(folder / "experts" / shard)
-            assert isinstance(head, GateHead)
-            head.save(folder / "gate" / shard)
+        if isinstance(self.gate, JointGate):
+            self.gate.classifier.save(folder / JOINT)
+        else:
+            self.gate.trunk.save(folder / TRUNK)
+            for shard, head in zip(self.shards, self.gate.heads, strict=True):
+                assert isinstance(head, GateHead)
+                head.save(folder / "gate" / shard)
         write_ensemble_config(folder, self.ensemble_config)
 
 
-def _check_part(shard: str, expert: Denoiser, head: GateHead, picture: Picture) -> None:
-    """Refuse parts of another shard, which the priors would misjudge, or for other pictures."""
-    if (expert.card.shard, head.config.shard) != (shard, shard):
+def _load_gate(folder: Path, config: EnsembleConfig) -> Gate | JointGate:
+    place = folder / (JOINT if config.gate == "joint" else TRUNK)
+    trunk = Trunk.load(place)
+    if trunk.config.channels != config.picture.channels:
         raise Refused(
-            f"In the place of {shard} are the expert of {expert.card.shard} and the gate head of "
-            f"{head.config.shard}",
+            f"The ensemble is of pictures {config.picture.shape}, its gate for "
+            f"{trunk.config.channels} channels",
+            cure="assemble the ensemble again",
+        )
+    if config.gate == "joint":
+        check_joint(trunk.config, config.records)
+        return JointGate(trunk, config.records)
+    trunk_sha256 = sha256_folder(place)
+    heads = {}
+    for shard in config.records:
+        heads[shard] = head = GateHead.load(folder / "gate" / shard, trunk.config)
+        if head.config.shard != shard:
+            raise Refused(
+                f"In the place of {shard} is the gate head of {head.config.shard}",
+                cure="assemble the ensemble again",
+            )
+        check_trunk(head.config, trunk_sha256)
+    return Gate(trunk, heads, config.records)
+
+
+def _check_expert(shard: str, expert: Denoiser, picture: Picture) -> None:
+    """Refuse one of another shard, which the priors would misjudge, or for other pictures."""
+    if expert.card.shard != shard:
+        raise Refused(
+            f"In the place of {shard} is the expert of {expert.card.shard}",
             cure="assemble the ensemble again",
         )
     config: Any = expert.network.config
     size = config.sample_size
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     made_for = (config.in_channels, height, width)
-    if made_for != picture.shape or head.config.channels != picture.channels:
+    if made_for != picture.shape:
         raise Refused(
-            f"The ensemble is of pictures {picture.shape}; the expert of {shard} is for "
-            f"{made_for}, its gate head for {head.config.channels} channels",
+            f"The ensemble is of pictures {picture.shape}; the expert of {shard} is for {made_for}",
             cure="assemble the ensemble again",
+        )
+
+
+def check_joint(classifier: TrunkConfig, shards: Collection[str]) -> None:
+    """Refuse a joint gate that never saw one of the shards."""
+    unseen = [shard for shard in shards if shard not in classifier.labels]
+    if unseen:
+        raise Refused(
+            f"The joint gate was trained without {', '.join(unseen)}",
+            cure="assemble the ensemble again, without --gate joint",
+        )
+
+
+def check_trunk(head: HeadConfig, trunk_sha256: str) -> None:
+    """Refuse a head that continues from another trunk: its answers would mean nothing."""
+    if head.trunk_sha256 != trunk_sha256:
+        raise Refused(
+            f"The gate head of {head.shard} continues from trunk {head.trunk_sha256[:16]}..., here "
+            f"is {trunk_sha256[:16]}...",
+            cure="assemble the ensemble again, of one run's heads",
         )
 
 
@@ -184,11 +239,25 @@ def write_ensemble_config(
     (folder / "config.json").write_bytes(canonical_json(values))
 
 
-def copy_parts(folder: Path, experts: Mapping[str, Path], heads: Mapping[str, Path]) -> None:
-    """Copy islands' folders to their places, after checking that they may stand together."""
+def copy_experts(folder: Path, experts: Mapping[str, Path]) -> None:
+    """Copy islands' experts to their places, after checking that they may stand together."""
     spaces = {read_card(place).latent_space for place in experts.values()}
     if len(spaces) > 1:
         raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
     for shard, place in experts.items():
         shutil.copytree(place, folder / "experts" / shard)
-        shutil.copytree(heads[shard], folder / "gate" / shard)
+
+
+def copy_heads(folder: Path, trunk: Path, heads: Mapping[str, Path]) -> None:
+    """Likewise their gate heads, and the one trunk that all continue from."""
+    trunk_sha256 = sha256_folder(trunk)
+    shutil.copytree(trunk, folder / TRUNK)
+    for shard, place in heads.items():
+        check_trunk(read_head_config(place), trunk_sha256)
+        shutil.copytree(place, folder / "gate" / shard)
+
+
+def copy_joint(folder: Path, joint: Path, shards: Collection[str]) -> None:
+    """A joint gate in the place of heads."""
+    check_joint(Trunk.load(joint).config, shards)
+    shutil.copytree(joint, folder / JOINT)

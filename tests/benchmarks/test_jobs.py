@@ -15,7 +15,7 @@ from benchmarks import kills, start
 
 SMALLEST = TrainConfig(
     training=DenoiserTraining(passes=0.5, checkpoints=2),
-    head=HeadTraining(images=64, batch=16, width=8, bands=2, checkpoints=1),
+    head=HeadTraining(images=64, batch=16, bands=2, checkpoints=1),
     preview=1,
     preview_steps=1,
 )

@@ -28,10 +28,13 @@ from tests.waiting import PATIENCE_SECONDS, until
 SHARD = "shard-01"  # the one that the tests take out
 SHARDS = ("shard-00", "shard-01", "shard-02")
 PARTITION = ("--shards=3", "--commons=0.25", "--holdout=0.15", "--set", "fit.steps=20")
-BASE = ("--recipe=unet-tiny", "--passes=1", "--set", "training.checkpoints=1")
+BASE = (
+    "--recipe=unet-tiny", "--passes=1", "--set", "training.checkpoints=1",
+    "--set", "trunk.images=256", "--set", "trunk.width=8",
+)  # fmt: skip
 TRAIN = (
     "--passes=1", "--set", "training.checkpoints=2", "--set", "head.images=128",
-    "--set", "head.batch=16", "--set", "head.width=8", "--set", "head.bands=2",
+    "--set", "head.batch=16", "--set", "head.bands=2",
     "--set", "preview=4", "--set", "preview_steps=2", "--set", "slots=2",
 )  # fmt: skip
 # What holds clocks, process ids or the removal itself.

@@ -32,7 +32,7 @@ from tests.core.test_latents import network
 
 TRAIN = TrainConfig(
     training=DenoiserTraining(passes=1, checkpoints=1),
-    head=HeadTraining(images=64, batch=16, width=8, bands=1),
+    head=HeadTraining(images=64, batch=16, bands=1),
     preview=4,
     preview_steps=2,
 )

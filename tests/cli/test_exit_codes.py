@@ -148,7 +148,7 @@ def test_3_unknown_keys_recipes_and_encoders(corpus, based, tmp_path, untouched)
         refused(3, "train", based, "--recipe=pixart-tiny")
         refused(3, "train", based, "--recipe=unet-tin")
         refused(3, "train", based, "--passes=0")
-        refused(3, "train", based, "--set", "head.width=9")
+        refused(3, "train", based, "--set", "head.batch=1")
 
 
 # -- 4: data -------------------------------------------------------------------------------------

@@ -28,7 +28,13 @@ from atoll.core.storage import Storage, sha256_folder
 from atoll.evaluate.reference import load_records
 from atoll.islands.base import train_base
 from atoll.islands.island import run_island
-from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
+from atoll.islands.settings import (
+    BaseConfig,
+    DenoiserTraining,
+    HeadTraining,
+    TrainConfig,
+    TrunkTraining,
+)
 from atoll.islands.supervise import _collect, plan_islands, write_order
 from atoll.merge.soup import create
 from atoll.partitioner.pipeline import partition
@@ -39,7 +45,7 @@ from tests.core.test_latents import network
 
 TRAIN = TrainConfig(
     training=DenoiserTraining(passes=1, checkpoints=1),
-    head=HeadTraining(images=64, batch=16, width=8, bands=1),
+    head=HeadTraining(images=64, batch=16, bands=1),
     preview=4,
     preview_steps=2,
 )
@@ -73,7 +79,9 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     )  # fmt: skip
     manifest = partition(corpus(folder), place, config)
     training = DenoiserTraining(passes=1, checkpoints=1)
-    train_base(place, manifest, BaseConfig(recipe="unet-tiny", training=training))
+    trunk = TrunkTraining(images=256, width=8)
+    config = BaseConfig(recipe="unet-tiny", training=training, trunk=trunk)
+    train_base(place, manifest, config)
     plan_islands(place, manifest, TRAIN)
     for shard in manifest.shards:
         write_order(place, manifest, TRAIN, shard)

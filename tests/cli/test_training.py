@@ -76,7 +76,7 @@ def test_what_is_trained_stays_as_it_was_asked_for(based, trained, untouched, tm
         assert "optimizer.learning_rate=0.003, was None" in str(said.error["what"])
     with untouched(trained):
         assert done("train", trained)["trained"] == []
-        for other in (otherwise, "--set=head.width=64"):
+        for other in (otherwise, "--set=head.broad=0.5"):
             said = atoll("train", trained, other, "--json")
             assert said.code == 3
             assert "trained already, and otherwise" in str(said.error["what"])
@@ -91,7 +91,7 @@ def test_what_is_trained_stays_as_it_was_asked_for(based, trained, untouched, tm
     assert f"{SHARD} were trained otherwise and stay" in said.err
     order = json.loads((run / f"islands/{other}/island.json").read_text())
     assert order["config"]["training"]["optimizer"]["learning_rate"] == 0.003
-    assert order["config"]["head"]["width"] == 8  # and all else as the first command said
+    assert order["config"]["head"]["batch"] == 16  # and all else as the first command said
 
 
 def test_minutes_become_passes_once(partitioned, tmp_path, monkeypatch) -> None:

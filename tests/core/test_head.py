@@ -16,13 +16,30 @@ from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import ExitCode, Refused
 from atoll.core.head import Band, GateHead, HeadConfig, new_head
+from atoll.core.trunk import Trunk, TrunkConfig, new_trunk
 
 MakeCond = Callable[..., Conditioning]
 N = 5
 
 
+SHAPE = TrunkConfig(channels=1, pooled=8, width=8, stride=1, labels={"x": 30, "y": 10, "z": 5})
+
+
+def trunk() -> Trunk:
+    """With weights that say something."""
+    made = new_trunk(SHAPE, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+    return made.eval().requires_grad_(False)
+
+
+TRUNK = trunk()
+
+
 def config(**changes: Any) -> HeadConfig:
-    return HeadConfig(**{"shard": "s0", "channels": 1, "pooled": 8, "width": 8} | changes)
+    return HeadConfig(**{"shard": "s0", "trunk_sha256": "0" * 64} | changes)
 
 
 def band(t: float, slope: float, intercept: float) -> Band:
@@ -31,7 +48,7 @@ def band(t: float, slope: float, intercept: float) -> Band:
 
 def head(**changes: Any) -> GateHead:
     """With weights that say something."""
-    made = new_head(config(**changes), seed=0)
+    made = new_head(config(**changes), TRUNK)
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in made.parameters():
@@ -43,58 +60,69 @@ def x_t(n: int = N) -> Tensor:
     return seeds.normal(0, "x", first=0, count=n, shape=(1, 8, 8))
 
 
+def f_of(made: GateHead, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    return made(TRUNK.features(x, t, cond), t, cond)
+
+
+def raw_of(made: GateHead, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+    return made.raw(TRUNK.features(x, t, cond))
+
+
 def at(t: float, n: int = N) -> Tensor:
     return torch.full((n,), t)
 
 
 @torch.no_grad()
-def test_new_head_says_0_everywhere(cond: MakeCond) -> None:
-    made = new_head(config(), seed=3)
+def test_new_head_of_an_unknown_shard_says_0_everywhere(cond: MakeCond) -> None:
+    made = new_head(config(), TRUNK)
     for t in (0.0, 0.3, 0.999, 1.0):
-        assert torch.equal(made(x_t(), at(t), cond(N)), torch.zeros(N))
+        assert torch.equal(f_of(made, x_t(), at(t), cond(N)), torch.zeros(N))
 
 
-def test_new_head_is_a_function_of_seed_and_shard() -> None:
-    torch.manual_seed(5)
-    before = torch.get_rng_state()
-    same = [new_head(config(), seed=1).state_dict() for _ in range(2)]
-    others = [new_head(config(), seed=2), new_head(config(shard="s1"), seed=1)]
-    assert torch.equal(torch.get_rng_state(), before)
-    assert all(torch.equal(same[0][name], same[1][name]) for name in same[0])
-    for other in others:
-        assert not torch.equal(other.state_dict()["time.weight"], same[0]["time.weight"])
+@torch.no_grad()
+def test_new_head_says_what_the_trunk_knows_of_a_mixture_of_labels(cond: MakeCond) -> None:
+    """f = log sum_l w_l p(l | x_t) / pi_l, from the picture and from the text alone."""
+    shares = torch.tensor([0.7, 0.1, 0.2], dtype=torch.float64)
+    made, c = new_head(config(), TRUNK, shares.log()), cond(N)
+    tilt = shares / torch.tensor([30, 10, 5]).double() * 45
+    for t in (0.1, 0.8):
+        p = TRUNK.logits(x_t(), at(t), c).double().softmax(dim=1)
+        torch.testing.assert_close(f_of(made, x_t(), at(t), c).double(), (p @ tilt).log())
+    p = TRUNK.text_logits(c).double().softmax(dim=1)
+    torch.testing.assert_close(made.raw_text(c).double(), (p @ tilt).log())
 
 
 def test_new_head_can_learn_in_all_its_parts(cond: MakeCond) -> None:
-    made = new_head(config(), seed=0)
+    made = new_head(config(), TRUNK)
     t = torch.tensor([0.1, 0.5, 0.9, 1.0, 1.0])
-    made(x_t(), t, cond(N)).square().sum().backward()
-    made.zero_grad()
-    (made(x_t(), t, cond(N)) - 1).square().sum().backward()
-    for layer in (made.out, made.text_only[-1]):
-        assert layer.weight.grad.abs().sum() > 0
+    (f_of(made, x_t(), t, cond(N)) - 1).square().sum().backward()
+    for name, parameter in made.named_parameters():
+        if "out" in name or "text_only.2" in name:
+            assert parameter.grad is not None
+            assert parameter.grad.abs().sum() > 0
+    assert all(parameter.grad is None for parameter in TRUNK.parameters())
 
 
 @torch.no_grad()
 def test_at_t_1_text_alone_speaks_and_cond_null_says_0(cond: MakeCond) -> None:
     made = head(text=band(1.0, 2.0, 0.5))
     c = cond(N)
-    f = made(x_t(), at(1.0), c)
+    f = f_of(made, x_t(), at(1.0), c)
     assert c.is_null.tolist() == [True, False, False, False, False]
     assert f[0] == 0
     assert torch.equal(f[1:], (2.0 * made.raw_text(c) + 0.5)[1:])
-    assert torch.equal(made(-7 * x_t(), at(1.0), c), f)
+    assert torch.equal(f_of(made, -7 * x_t(), at(1.0), c), f)
     assert (f[1:].unsqueeze(0) != f[1:].unsqueeze(1)).sum() == 12
 
 
 @torch.no_grad()
 def test_below_t_1_picture_time_and_text_speak(cond: MakeCond) -> None:
     made, c = head(), cond(N)
-    f = made(x_t(), at(0.5), c)
-    assert torch.equal(f, made.raw(x_t(), at(0.5), c))
-    assert not torch.equal(made(x_t().flip(0), at(0.5), c), f)
-    assert not torch.equal(made(x_t(), at(0.4), c), f)
-    other = made(x_t(), at(0.5), c[torch.tensor([0, 2, 1, 4, 3])])
+    f = f_of(made, x_t(), at(0.5), c)
+    assert torch.equal(f, raw_of(made, x_t(), at(0.5), c))
+    assert not torch.equal(f_of(made, x_t().flip(0), at(0.5), c), f)
+    assert not torch.equal(f_of(made, x_t(), at(0.4), c), f)
+    other = f_of(made, x_t(), at(0.5), c[torch.tensor([0, 2, 1, 4, 3])])
     assert torch.equal(other[0], f[0])
     assert (other[1:] != f[1:]).all()
 
@@ -104,7 +132,7 @@ def test_null_captions_pooled_vector_says_nothing(cond: MakeCond) -> None:
     made, c = head(), cond(1)
     other = Conditioning(c.tokens, c.mask, c.pooled * -3, c.is_null)
     for t in (0.2, 1.0):
-        assert torch.equal(made(x_t(1), at(t, 1), c), made(x_t(1), at(t, 1), other))
+        assert torch.equal(f_of(made, x_t(1), at(t, 1), c), f_of(made, x_t(1), at(t, 1), other))
 
 
 BANDS = [band(0.1, 1.0, 0.0), band(0.3, 2.0, -1.0), band(0.9, 0.5, 4.0)]
@@ -129,8 +157,8 @@ def test_calibration_is_linear_between_centres_and_constant_outside(
     t: float, slope: float, intercept: float, cond: MakeCond
 ) -> None:
     made, c = head(bands=BANDS), cond(N)
-    wanted = slope * made.raw(x_t(), at(t), c) + intercept
-    got = made(x_t(), at(t), c)
+    wanted = slope * raw_of(made, x_t(), at(t), c) + intercept
+    got = f_of(made, x_t(), at(t), c)
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-5)
     if t in (0.1, 0.3, 0.9):
         assert torch.equal(got, wanted)
@@ -140,29 +168,29 @@ def test_calibration_is_linear_between_centres_and_constant_outside(
 def test_each_row_is_calibrated_at_its_own_time(cond: MakeCond) -> None:
     made, c = head(bands=BANDS, text=band(1.0, 3.0, 1.0)), cond(N)
     t = torch.tensor([0.1, 1.0, 0.3, 0.2, 1.0])
-    together = made(x_t(), t, c)
+    together = f_of(made, x_t(), t, c)
     for row in range(N):
         one = slice(row, row + 1)
-        torch.testing.assert_close(made(x_t()[one], t[one], c[one])[0], together[row])
+        torch.testing.assert_close(f_of(made, x_t()[one], t[one], c[one])[0], together[row])
 
 
 @torch.no_grad()
 def test_one_band_holds_everywhere_below_1(cond: MakeCond) -> None:
     made, c = head(bands=[band(0.5, 2.0, 1.0)]), cond(N)
     for t in (0.0, 0.5, 0.99):
-        assert torch.equal(made(x_t(), at(t), c), 2 * made.raw(x_t(), at(t), c) + 1)
+        assert torch.equal(f_of(made, x_t(), at(t), c), 2 * raw_of(made, x_t(), at(t), c) + 1)
 
 
 @torch.no_grad()
 def test_saved_and_loaded_is_bitwise_the_same(tmp_path: Path, cond: MakeCond) -> None:
     made = head(bands=BANDS, text=band(1.0, 3.0, 1.0))
     made.save(tmp_path / "one")
-    loaded = GateHead.load(tmp_path / "one")
+    loaded = GateHead.load(tmp_path / "one", SHAPE)
     assert loaded.config == made.config
     assert not loaded.training
     assert loaded.state_dict().keys() == made.state_dict().keys()
     for t in (0.0, 0.123, 0.7, 1.0):
-        assert torch.equal(loaded(x_t(), at(t), cond(N)), made(x_t(), at(t), cond(N)))
+        assert torch.equal(f_of(loaded, x_t(), at(t), cond(N)), f_of(made, x_t(), at(t), cond(N)))
     loaded.save(tmp_path / "two")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
@@ -190,9 +218,9 @@ def _config(**changes: Any) -> Callable[[Path], Any]:
 
 
 STRANGE: dict[str, Callable[[Path], Any]] = {
-    "key missing": _weights(lambda w: w.pop("out.bias")),
+    "key missing": _weights(lambda w: w.pop("upper.out.bias")),
     "key too many": _weights(lambda w: w.update(surprise=torch.zeros(1))),
-    "other shape": _weights(lambda w: w.update({"out.bias": torch.zeros(3)})),
+    "other shape": _weights(lambda w: w.update({"upper.out.bias": torch.zeros(3)})),
     "no weights": lambda f: (f / "model.safetensors").unlink(),
     "torn weights": lambda f: (f / "model.safetensors").write_bytes(b"abc"),
     "half the weights": lambda f: (f / "model.safetensors").write_bytes(
@@ -201,12 +229,9 @@ STRANGE: dict[str, Callable[[Path], Any]] = {
     "no config": lambda f: (f / "config.json").unlink(),
     "torn config": lambda f: (f / "config.json").write_text("{"),
     "list": lambda f: (f / "config.json").write_text("[]"),
-    "other schema": _config(schema_version=2),
+    "other schema": _config(schema_version=1),
     "surprise": _config(surprise=1),
-    "other channels": _config(channels=3),
-    "no channels": _config(channels=0),
-    "negative": _config(channels=-1),
-    "width that does not divide": _config(width=7),
+    "no trunk": _config(trunk_sha256=None),
     "band without slope": _config(bands=[{"t": 0.5}]),
 }
 
@@ -216,10 +241,10 @@ def test_stranger_is_refused_with_a_sentence(tmp_path: Path, how: str) -> None:
     head().save(tmp_path / "x")
     STRANGE[how](tmp_path / "x")
     with pytest.raises(Refused) as caught:
-        GateHead.load(tmp_path / "x")
+        GateHead.load(tmp_path / "x", SHAPE)
     assert caught.value.exit_code == ExitCode.REFUSED
 
 
 def test_folder_that_is_not_there_is_refused(tmp_path: Path) -> None:
     with pytest.raises(Refused, match="is not a gate head"):
-        GateHead.load(tmp_path / "nothing")
+        GateHead.load(tmp_path / "nothing", SHAPE)

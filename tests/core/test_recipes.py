@@ -13,14 +13,13 @@ from atoll.core import flow, recipes, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import ConfigError, ExitCode
 from atoll.core.families import FAMILIES, Family
-from atoll.core.head import HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.recipes import (
     RECIPES,
     build,
     default_recipe,
     forward_flops,
-    head_forward_flops,
+    gate_flops,
     network_config,
     outline,
     outline_of,
@@ -29,6 +28,7 @@ from atoll.core.recipes import (
     saved_bytes,
     training_bytes,
 )
+from atoll.core.trunk import TrunkConfig
 
 MakeCond = Callable[..., Conditioning]
 DIGIT, SMALL = Picture(channels=1, height=8, width=8), Picture(channels=3, height=32, width=32)
@@ -272,24 +272,41 @@ def test_operations_are_those_of_a_hand_count(
     assert forward_flops(_Known(), "known", SMALL, cond(4)) == by_hand
 
 
-def test_a_gate_head_s_operations_are_those_of_a_hand_count(cond: MakeCond) -> None:
-    width, pooled, places = 32, 8, 32 * 32
-    signal = 4 * width
-    convolutions = (
-        9 * places * (3 * width + 2 * width**2 / 4 + 4 * width**2 / 4 + 8 * width**2 / 16)
-    )
-    # Time's 32 waves, and text twice; what moves and scales the four blocks; the two ends.
-    linear = signal * (32 + 2 * pooled + 2 * (1 + 2 + 2 + 4) * width) + 4 * width + signal
-    config = HeadConfig(shard="x", channels=3, pooled=pooled, width=width)
-    assert head_forward_flops(config, SMALL, cond(4)) == 2 * (convolutions + linear)
+def test_a_gates_operations_are_those_of_a_hand_count(cond: MakeCond) -> None:
+    width, pooled, labels = 32, 8, 3
+    signal, places = 4 * width, 16 * 16  # of the first block
+    shape = {"channels": 3, "pooled": pooled, "labels": dict.fromkeys("abc", 1)}
+    lower = 9 * places * (3 * width + 2 * width**2 / 4 + 2 * 4 * width**2 / 4)
+    # Time's 32 waves and the text; what moves and scales the four blocks.
+    lower += signal * (32 + pooled + 2 * (1 + 2 + 2 + 2) * width)
+    upper = 9 * places * 8 * width**2 / 16 + signal * 8 * width + 4 * width * 2 * labels
+    text = signal * (pooled + 2 * labels)
+    found = gate_flops(TrunkConfig(**shape, width=width), SMALL, cond(4))
+    assert found == (2 * lower, 2 * (upper + text))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "most"),
+    [("unet-nano", 0.05), ("uvit-nano", 0.15), ("pixart-nano", 0.17), ("dit-nano", 0.21)],
+)
+def test_eight_heads_and_their_trunk_are_light_beside_an_expert(
+    recipe: str, most: float, cond: MakeCond
+) -> None:
+    text = cond(1, width=64, dim=64)
+    config = TrunkConfig(channels=3, pooled=64, labels=dict.fromkeys("abcdefgh", 1))
+    shared, own = gate_flops(config, SMALL, text)
+    expert = outline(recipe_of(recipe), SMALL, 64)
+    whole = forward_flops(expert, recipe_of(recipe).family, SMALL, text)
+    assert (shared + 8 * own) / whole < most
 
 
 def test_a_gate_head_of_the_digits_is_light_beside_its_expert(cond: MakeCond) -> None:
     """So light that the usual limit of its computations leaves the demo's heads as they are."""
-    config, text = HeadConfig(shard="x", channels=1, pooled=64), cond(1, width=64, dim=64)
-    expert = outline(recipe_of("unet-digits"), DIGIT, 64)
-    cost = 2 * head_forward_flops(config, DIGIT, text) / forward_flops(expert, "unet", DIGIT, text)
-    assert 2 * cost < 0.25
+    text = cond(1, width=64, dim=64)
+    config = TrunkConfig(channels=1, pooled=64, stride=1, labels=dict.fromkeys("abcd", 1))
+    shared, own = gate_flops(config, DIGIT, text)
+    expert = forward_flops(outline(recipe_of("unet-digits"), DIGIT, 64), "unet", DIGIT, text)
+    assert 2 * 2 * (shared + 3 * own) / (3 * expert) < 0.25
 
 
 def test_an_outline_of_a_configuration_has_the_shapes_of_its_network() -> None:

@@ -139,8 +139,8 @@ def everything() -> views.ReportData:
         ),
         gate_traces=views.gate_traces(trace, prompts, x, noise=x),
         gate_heads={
-            SHARDS[0]: HeadConfig(shard=SHARDS[0], channels=1, pooled=4, bands=[band], text=band),
-            SHARDS[1]: HeadConfig(shard=SHARDS[1], channels=1, pooled=4),
+            SHARDS[0]: HeadConfig(shard=SHARDS[0], trunk_sha256="0", bands=[band], text=band),
+            SHARDS[1]: HeadConfig(shard=SHARDS[1], trunk_sha256="0"),
         },
         removal=views.RemovalView(
             SHARDS[1],

@@ -23,7 +23,13 @@ from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
 from atoll.islands.base import train_base
 from atoll.islands.heads import Head, HeadOrder, local_heads
-from atoll.islands.settings import BaseConfig, DenoiserTraining, HeadTraining, TrainConfig
+from atoll.islands.settings import (
+    BaseConfig,
+    DenoiserTraining,
+    HeadTraining,
+    TrainConfig,
+    TrunkTraining,
+)
 from atoll.islands.submit import ENDED, Cluster, Jobs, Unreachable
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
@@ -31,11 +37,12 @@ from tests.s3 import BUCKET
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHARDS = 3
+TRUNK = TrunkTraining(images=256, width=8)
 CONTROLLER = "controller-journal.jsonl"
 TRAIN = TrainConfig(
     slots=2,
     training=DenoiserTraining(passes=2, checkpoints=4),
-    head=HeadTraining(images=128, batch=16, width=8, bands=2),
+    head=HeadTraining(images=128, batch=16, bands=2),
     preview=4,
     preview_steps=2,
 )
@@ -71,7 +78,9 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     train_base(
         run,
         manifest,
-        BaseConfig(recipe="unet-tiny", training=DenoiserTraining(passes=1, checkpoints=1)),
+        BaseConfig(
+            recipe="unet-tiny", training=DenoiserTraining(passes=1, checkpoints=1), trunk=TRUNK
+        ),
     )
     return folder / "run"
 

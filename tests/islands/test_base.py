@@ -21,7 +21,7 @@ from atoll.core.storage import Storage
 from atoll.islands.base import WORK, train_base
 from atoll.islands.island import run_island
 from atoll.islands.settings import BaseConfig, DenoiserTraining
-from tests.islands.conftest import TRAIN
+from tests.islands.conftest import TRAIN, TRUNK
 from tests.islands.test_job import order
 
 
@@ -40,7 +40,7 @@ def test_a_far_base_is_the_near_one(unbased) -> None:
     far = Storage("memory://far-base")
     for name in near.list():
         far.write_bytes(name, near.read_bytes(name))
-    config = BaseConfig(training=DenoiserTraining(passes=1, checkpoints=1))
+    config = BaseConfig(training=DenoiserTraining(passes=1, checkpoints=1), trunk=TRUNK)
     made = train_base(far, manifest.model_copy(deep=True), config)
     assert made == train_base(near, manifest, config)
     far.remove("")
@@ -67,7 +67,7 @@ def test_a_published_pipeline_is_a_start(unbased, tmp_path: Path) -> None:
     width = Pack(run.local("commons")).text_width
     start = str(_published(tmp_path / "published", manifest, width))
     training = DenoiserTraining(passes=1, checkpoints=1)
-    config = BaseConfig(start=start, training=training)
+    config = BaseConfig(start=start, training=training, trunk=TRUNK)
     train_base(run, manifest, config)
     base = Denoiser.load(run.local("base"))
     assert (manifest.recipe, base.card.prediction) == ("unet-tiny", Prediction.VELOCITY)
@@ -115,7 +115,7 @@ def test_an_expert_that_kept_its_path_is_what_its_scheduler_expects(
     )  # fmt: skip
     start = _published(tmp_path / "published", manifest, pack.text_width, theirs)
     training = DenoiserTraining(passes=1, checkpoints=1, keep_path=True)
-    train_base(run, manifest, BaseConfig(start=str(start), training=training))
+    train_base(run, manifest, BaseConfig(start=str(start), training=training, trunk=TRUNK))
     order(run, manifest, "shard-00", TRAIN)
     run_island(run.uri, "shard-00")
 
@@ -162,8 +162,9 @@ def test_random_weights_learn_on_a_schedule_that_is_named(unbased) -> None:
     training = DenoiserTraining(
         passes=1, checkpoints=1, prediction=Prediction.X_DATA, schedule=schedule
     )
-    train_base(run, manifest, BaseConfig(training=training))
+    train_base(run, manifest, BaseConfig(training=training, trunk=TRUNK))
     card = Denoiser.load(run.local("base")).card
     assert (card.prediction, card.schedule) == (Prediction.X_DATA, schedule)
+    plain = DenoiserTraining(passes=1, checkpoints=1)
     with pytest.raises(ConfigError, match="schedule"):
-        train_base(run, manifest, BaseConfig(training=DenoiserTraining(passes=1, checkpoints=1)))
+        train_base(run, manifest, BaseConfig(training=plain, trunk=TRUNK))

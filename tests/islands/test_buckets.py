@@ -21,10 +21,11 @@ from atoll.core.cache import BlockCache
 from atoll.core.denoiser import Denoiser
 from atoll.core.embedding import FitConfig
 from atoll.core.errors import ConfigError, Interrupted, Refused
-from atoll.core.head import GateHead, HeadConfig, new_head
+from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack, join, open_pack
 from atoll.core.storage import Storage
+from atoll.core.trunk import Features, Trunk, TrunkConfig, new_trunk
 from atoll.islands.base import new_base, train_base
 from atoll.islands.data import Batch, Batches, rows_at
 from atoll.islands.group import Group
@@ -37,13 +38,14 @@ from atoll.islands.train_denoiser import train_here
 from atoll.islands.train_head import anchor_of, calibrate, head_loss
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
+from tests.islands.conftest import TRUNK
 from tests.islands.ranks import pool
 
 CPU = torch.device("cpu")
 SHAPES = ("8x8", "6x12", "12x6")
 TRAIN = TrainConfig(
     training=DenoiserTraining(passes=1, checkpoints=2, ema_decays=(0.5, 0.9)),
-    head=HeadTraining(images=96, batch=16, width=8, bands=2),
+    head=HeadTraining(images=96, batch=16, bands=2),
     preview=4,
     preview_steps=2,
 )
@@ -307,18 +309,20 @@ def test_files_of_other_shapes_than_the_card_names_are_refused(
 
 def test_the_gate_head_meets_every_shape_of_shard_and_anchor(run: Storage, commons: Pack) -> None:
     shard = Pack(run.local("shards/shard-00"))
-    settings = HeadTraining(batch=16, width=8, bands=2)
-    config = HeadConfig(shard="shard-00", channels=1, pooled=commons.pooled_width, width=8)
-    head, met = new_head(config, seed=0), set()
+    settings = HeadTraining(batch=16, bands=2)
+    labels = {"a": 3, "b": 1}
+    shape = TrunkConfig(channels=1, pooled=commons.pooled_width, width=8, stride=1, labels=labels)
+    trunk = new_trunk(shape, seed=0)
+    head, met = new_head(HeadConfig(shard="shard-00", trunk_sha256="0"), trunk), set()
     anchor = anchor_of(commons, 0.25, held_out=False)
 
-    class Spy(GateHead):
-        def raw(self, x_t: torch.Tensor, *rest: Any) -> torch.Tensor:
+    class Spy(Trunk):
+        def features(self, x_t: torch.Tensor, *rest: Any) -> Features:
             met.add((len(x_t), tuple(x_t.shape[2:])))
-            return super().raw(x_t, *rest)
+            return super().features(x_t, *rest)
 
-    head.__class__ = Spy
-    loss = head_loss(head, shard, anchor, settings, seed=0)
+    trunk.__class__ = Spy
+    loss = head_loss(head, trunk, shard, anchor, settings, seed=0)
     for first in range(0, 480, 16):
         errors = loss(first, 16)
         assert float(errors.loss.detach()) == pytest.approx(
@@ -333,7 +337,7 @@ def test_the_gate_head_meets_every_shape_of_shard_and_anchor(run: Storage, commo
     met.clear()
     loss(20, 28)
     assert {count for count, _ in met} <= {12, 16, 24, 32}
-    calibrated = calibrate(head, shard, commons, settings, seed=0)
+    calibrated = calibrate(head, trunk, shard, commons, settings, seed=0)
     assert [band.t for band in calibrated.config.bands] == [0.25, 0.75]
     whole = [
         commons.x_data(bucket.rows(torch.arange(len(bucket)))).flatten()
@@ -352,7 +356,7 @@ def test_an_island_of_several_shapes_comes_to_its_end(
         place = Storage(tmp_path / name)
         manifest = Manifest.load(place)
         training = DenoiserTraining(passes=1, checkpoints=1)
-        train_base(place, manifest, BaseConfig(recipe="uvit-tiny", training=training))
+        train_base(place, manifest, BaseConfig(recipe="uvit-tiny", training=training, trunk=TRUNK))
         plan_islands(place, manifest, TRAIN)
         write_order(place, manifest, TRAIN, "shard-00")
         run_island(place.uri, "shard-00")
@@ -372,7 +376,9 @@ def test_a_compiled_island_of_several_shapes_learns_what_an_eager_one_does(
         Storage(tmp_path).publish(Path(run.local("")), name)
         place = Storage(tmp_path / name)
         manifest = Manifest.load(place)
-        train_base(place, manifest, BaseConfig(recipe="dit-tiny", training=TRAIN.training))
+        train_base(
+            place, manifest, BaseConfig(recipe="dit-tiny", training=TRAIN.training, trunk=TRUNK)
+        )
         training = DenoiserTraining(passes=1, checkpoints=2, compile=compiled)
         config = TRAIN.model_copy(update={"training": training, "preview_milestones": 2})
         plan_islands(place, manifest, config)

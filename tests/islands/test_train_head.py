@@ -16,11 +16,19 @@ from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
+from atoll.core.trunk import Trunk, TrunkConfig
 from atoll.islands.course import Course
 from atoll.islands.island import _head_course
 from atoll.islands.loop import Loop
-from atoll.islands.settings import DenoiserTraining, HeadTraining, TrainConfig, plan_head
+from atoll.islands.settings import (
+    DenoiserTraining,
+    HeadTraining,
+    TrainConfig,
+    TrunkTraining,
+    plan_beside,
+)
 from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
+from atoll.islands.train_trunk import by_filter, train_classifier
 
 SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1, 1]
 STD = 0.3
@@ -56,15 +64,30 @@ def packs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Pack, Pack]:
     return make_pack(folder / "a", "a", SHIFT, 1), make_pack(folder / "c", "commons", -SHIFT, 2)
 
 
-SETTINGS = HeadTraining(images=16_000, batch=64, width=8, broad=0.0, bands=3, condition_dropout=1.0)
+SETTINGS = HeadTraining(
+    images=16_000, batch=64, broad=0.0, bands=3, condition_dropout=1.0, learning_rate=4e-3
+)
+SHAPE = {"channels": 1, "pooled": 4, "width": 16, "stride": 1}
+HEAD = HeadConfig(shard="a", trunk_sha256="0")
 
 
 @pytest.fixture(scope="module")
-def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
+def trunk(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory) -> Trunk:
+    """One that has learnt to tell filters apart on the commons alone."""
+    task = by_filter(0, 1)
+    return train_classifier(
+        Storage(tmp_path_factory.mktemp("trunk")), "work", TrunkConfig(**SHAPE, labels=task.counts),
+        packs[1], task, TrunkTraining(batch=64), Plan(batch=64, images_seen=9_600),
+        seed=0, stream="trunk", threads=1, device="cpu",
+    )  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def head(packs: tuple[Pack, Pack], trunk: Trunk, tmp_path_factory: pytest.TempPathFactory):  # type: ignore[no-untyped-def]
     shard, commons = packs
-    trained = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
+    trained = new_head(HEAD, trunk)
     course = Course(
-        plan=plan_head(SETTINGS, Plan(batch=1, images_seen=1)),
+        plan=plan_beside(SETTINGS, Plan(batch=1, images_seen=1)),
         learning_rate=4e-3,
         weight_decay=0.01,
         betas=(0.9, 0.99),
@@ -73,10 +96,12 @@ def head(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory):  #
         ema_decays=(0.99,),
         checkpoints=1,
     )
-    loss = head_loss(trained, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0)
+    loss = head_loss(
+        trained, trunk, shard, anchor_of(commons, 0.0, held_out=False), SETTINGS, seed=0
+    )
     place = Storage(tmp_path_factory.mktemp("head"))
     Loop(place, "head", trained, course, name="head").run(loss)
-    return calibrate(trained, shard, commons, SETTINGS, seed=0)
+    return calibrate(trained, trunk, shard, commons, SETTINGS, seed=0)
 
 
 def exact_ratio(x_t: Tensor, t: Tensor) -> Tensor:
@@ -85,15 +110,17 @@ def exact_ratio(x_t: Tensor, t: Tensor) -> Tensor:
     return 2 * (1 - t) * SHIFT * x_t.sum(dim=(1, 2, 3)) / variance
 
 
-def test_a_shard_that_is_easily_told_from_the_anchor_fails_no_head(tmp_path: Path) -> None:
+def test_a_shard_that_is_easily_told_from_the_anchor_fails_no_head(
+    tmp_path: Path, trunk: Trunk
+) -> None:
     shard = make_pack(tmp_path / "a", "a", 0.9, 1, shared=False)
     commons = make_pack(tmp_path / "c", "commons", -0.9, 2, shared=False)
     # Captions all but give the side away, and now and then one is dropped.
-    settings = HeadTraining(images=24_000, width=8, broad=0.0, condition_dropout=0.02)
+    settings = HeadTraining(images=24_000, broad=0.0, condition_dropout=0.02)
     config = TrainConfig(head=settings.model_copy(update={"learning_rate": 4e-3}))
-    head = new_head(HeadConfig(shard="a", channels=1, pooled=4, width=8), seed=0)
+    head = new_head(HEAD, trunk)
     course = _head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
-    loss = head_loss(head, shard, anchor_of(commons, 0.0, held_out=False), settings, seed=0)
+    loss = head_loss(head, trunk, shard, anchor_of(commons, 0.0, held_out=False), settings, seed=0)
     place = Storage(tmp_path / "run")
     Loop(place, "head", head, course, name="head").run(loss)
     journal = place.read_bytes("head/journal.jsonl").decode()
@@ -103,14 +130,15 @@ def test_a_shard_that_is_easily_told_from_the_anchor_fails_no_head(tmp_path: Pat
 
 
 @pytest.mark.parametrize("t", [0.2, 0.5, 0.8])
-def test_the_head_is_the_log_density_ratio(packs, head, t: float) -> None:
+def test_the_head_is_the_log_density_ratio(packs, trunk, head, t: float) -> None:
     shard, commons = packs
     x = torch.cat([p.x_data(torch.tensor(p.held_out)) for p in packs])
     times = torch.full((len(x),), t)
     noise = seeds.normal(9, "test", first=0, count=len(x), shape=(1, 4, 4))
     x_t = flow.interpolate(x, noise, times)
     with torch.no_grad():
-        found = head(x_t, times, shard.null.expand(len(x)))
+        cond = shard.null.expand(len(x))
+        found = head(trunk.features(x_t, times, cond), times, cond)
     exact = exact_ratio(x_t, times)
     # As a classifier it must be within a few hundredths of a nat of the exact posterior.
     wanted = (torch.arange(len(x)) < len(shard.held_out)).float()
@@ -120,15 +148,15 @@ def test_the_head_is_the_log_density_ratio(packs, head, t: float) -> None:
     assert len(commons) == len(shard)
 
 
-def test_at_noise_text_alone_answers_and_nothing_answers_zero(packs, head) -> None:
+def test_at_noise_text_alone_answers_and_nothing_answers_zero(packs, trunk, head) -> None:
     shard, _ = packs
     x = seeds.normal(1, "noise", first=0, count=3, shape=(1, 4, 4))
     one = torch.ones(3)
     # Captions 1 and 2 stand 3:1 and 1:3 in shard and commons.
     cond = concatenate([shard.null, shard.cond(torch.tensor([1, 0]))])
     with torch.no_grad():
-        f = head(x, one, cond)
-        elsewhere = head(torch.zeros_like(x), one, cond)
+        f = head(trunk.features(x, one, cond), one, cond)
+        elsewhere = head(trunk.features(torch.zeros_like(x), one, cond), one, cond)
     assert torch.equal(f, elsewhere)
     assert float(f[0]) == 0
     assert float(f[1]) == pytest.approx(math.log(3), abs=0.25)
@@ -175,16 +203,16 @@ def test_a_head_commits_by_the_clock_as_its_expert_does() -> None:
 
 def test_a_head_stays_light_beside_its_expert() -> None:
     expert = Plan(batch=32, images_seen=100_000)
-    assert plan_head(HeadTraining(share=0.5, batch=64), expert).images_seen == 49_984
-    assert plan_head(HeadTraining(images=100, batch=64), expert).images_seen == 64
+    assert plan_beside(HeadTraining(share=0.5, batch=64), expert).images_seen == 49_984
+    assert plan_beside(HeadTraining(images=100, batch=64), expert).images_seen == 64
     small = Plan(batch=8, images_seen=80)
-    assert plan_head(HeadTraining(batch=50), small).images_seen == 4_000
+    assert plan_beside(HeadTraining(batch=50), small).images_seen == 4_000
     # Of two shares the smaller one: of images, and of computations.
     for cost, images in ((0.1, 100_000), (0.25, 100_000), (0.5, 50_000), (2.0, 12_500)):
-        assert plan_head(HeadTraining(batch=50), expert, cost=cost).images_seen == images
+        assert plan_beside(HeadTraining(batch=50), expert, cost=cost).images_seen == images
     strict = HeadTraining(batch=50, share=2, compute=0.1)
-    assert plan_head(strict, expert, cost=0.05).images_seen == 200_000
-    assert plan_head(strict, expert, cost=0.2).images_seen == 50_000
+    assert plan_beside(strict, expert, cost=0.05).images_seen == 200_000
+    assert plan_beside(strict, expert, cost=0.2).images_seen == 50_000
 
 
 def test_the_anchor_is_one_for_all_shards_and_broad_where_asked(packs) -> None:

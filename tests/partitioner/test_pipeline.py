@@ -11,13 +11,14 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
 from atoll.core import seeds
 from atoll.core.embedding import load_encoder
 from atoll.core.errors import AtollError, ConfigError, DataError, Refused, UsageError
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
-from atoll.core.pack import Pack
+from atoll.core.pack import LABELS_NAME, Pack
 from atoll.core.pictures import decode, training_pixels
 from atoll.core.storage import Storage
 from atoll.partitioner import pipeline
@@ -171,6 +172,16 @@ def test_somebody_elses_folder_is_left_alone(
     assert [p.name for p in tmp_path.rglob("*")] == ["shards", "mine.txt"]
 
 
+def test_the_commons_labels_are_its_nearest_centroids(run: Storage) -> None:
+    rows = records(run, "commons")
+    pictures = [decode(row["image"]) for row in rows]
+    vectors = load_encoder(run.local("encoder")).embed_images(pictures).numpy()
+    centroids = load_file(run.local("partition/centroids.safetensors"))["centroids"]
+    labels = load_file(run.local(f"commons/{LABELS_NAME}"))["label"]
+    assert np.array_equal(labels, (vectors @ centroids.T).argmax(axis=1))
+    assert set(labels.tolist()) == {0, 1, 2}
+
+
 def test_owners_are_shards(corpus: str, config: Configure, tmp_path: Path) -> None:
     run = Storage(tmp_path / "run")
     manifest = partition(corpus, run, config(by="owner", commons="Museum"))
@@ -178,6 +189,7 @@ def test_owners_are_shards(corpus: str, config: Configure, tmp_path: Path) -> No
     assert {row["owner"] for row in records(run, "shards/cleo")} == {"Cléo"}
     assert manifest.partition.by == "owner"
     assert not run.exists("partition/centroids.safetensors")
+    assert not run.exists(f"commons/{LABELS_NAME}")
     assert all(row.distance is None for row in read_assignments(run))
 
 

@@ -32,6 +32,7 @@ from atoll.core.manifest import Encoder as EncoderArtefact
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
 from atoll.core.recipes import build, recipe_of
 from atoll.core.storage import Storage, sha256_file
+from atoll.core.trunk import Trunk, TrunkConfig, new_trunk
 from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
 
@@ -243,21 +244,28 @@ def _expert(folder: Path, shard: str, text_width: int) -> None:
     Denoiser(network, card).save(folder)
 
 
-def _head(folder: Path, shard: str, pooled: int) -> None:
+def _trunk(folder: Path, pooled: int) -> Trunk:
+    """A trunk with opinions."""
+    labels = {"label-00": 4, "label-01": 2}
+    config = TrunkConfig(channels=PICTURE.channels, pooled=pooled, width=8, stride=1, labels=labels)
+    trunk = new_trunk(config, seed=0)
+    trunk.save(folder)
+    return trunk
+
+
+def _head(folder: Path, shard: str, trunk: Trunk, trunk_sha256: str) -> None:
     """A head with opinions, calibrated in two bands."""
     band = {"loss": 0.5, "overlap": 0.5, "mean_ratio": 1.0}
     config = HeadConfig(
         shard=shard,
-        channels=PICTURE.channels,
-        pooled=pooled,
-        width=8,
+        trunk_sha256=trunk_sha256,
         bands=[
             Band(t=0.25, slope=0.8, intercept=0.1, **band),
             Band(t=0.75, slope=1.2, intercept=-0.1, **band),
         ],
         text=Band(t=1.0, slope=0.9, intercept=0.05, **band),
     )
-    head = new_head(config, seed=0)
+    head = new_head(config, trunk)
     with torch.no_grad():
         for name, weight in head.named_parameters():
             moved = torch.randn(weight.shape, generator=seeds.generator(3, shard, name))
@@ -310,9 +318,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     encoder.save_pretrained(place / "encoder")
     manifest = _manifest(run, encoder)
     Ledger(run).append("encoder", "encoder", manifest.encoder.sha256)
+    trunk = _trunk(place / "trunk", encoder.dim)
+    manifest.trunk = _artefact(run, "trunk")
+    Ledger(run).append("trunk", "trunk", manifest.trunk.sha256)
     for shard in PARTS:
         _expert(place / f"islands/{shard}/expert", shard, encoder.text_width)
-        _head(place / f"islands/{shard}/gate_head", shard, encoder.dim)
+        _head(place / f"islands/{shard}/gate_head", shard, trunk, manifest.trunk.sha256)
         _add_expert(run, manifest, shard)
     return place
 

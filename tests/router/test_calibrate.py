@@ -132,7 +132,7 @@ def test_a_gate_that_is_worse_than_its_prior_is_named_with_what_to_do(packs) -> 
 def test_a_head_out_of_sight_is_named(packs) -> None:
     def head(shard: str, overlap: float) -> HeadConfig:
         band = Band(t=0.1, slope=1, intercept=0, loss=0.1, overlap=overlap, mean_ratio=1)
-        return HeadConfig(shard=shard, channels=1, pooled=2, bands=[band])
+        return HeadConfig(shard=shard, trunk_sha256="0", bands=[band])
 
     heads = {"a": head("a", 0.3), "b": head("b", 0.001), "c": head("c", 0.3)}
     found = measure_gate(gate(), packs, heads=heads, seed=0)

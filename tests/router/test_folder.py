@@ -17,8 +17,9 @@ from atoll.cli.systems import load_model, sample
 from atoll.core.denoiser import read_card, write_card
 from atoll.core.errors import DataError, MissingError, Refused
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Manifest
+from atoll.core.manifest import Artefact, Manifest
 from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.trunk import Trunk
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings
 from atoll.router.gate import Gate
@@ -91,7 +92,7 @@ def test_it_is_recorded(run: Storage, folder: Path) -> None:
     assert entry is not None
     assert entry.sha256 == manifest.ensemble.sha256
     assert entry.shards == SHARDS
-    assert len(entry.parents) == 7, "three experts, three heads, the encoder"
+    assert len(entry.parents) == 8, "three experts, three heads, their trunk, the encoder"
 
 
 def test_assembling_again_changes_nothing(run: Storage, folder: Path) -> None:
@@ -280,7 +281,7 @@ def edited(**changes: Any) -> Callable[[dict[str, Any]], Any]:
 
 
 DAMAGED: dict[str, Callable[[dict[str, Any]], Any]] = {
-    "another schema": edited(schema_version=2),
+    "another schema": edited(schema_version=1),
     "no schema": lambda values: {k: v for k, v in values.items() if k != "schema_version"},
     "a list": lambda values: [values],
     "null": lambda _values: None,
@@ -334,6 +335,23 @@ def test_a_head_of_another_shard_is_refused(handed_on: Path) -> None:
     shutil.copytree(gate / "shard-01", gate / "shard-00")
     with pytest.raises(Refused, match="shard-01"):
         load_model(str(handed_on))
+
+
+def test_heads_of_another_trunk_are_refused(run: Storage, handed_on: Path) -> None:
+    trunk = Trunk.load(handed_on / "transformer/trunk")
+    with torch.no_grad():
+        trunk.time.bias.add_(1)
+    trunk.save(handed_on / "transformer/trunk")
+    with pytest.raises(Refused, match="continues from trunk"):
+        load_model(str(handed_on))
+    manifest = Manifest.load(run)
+    trunk.save(run.local("trunk"))
+    with pytest.raises(Refused, match="trunk has sha256"):
+        assemble(run, manifest)
+    assert manifest.trunk is not None
+    manifest.trunk = Artefact(path="trunk", sha256=run.sha256("trunk"))
+    with pytest.raises(Refused, match="continues from trunk"):
+        assemble(run, manifest)
 
 
 def test_the_priors_of_the_folder_are_the_manifests_counts(run: Storage, folder: Path) -> None:

@@ -28,6 +28,7 @@ from atoll.core.errors import UsageError
 from atoll.core.head import GateHead
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.trunk import Trunk
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
@@ -143,11 +144,12 @@ def test_a_trajectory_by_hand_is_the_same(
     place = folder / "transformer"
     encoder = load_encoder(folder / "text_encoder")
     experts = [Denoiser.load(place / "experts" / shard).velocity for shard in shards]
-    heads = {shard: GateHead.load(place / "gate" / shard) for shard in shards}
+    trunk = Trunk.load(place / "trunk")
+    heads = {shard: GateHead.load(place / "gate" / shard, trunk.config) for shard in shards}
     for routing in ("full", "once"):
         trajectory = Trajectory(
             experts,
-            Gate(heads, shards),
+            Gate(trunk, heads, shards),
             shards=list(shards),
             settings=sample_settings(
                 len(PROMPTS), list(shards), routing=routing, guidance=guidance, seed=9, first=3
