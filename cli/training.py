@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 
 import typer
 
@@ -142,13 +142,24 @@ def register(app: typer.Typer) -> None:
         out: Annotated[
             str | None, typer.Argument(metavar="[OUT]", help="Also write a copy here, an export.")
         ] = None,
+        gate: Annotated[
+            Literal["per-shard", "joint"],
+            typer.Option(help="The islands' own heads, or one classifier of all shards' records."),
+        ] = "per-shard",
     ) -> Result:
-        """Experts and gate heads become an ensemble folder that diffusers loads."""
+        """Experts and a gate become an ensemble folder that diffusers loads."""
         from atoll.cli.working import working_on
+        from atoll.core.config import saved_config
+        from atoll.islands.base import WORK
+        from atoll.islands.settings import BaseConfig
+        from atoll.islands.train_joint import train_joint
         from atoll.router.assemble import assemble as do_assemble
 
         with working_on(run) as (storage, manifest):
-            made = do_assemble(storage, manifest, out)
+            if gate == "joint" and manifest.experts:  # without any it is refused below
+                config = saved_config(BaseConfig, storage, WORK) or BaseConfig()
+                train_joint(storage, manifest, config)
+            made = do_assemble(storage, manifest, out, gate=gate)
         missing = [name for name in manifest.shards if name not in manifest.experts]
         return {"run": run, "ensemble": made.path, "sha256": made.sha256, "missing": missing}
 

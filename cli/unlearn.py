@@ -56,6 +56,8 @@ def unlearn(run: Storage, shard: str) -> Certificate:
 
     Exports that can be reached are rewritten; the others are named in `beyond_reach`.
     """
+    from atoll.islands.train_joint import FOLDER as JOINT
+    from atoll.islands.train_joint import WORK as JOINT_WORK
     from atoll.partitioner.forget import forget
 
     manifest = Manifest.load(run)
@@ -68,6 +70,10 @@ def unlearn(run: Storage, shard: str) -> Certificate:
     if shard in manifest.shards:
         forget(run, manifest, shard)
     manifest.experts.pop(shard, None)
+    # It saw every shard; the ensemble goes back to heads.
+    run.remove(JOINT)
+    run.remove(JOINT_WORK)
+    manifest.joint_gate = None
     _leave_ensemble(run, manifest, exports)
     run.remove("evaluation")
     run.remove(f"islands/{shard}")
