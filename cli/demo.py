@@ -217,15 +217,18 @@ class _Demo:
         outcome.evaluation = (
             Evaluation.load(run)
             if saved
-            else evaluate_systems(
-                [systems[name] for name in MEASURED],
-                evaluating.reference_of(run, manifest),
-                load_encoder(run.local(manifest.encoder.path)),
-                seed=manifest.seed,
-                count=settings.pictures,
-                instrument=evaluating.instrument_of(run, manifest),
-                real=load_records(run, manifest, split=TRAIN),
-                control=CONTROL,
+            else evaluating.with_choice(
+                evaluate_systems(
+                    [systems[name] for name in MEASURED],
+                    evaluating.reference_of(run, manifest),
+                    load_encoder(run.local(manifest.encoder.path)),
+                    seed=manifest.seed,
+                    count=settings.pictures,
+                    instrument=evaluating.instrument_of(run, manifest),
+                    real=load_records(run, manifest, split=TRAIN),
+                    control=CONTROL,
+                ),
+                manifest,
             )
         )
         evaluating.save_evaluation(outcome.evaluation, run, manifest)

@@ -18,6 +18,7 @@ from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest, check_artefact
 from atoll.core.storage import Storage
+from atoll.evaluate.choice import choose_routing
 from atoll.evaluate.evaluation import (
     METRICS_NAME,
     Evaluation,
@@ -128,6 +129,8 @@ def _measure(
         real=load_records(run, manifest, split=TRAIN),
         shape=manifest.picture.shape,
     )
+    if any(model.sha256 == _own_ensemble(manifest) for model in loaded):
+        evaluation = with_choice(evaluation, manifest)
     data = ReportData(
         title=f"Evaluation of {reference}",
         shards=tuple(manifest.shards),
@@ -154,6 +157,17 @@ def reference_of(run: Storage, manifest: Manifest) -> Records:
     return records.take(sorted(order[:_MOST_REFERENCE].tolist()))
 
 
+def with_choice(evaluation: Evaluation, manifest: Manifest) -> Evaluation:
+    """The evaluation of a run's own ensemble with the routing that `auto` is from now on."""
+    sha256 = _own_ensemble(manifest)
+    assert sha256 is not None
+    return evaluation.model_copy(update={"auto": choose_routing(evaluation, sha256)})
+
+
+def _own_ensemble(manifest: Manifest) -> str | None:
+    return None if manifest.ensemble is None else manifest.ensemble.sha256
+
+
 def save_evaluation(evaluation: Evaluation, run: Storage, manifest: Manifest) -> None:
     """Write a run's metrics and note in its ledger that every shard reached them."""
     evaluation.save(run)
@@ -166,8 +180,8 @@ def systems_of(
 ) -> list[System]:
     """One system per routing for an ensemble, one for anything else."""
     kind = "ensemble" if model.kind == "ensemble" else model.kind
-    if kind != "ensemble":
-        routings = ["full"]
+    # As they are called, so that `auto` is measured under the name of what it stands for.
+    routings = [str(model.routing(text)) for text in routings] if kind == "ensemble" else ["full"]
     return [
         System(
             name=routing if kind == "ensemble" else name,
@@ -189,15 +203,12 @@ def as_control(system: System) -> System:
 def _sampler(
     model: Model, routing: str, steps: int, guidance: float
 ) -> Callable[[Request], Sampled]:
-    model.routing(routing)
-
     def draw(request: Request) -> Sampled:
         made: Pictures = sample(
             model, request.prompts, routing=routing, steps=steps, guidance=guidance,
             seed=request.seed, first=request.first, x_noise=request.x_noise,
         )  # fmt: skip
-        branches = 1 if guidance == 1 else 2
-        return Sampled(made.x_data, made.experts_per_step / branches)
+        return Sampled(made.x_data, made.experts_per_step, made.null_experts_per_step)
 
     return draw
 

@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from atoll.cli.output import Result, command
 
+if TYPE_CHECKING:
+    from atoll.cli.systems import Model, Pictures
+    from atoll.core.storage import Storage
+
 RoutingOption = Annotated[
     str,
     typer.Option(
-        help="full, top-k:K, mass:P, threshold:Q, sample:M, once or oracle:SHARD.",
+        help="full, top-k:K, mass:P, threshold:Q, sample:M, once, oracle:SHARD, or auto: what the "
+        "run's evaluation chose. By bands of t with >, as in full>0.5,once.",
     ),
 ]
 StepsOption = Annotated[int, typer.Option(min=1, help="Solver steps.")]
@@ -32,6 +37,12 @@ def register(app: typer.Typer) -> None:
         routing: RoutingOption = "full",
         steps: StepsOption = 30,
         guidance: GuidanceOption = 1.0,
+        one_posterior: Annotated[
+            bool,
+            typer.Option(
+                "--one-posterior", help="Guide by the prompt's gate weights alone, as others do."
+            ),
+        ] = False,
         seed: Annotated[int, typer.Option(help="Seed of the noise and of draws.")] = 0,
         count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
         size: Annotated[
@@ -52,16 +63,15 @@ def register(app: typer.Typer) -> None:
         from atoll.core.journal import progress
         from atoll.core.storage import Storage
         from atoll.router.pipeline import to_pil
-        from atoll.router.trace import strip_png, trace_json
 
         loaded = load_model(model, encoder=encoder, device=device)
         loaded = loaded if size is None else of_size(loaded, size)
-        loaded.routing(routing)  # refused before anything is computed
+        routing = str(loaded.routing(routing))  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]
         with progress("sampling", steps) as advance:
             made = do_sample(
                 loaded, prompts, routing=routing, steps=steps, guidance=guidance, seed=seed,
-                trace=trace, watch=lambda _step: advance(1),
+                one_posterior=one_posterior, trace=trace, watch=lambda _step: advance(1),
             )  # fmt: skip
         place = Storage(out)
         files = []
@@ -71,16 +81,23 @@ def register(app: typer.Typer) -> None:
             files.append({"file": f"{out}/{name}", "prompt": text})
         settings = {
             "schema_version": 1, "model": model, "routing": routing, "steps": steps,
-            "guidance": guidance, "seed": seed, "prompts": prompts,
+            "guidance": guidance, "one_posterior": one_posterior, "seed": seed, "prompts": prompts,
         }  # fmt: skip
         settings |= {} if size is None else {"size": size}
         place.write_json("sample.json", settings)
-        result: dict[str, Any] = {"pictures": files, "experts_per_step": made.experts_per_step}
+        result: dict[str, Any] = {
+            "pictures": files,
+            "experts_per_step": made.experts_per_step,
+            "null_experts_per_step": made.null_experts_per_step,
+        }
         if trace:
-            place.write_json("trace.json", trace_json(made.trace, loaded.shards))
-            place.write_bytes("trace.png", strip_png(made.trace, loaded.shards, prompts))
-            result["trace"] = [f"{out}/trace.json", f"{out}/trace.png"]
-        result["text"] = f"{len(files)} pictures in {out}"
+            result["trace"] = [
+                f"{out}/{name}" for name in _write_trace(place, loaded, made, prompts)
+            ]
+        cost = f"{made.experts_per_step:.3g} experts a step"
+        if guidance != 1:
+            cost += f", and {made.null_experts_per_step:.3g} for guidance"
+        result["text"] = f"{len(files)} pictures in {out}, by {cost}"
         return result
 
     @command(app, "evaluate", example="atoll evaluate out/run/ensemble --reference out/run")
@@ -115,6 +132,19 @@ def register(app: typer.Typer) -> None:
             "report": f"{place}/report.html",
             "text": f"Look at {place}/report.html",
         }
+
+
+def _write_trace(place: Storage, model: Model, made: Pictures, prompts: list[str]) -> list[str]:
+    """Write what was noted of each step; the names of the two files to look at."""
+    from atoll.router.trace import preview_png, strip_png, trace_json
+
+    previews = [f"trace/{number:04d}.png" for number in range(len(made.trace))]
+    for name, step in zip(previews, made.trace, strict=True):
+        place.write_bytes(name, preview_png(step, model.decoded))
+    place.write_json("trace.json", trace_json(made.trace, model.shards, previews))
+    strips = strip_png(made.trace, model.shards, prompts, model.decoded)
+    place.write_bytes("trace.png", strips)
+    return ["trace.json", "trace.png"]
 
 
 def _png(picture: Any) -> bytes:

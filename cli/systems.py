@@ -20,7 +20,12 @@ from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.latents import Autoencoder, autoencoder_beside
-from atoll.core.manifest import MANIFEST_NAME, PIXELS, Picture, parse_size
+from atoll.core.ledger import Ledger
+from atoll.core.manifest import MANIFEST_NAME, PIXELS, Manifest, Picture, parse_size
+from atoll.core.storage import Storage
+from atoll.evaluate.evaluation import METRICS_NAME, Evaluation
+from atoll.router.chooser import sample_settings
+from atoll.router.chooser import x_noise as noise_of
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
 from atoll.router.gate import GateWeights
 from atoll.router.routing import Routing, parse_routing
@@ -47,10 +52,16 @@ class Model:
     device: torch.device = CPU
     latent_space: str = PIXELS
     vae: Autoencoder | None = None  # of latents
+    sha256: str | None = None  # of an ensemble's folder
+    auto: str | None = None  # what its own evaluation chose
 
     def routing(self, text: str) -> Routing:
-        """A routing over this model's shards; `UsageError` lists the choices."""
-        return parse_routing(text, self.shards)
+        """A routing over this model's shards, `auto` among them; `UsageError` lists the choices."""
+        return parse_routing(self.auto if text == "auto" and self.auto else text, self.shards)
+
+    def decoded(self, x_data: Tensor) -> Tensor:
+        """Pixels in about [-1, 1] from what the experts make, `(batch, channel, height, width)`."""
+        return x_data if self.vae is None else self.vae.decode(x_data.to(self.device))
 
 
 @dataclass(frozen=True)
@@ -59,7 +70,9 @@ class Pictures:
 
     x_data: Tensor
     trace: list[TraceStep]  # empty unless it was asked for
-    experts_per_step: float  # forward passes a picture and a step, both branches counted
+    # Forward passes a picture and a step, of the conditional branch and of guidance's null branch.
+    experts_per_step: float
+    null_experts_per_step: float
 
 
 def of_size(model: Model, text: str) -> Model:
@@ -84,39 +97,52 @@ def sample(
     model: Model,
     prompts: Sequence[str],
     *,
-    routing: str = "full",
+    routing: str | Sequence[str] = "full",
     steps: int = 30,
-    guidance: float = 1.0,
-    seed: int = 0,
+    guidance: float | Sequence[float] = 1.0,
+    seed: int | Sequence[int] = 0,
     first: int = 0,
+    one_posterior: bool = False,
     x_noise: Tensor | None = None,
     trace: bool = False,
     watch: Callable[[int], None] | None = None,
 ) -> Pictures:
-    """One picture per prompt; picture number i starts from the noise of (seed, first + i)."""
-    from atoll.router.pipeline import x_noise as noise
+    """One picture per prompt; number i has the settings and the noise of (seed, first + i).
 
-    cond: Conditioning = model.encoder.condition(list(prompts))
+    Options are as of `sample_settings` and `Trajectory`.
+    """
+    asked = [routing] if isinstance(routing, str) else routing
+    settings = sample_settings(
+        len(prompts),
+        model.shards,
+        routing=[str(model.routing(text)) for text in asked],
+        guidance=guidance,
+        seed=seed,
+        first=first,
+    )
     trajectory = Trajectory(
         model.experts,
         model.gate,
         shards=model.shards,
-        routing=model.routing(routing),
-        cond=cond,
+        settings=settings,
+        cond=model.encoder.condition(list(prompts)),
         null=model.encoder.condition([""]),
-        guidance=guidance,
-        seed=seed,
-        first=first,
+        one_posterior=one_posterior,
         trace=trace,
     )
     if x_noise is None:
-        x_noise = noise(seed, first, len(prompts), model.picture.shape)
+        x_noise = noise_of(settings, model.picture.shape)
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
     x_noise = x_noise.to(model.device)
     x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
-    x_data = (x_data if model.vae is None else model.vae.decode(x_data)).cpu()
-    runs = trajectory.experts_run / (steps * len(prompts))
-    return Pictures(x_data, trajectory.trace or [], runs)
+    x_data = model.decoded(x_data).cpu()
+    each = 1 / (steps * len(prompts))
+    return Pictures(
+        x_data,
+        trajectory.trace or [],
+        trajectory.experts_run * each,
+        trajectory.null_experts_run * each,
+    )
 
 
 def device_of(name: str) -> torch.device:
@@ -152,6 +178,7 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
     from atoll.router.model import EnsembleModel
 
     model = EnsembleModel.from_pretrained(folder / "transformer").to(device)
+    sha256, auto = _own(folder)
     return Model(
         name=folder.name,
         kind="ensemble",
@@ -164,7 +191,31 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
         device=device,
         latent_space=model.latent_space,
         vae=_vae(folder, model.latent_space, device),
+        sha256=sha256,
+        auto=auto,
     )
+
+
+def _own(folder: Path) -> tuple[str | None, str | None]:
+    """Of a run's own ensemble its digest, and the routing that its evaluation chose, if it did.
+
+    A copy elsewhere has neither: nobody says what became of its run.
+    """
+    home = owning_run(folder)
+    if home is None:
+        return None, None
+    run = Storage(home)
+    ensemble = Manifest.load(run).ensemble
+    if ensemble is None or home / ensemble.path != folder.resolve():
+        return None, None
+    entry = Ledger(run).latest("evaluation", METRICS_NAME)
+    recorded = entry.sha256 if entry is not None and run.exists(METRICS_NAME) else None
+    if recorded is None or recorded != run.sha256(METRICS_NAME):
+        return ensemble.sha256, None
+    auto = Evaluation.load(run).auto
+    if auto is None or auto.ensemble_sha256 != ensemble.sha256:
+        return ensemble.sha256, None
+    return ensemble.sha256, auto.routing
 
 
 def _denoiser(folder: Path, encoder: str | None, device: torch.device) -> Model:
@@ -205,6 +256,7 @@ def one_expert(
         experts=[denoiser.velocity],
         gate=_sole_gate,
         shards=[denoiser.card.shard or denoiser.card.name],
+        auto="full",  # which all are
         encoder=encoder,
         picture=Picture(channels=config.in_channels, height=height, width=width),
         takes=denoiser.check_takes,

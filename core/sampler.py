@@ -34,8 +34,11 @@ def times(steps: int, *, shift: float = 1.0) -> Tensor:
     return grid
 
 
-def guide(conditional: Tensor, null: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance v = v_0 + s (v_c - v_0) (Ho & Salimans 2022, arXiv 2207.12598)."""
+def guide(conditional: Tensor, null: Tensor, scale: float | Tensor) -> Tensor:
+    """Classifier-free guidance v = v_0 + s (v_c - v_0) (Ho & Salimans 2022, arXiv 2207.12598).
+
+    `scale` is one for all, or broadcasts over the others.
+    """
     return null + scale * (conditional - null)
 
 

@@ -8,6 +8,7 @@ number images_seen = i is the same whatever the batch, the worker or the place w
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterable, Iterator
 from functools import lru_cache
 
 import numpy as np
@@ -64,6 +65,24 @@ def normal(
     pairs = np.stack([radius * np.cos(angle), radius * np.sin(angle)], axis=-1)
     flat = pairs.reshape(count, -1)[:, :size].astype(np.float32)
     return torch.from_numpy(flat).reshape(count, *shape)
+
+
+def runs(items: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
+    """(seed, first, count) of neighbours that are one stream, from each item's (seed, position).
+
+    For batches whose items have seeds of their own: what is drawn for the runs, one after another,
+    is what would be drawn for every item alone.
+    """
+    seed = first = count = 0
+    for item in items:
+        if count and item == (seed, first + count):
+            count += 1
+            continue
+        if count:
+            yield seed, first, count
+        (seed, first), count = item, 1
+    if count:
+        yield seed, first, count
 
 
 @lru_cache(maxsize=64)  # a stream over several shapes goes from one to the other and back

@@ -98,7 +98,7 @@ def load_start(
     folder, declared = _component(root, spec)
     config = _json(folder / _CONFIG)
     family = _family(config, folder)
-    files = [CARD_NAME, _CONFIG, *_weights(folder)]
+    files = [CARD_NAME, _CONFIG, *weight_files(folder)]
     try:
         size = sample_size(family, config, picture)
     except (KeyError, TypeError, ValueError, ArithmeticError) as error:
@@ -217,8 +217,8 @@ def _check_fits(
         )
 
 
-def _weights(folder: Path) -> list[str]:
-    """The names of the files that hold the weights."""
+def weight_files(folder: Path) -> list[str]:
+    """The names of the files that hold the weights of a component folder, an index among them."""
     if not (folder / _SHARDS).is_file():
         return [_WEIGHTS]
     shards = _json(folder / _SHARDS).get("weight_map")

@@ -47,10 +47,11 @@ class Request:
 
 @dataclass(frozen=True)
 class Sampled:
-    """What a system made: pictures `(n, channel, height, width)`, and experts run per step."""
+    """Pictures `(n, channel, height, width)`, and experts run a step, of either branch."""
 
     x_data: Tensor
     experts_per_step: float = 1.0
+    null_experts_per_step: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,16 @@ class Row(BaseModel):
     reading: Reading | None = None
 
 
+class Chosen(BaseModel):
+    """The routing that `auto` is for one ensemble, and why."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    routing: str
+    why: str
+    ensemble_sha256: str  # of the ensemble that was evaluated
+
+
 class Evaluation(BaseModel):
     """`metrics.json`."""
 
@@ -101,6 +112,7 @@ class Evaluation(BaseModel):
     control: str | None
     reader: Estimate | None = None  # its own leave-one-out accuracy
     rows: list[Row]
+    auto: Chosen | None = None  # where the run's own ensemble was evaluated
 
     def save(self, run: Storage) -> None:
         """Write it below the run, complete or not at all."""
@@ -146,8 +158,8 @@ def evaluate_systems(
     asked = real.take(order.tolist())
     measured = [bench.row(_real(real), asked.take(range(min(count, len(real)))), None)]
     for system in systems:
-        pictures, experts = _draw(system, asked, seed, batch, shape)
-        measured.append(bench.row(system, Records(pictures, *_said(asked)), experts))
+        pictures, runs = _draw(system, asked, seed, batch, shape)
+        measured.append(bench.row(system, Records(pictures, *_said(asked)), runs))
     near_control = next((kids for row, kids in measured if row.name == control), None)
     rows = [_against(row, kids, near_control, control) for row, kids in measured]
     return Evaluation(
@@ -186,25 +198,27 @@ class _Bench:
         )
 
     def row(
-        self, system: System, made: Records, experts: float | None
+        self, system: System, made: Records, runs: tuple[float, float] | None
     ) -> tuple[Row, dict[str, Jackknife]]:
-        """Everything about one set of pictures and the captions and labels they were asked for."""
+        """Everything about one set of pictures and the captions and labels they were asked for.
+
+        `runs` are the experts at a step, of the conditional and of the null branch.
+        """
         features = {s.name: s.features(made.pictures) for s in self.spaces}
         found = {
             name: measure(rows, self.features[name], seed=self.seed)
             for name, rows in features.items()
         }
-        passes = 1 if system.guidance == 1 else 2
         row = Row(
             name=system.name,
             kind=system.kind,
             shard=system.shard,
             about=system.about,
             n=len(made),
-            steps=None if experts is None else system.steps,
-            guidance=None if experts is None else system.guidance,
-            experts_per_step=experts,
-            passes_per_picture=None if experts is None else experts * system.steps * passes,
+            steps=None if runs is None else system.steps,
+            guidance=None if runs is None else system.guidance,
+            experts_per_step=None if runs is None else runs[0],
+            passes_per_picture=None if runs is None else sum(runs) * system.steps,
             spaces={name: quality for name, (quality, _) in found.items()},
             shares=self._shares(features[ENCODER]),
             reading=self._reading(made),
@@ -236,10 +250,10 @@ def noise(seed: int, shape: tuple[int, ...], *, first: int, count: int) -> Tenso
 
 def _draw(
     system: System, asked: Records, seed: int, batch: int, shape: tuple[int, ...] | None
-) -> tuple[Tensor, float]:
-    """A system's uint8 pictures and its mean number of experts per step."""
+) -> tuple[Tensor, tuple[float, float]]:
+    """A system's uint8 pictures, and its mean numbers of experts at a step, of both branches."""
     picture = tuple(asked.pictures.shape[1:])
-    parts, experts = [], 0.0
+    parts, experts, null_experts = [], 0.0, 0.0
     with progress(f"sampling {system.name}", len(asked)) as advance:
         for first in range(0, len(asked), batch):
             prompts = asked.captions[first : first + batch]
@@ -252,9 +266,11 @@ def _draw(
                     f"{(len(prompts), *picture)}; cure: return one picture a prompt"
                 )
             parts.append(to_uint8(sampled.x_data))
-            experts += sampled.experts_per_step * len(prompts) / len(asked)
+            share = len(prompts) / len(asked)
+            experts += sampled.experts_per_step * share
+            null_experts += sampled.null_experts_per_step * share
             advance(len(prompts))
-    return torch.cat(parts), experts
+    return torch.cat(parts), (experts, null_experts)
 
 
 def _against(

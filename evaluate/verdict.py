@@ -20,7 +20,9 @@ _STANDS = {
 
 def verdict(evaluation: Evaluation) -> list[str]:
     """Sentences, the most important first."""
-    parts = (_against_control, _between_spaces, _soup, _starved, _read, _floor, _caution)
+    parts = (
+        _against_control, _between_spaces, _soup, _starved, _auto, _read, _floor, _caution,
+    )  # fmt: skip
     said = [sentence for part in parts for sentence in part(evaluation)]
     return [sentence[0].upper() + sentence[1:] for sentence in said]
 
@@ -145,6 +147,13 @@ def _starved(evaluation: Evaluation) -> list[str]:
     ]
 
 
+def _auto(evaluation: Evaluation) -> list[str]:
+    auto = evaluation.auto
+    if auto is None:
+        return []
+    return [f"The routing {_marked('auto')} is {_marked(auto.routing)} from now on: {auto.why}."]
+
+
 def _read(evaluation: Evaluation) -> list[str]:
     rows = [row for row in _of(evaluation, "ensemble", "soup", "control") if row.reading]
     if not rows or evaluation.reader is None:
@@ -194,8 +203,8 @@ def _names(rows: Sequence[Row]) -> str:
 
 def _quoted(row: Row) -> str:
     """Routings in quotation marks, since their names are words; others with their article."""
-    return (
-        f"\N{LEFT DOUBLE QUOTATION MARK}{row.name}\N{RIGHT DOUBLE QUOTATION MARK}"
-        if (row.kind == "ensemble")
-        else f"the {row.name}"
-    )
+    return _marked(row.name) if row.kind == "ensemble" else f"the {row.name}"
+
+
+def _marked(text: str) -> str:
+    return f"\N{LEFT DOUBLE QUOTATION MARK}{text}\N{RIGHT DOUBLE QUOTATION MARK}"

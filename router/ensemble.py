@@ -3,26 +3,35 @@
 v(x_t, t, c) = sum_k p(k | x_t, t, c) v_k(x_t, t, c), exact for any partition of the data
 (Decentralized Diffusion Models, arXiv 2501.05450, eq. 7). Guidance has two posteriors,
 v_c = sum_k p(k | x_t, t, c) v_k(x_t, t, c) and v_0 = sum_k p(k | x_t, t, null) v_k(x_t, t, null),
-both over the union of the two expert sets, and v = v_0 + s (v_c - v_0).
+both over the union of the two expert sets, and v = v_0 + s (v_c - v_0). Where one expert is run for
+both branches (`once`, `oracle`) that is another law: each shard guided by itself, where the former
+guides by the whole corpus.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-from atoll.core import sampler, seeds
+from atoll.core import flow, sampler
 from atoll.core.conditioning import Conditioning, concatenate
-from atoll.core.errors import UsageError
+from atoll.router.chooser import Chooser, SampleSettings
 from atoll.router.gate import GateWeights
-from atoll.router.routing import Routing, draw, mean_of_draws, renormalise, support
 
 ExpertVelocity = Callable[[Tensor, Tensor, Conditioning], Tensor]
 """(x_t, t, cond) -> velocity of one expert, all with the same leading batch."""
+
+
+@runtime_checkable
+class Paged(Protocol):
+    """Experts of which not all are in memory; `[k]` brings one there."""
+
+    def order(self, wanted: Sequence[int]) -> Sequence[int]:
+        """The order in which to run these, so that few have to be brought."""
 
 
 def mix(
@@ -34,39 +43,42 @@ def mix(
 ) -> Tensor:
     """sum_k weights[:, k] v_k, each expert run on just the samples that give it weight.
 
-    A sample with a sole expert gets that expert's output untouched, not multiplied by one.
+    A sample with a sole expert gets that expert's output untouched, not multiplied by one. The sum
+    is in the order of the experts, in whatever order they were run.
     """
-    mixed = torch.zeros_like(x_t)
-    for k, expert in enumerate(experts):
-        rows = weights[:, k].nonzero()[:, 0]
-        if len(rows) == 0:
-            continue
+    rows = {k: weights[:, k].nonzero()[:, 0] for k in range(len(experts))}
+    wanted = [k for k, here in rows.items() if len(here)]
+    velocities = {}
+    for k in experts.order(wanted) if isinstance(experts, Paged) else wanted:
         # The whole batch goes in as it is: the same shape, so the same kernels and the same bits.
-        whole = len(rows) == len(x_t)
-        v = expert(x_t, t, cond) if whole else expert(x_t[rows], t[rows], cond[rows])
+        whole = len(rows[k]) == len(x_t)
+        at = (x_t, t, cond) if whole else (x_t[rows[k]], t[rows[k]], cond[rows[k]])
         # Before the sum: in 16 bits a weight of .999 would be a sole expert's.
-        v = v.to(x_t)
-        w = weights[rows, k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
-        mixed[rows] = torch.where(w == 1, v, mixed[rows] + w * v)
+        velocities[k] = experts[k](*at).to(x_t)
+    mixed = torch.zeros_like(x_t)
+    for k in wanted:
+        v = velocities.pop(k)
+        w = weights[rows[k], k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
+        mixed[rows[k]] = torch.where(w == 1, v, mixed[rows[k]] + w * v)
     return mixed
 
 
 @dataclass(frozen=True)
 class TraceStep:
-    """What a trajectory did at one solver step."""
+    """What a trajectory did when it was asked for the velocity once."""
 
-    t: float
+    t: float  # of the first sample
     gate_weights: Tensor  # (batch, shard), of the conditional branch
     weights: Tensor  # (batch, shard), what was run with, of the conditional branch
     experts_run: int  # forward passes of experts, summed over the batch and both branches
+    x_data: Tensor  # (batch, ...), where the velocity points to from here
 
 
 class Trajectory:
-    """The velocity along one batch's way from noise to data: a routing, guidance and its draws.
+    """The velocity along one batch's way from noise to data, each sample by its own settings.
 
-    Stateful where the routing is: `once` keeps the expert it drew at the first step. Samples have
-    numbers `first`, `first + 1`, ... and draw from (seed, number, step) alone, so that a batch can
-    be cut anywhere.
+    `one_posterior` gives the null branch of guidance the conditional posterior in place of its own,
+    for comparison with published systems.
     """
 
     def __init__(
@@ -75,111 +87,80 @@ class Trajectory:
         gate: GateWeights,
         *,
         shards: Sequence[str],
-        routing: Routing,
+        settings: Sequence[SampleSettings],
         cond: Conditioning,
         null: Conditioning,
-        guidance: float = 1.0,
-        seed: int = 0,
-        first: int = 0,
+        one_posterior: bool = False,
         trace: bool = False,
     ) -> None:
-        if not math.isfinite(guidance):
-            raise UsageError(f"Guidance of {guidance}", allowed="a finite number; 1 is unguided")
         self._experts = experts
         self._gate = gate
         self._shards = list(shards)
-        self._routing = routing
-        self._cond = cond
-        self._null = null.expand(len(cond))
-        self._guidance = guidance
-        self._seed = seed
-        self._first = first
-        self._kept: Tensor | None = None
-        self._step = 0
+        self._chooser = Chooser(settings, shards)
+        self._scales = torch.tensor([each.guidance for each in settings])
+        # Rows of both branches: the null branch of sample i of n is row n + i.
+        self._cond = concatenate([cond, null.expand(len(cond))])
+        self._one_posterior = one_posterior
         self.trace: list[TraceStep] | None = [] if trace else None
-        # Forward passes of experts so far, over the batch and both branches of guidance.
-        self.experts_run = 0
+        # Forward passes of experts so far, of the conditional branch and of the null branch.
+        self.experts_run = self.null_experts_run = 0
 
     @torch.no_grad()
-    def __call__(self, x_t: Tensor, t: Tensor) -> Tensor:
-        """The velocity at this step, `(batch, ...)`; call it once per solver step."""
-        guided = self._guidance != 1.0
-        cond = self._cond.to(x_t)
-        null = self._null.to(x_t)
-        weights, null_weights = self._weights(x_t, t, cond, null if guided else None)
-        self._step += 1
-        if null_weights is None:
-            return mix(self._experts, weights, x_t, t, cond)
+    def __call__(self, x_t: Tensor, t: Tensor, step: int | None = None) -> Tensor:
+        """The velocity at `x_t` `(batch, ...)` and `t` `(batch,)`, in the shape of `x_t`.
+
+        `step` is the solver's, for one that asks several times for a step; else a call is a step.
+        """
+        self._chooser.begin(t, step)
+        self._cond = self._cond.to(x_t)
+        p, q = self._posteriors(x_t, t)
+        weights, null_weights = self._chooser.choose(p, q)
+        n, guided = len(x_t), self._chooser.guided.nonzero()[:, 0]
         # Both branches in one batch: an expert is called once for all rows that want it.
-        both = mix(
-            self._experts,
-            torch.cat([weights, null_weights]),
-            torch.cat([x_t, x_t]),
-            torch.cat([t, t]),
-            concatenate([cond, null]),
-        )
-        conditional, unconditional = both.chunk(2)
-        return sampler.guide(conditional, unconditional, self._guidance)
+        rows = torch.cat([torch.arange(n), n + guided])
+        v = mix(self._experts, torch.cat([weights, null_weights])[rows], *self._at(rows, x_t, t))
+        if len(guided):
+            v, null_v = v[:n], v[n:]
+            v[guided] = sampler.guide(v[guided], null_v, self._scale(guided, v)).to(v)
+        self._note(x_t, t, v, p, weights, null_weights)
+        return v
 
-    def _weights(
-        self, x_t: Tensor, t: Tensor, cond: Conditioning, null: Conditioning | None
-    ) -> tuple[Tensor, Tensor | None]:
-        kind = self._routing.kind
-        decided = kind == "oracle" or (kind == "once" and self._kept is not None)
-        if decided and self.trace is None:
-            p = x_t.new_zeros(len(x_t), len(self._shards))  # nobody asks the gate any more
-        else:
-            p = self._posterior(x_t, t, cond)
-        if kind in ("once", "oracle"):
-            chosen = self._sole(p, x_t)
-            null_chosen = None if null is None else chosen
-        elif kind == "sample":
-            uniform = self._uniform()
-            chosen = mean_of_draws(draw(p, uniform), len(self._shards)).to(p)
-            null_chosen = None
-            if null is not None:
-                # The same uniforms for both posteriors: where they agree, so do the draws.
-                drawn = draw(self._posterior(x_t, t, null), uniform)
-                null_chosen = mean_of_draws(drawn, len(self._shards)).to(p)
-        elif null is None:
-            chosen, null_chosen = renormalise(p * support(self._routing, p)), None
-        else:
-            q = self._posterior(x_t, t, null)
-            union = support(self._routing, p) | support(self._routing, q)
-            chosen, null_chosen = renormalise(p * union), renormalise(q * union)
-        self._note(t, p, chosen, null_chosen)
-        return chosen, null_chosen
-
-    def _posterior(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """gate_weights, not asked for where a sole shard leaves nothing to decide."""
-        if len(self._shards) == 1:
-            return x_t.new_ones(len(x_t), 1)
-        return self._gate(x_t, t, cond)
-
-    def _sole(self, p: Tensor, x_t: Tensor) -> Tensor:
-        """One expert for the whole trajectory: named, or drawn from the posterior at the start."""
-        if self._kept is None:
-            if self._routing.kind == "oracle":
-                index = self._shards.index(str(self._routing.argument))
-                self._kept = torch.full((len(x_t), 1), index, device=x_t.device)
-            else:
-                self._kept = draw(p, self._uniform())
-        return mean_of_draws(self._kept, len(self._shards)).to(p)
-
-    def _uniform(self) -> Tensor:
-        return seeds.uniform(
-            self._seed,
-            "routing",
-            self._step,
-            first=self._first,
-            count=len(self._cond),
-            each=self._routing.draws,
-        )
-
-    def _note(self, t: Tensor, p: Tensor, chosen: Tensor, null_chosen: Tensor | None) -> None:
-        run = int((chosen > 0).sum())
-        if null_chosen is not None:
-            run += int((null_chosen > 0).sum())
-        self.experts_run += run
+    def _posteriors(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+        """gate_weights of both branches, `(batch, shard)` each, 0 where nobody needs them."""
+        n, shards = len(x_t), len(self._shards)
+        if shards == 1:
+            return x_t.new_ones(n, 1), x_t.new_ones(n, 1)  # there is nothing to decide
+        wanted = self._chooser.undecided
+        null_wanted = wanted & self._chooser.guided & (not self._one_posterior)
         if self.trace is not None:
-            self.trace.append(TraceStep(float(t[0]), p.cpu(), chosen.cpu(), run))
+            wanted = torch.ones_like(wanted)  # for who reads it
+        rows = torch.cat([wanted, null_wanted]).nonzero()[:, 0]
+        if len(rows) == 0:
+            return x_t.new_zeros(n, shards), x_t.new_zeros(n, shards)
+        given = self._gate(*self._at(rows, x_t, t))
+        both = given.new_zeros(2 * n, shards)
+        both[rows] = given
+        return both[:n], both[:n] if self._one_posterior else both[n:]
+
+    def _at(self, rows: Tensor, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Conditioning]:
+        """x_t, t and cond of some rows of both branches."""
+        n = len(x_t)
+        if torch.equal(rows, torch.arange(n)):
+            return x_t, t, self._cond[:n]  # as it is, and nothing copied
+        return x_t[rows % n], t[rows % n], self._cond[rows]
+
+    def _scale(self, guided: Tensor, v: Tensor) -> Tensor:
+        scales = self._scales[guided].to(v.device, torch.promote_types(v.dtype, torch.float32))
+        return scales.reshape(-1, *([1] * (v.ndim - 1)))
+
+    def _note(
+        self, x_t: Tensor, t: Tensor, v: Tensor, p: Tensor, weights: Tensor, null_weights: Tensor
+    ) -> None:
+        run, null_run = int((weights > 0).sum()), int((null_weights > 0).sum())
+        self.experts_run += run
+        self.null_experts_run += null_run
+        if self.trace is not None:
+            x_data = flow.velocity_to_x_data(v, x_t, t)
+            self.trace.append(
+                TraceStep(float(t[0]), p.cpu(), weights.cpu(), run + null_run, x_data.cpu())
+            )

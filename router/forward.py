@@ -27,7 +27,14 @@ from atoll.core.conditioning import Conditioning, is_empty
 from atoll.core.errors import Refused, UsageError
 from atoll.core.families import FAMILIES
 from atoll.router.gate import GateWeights
-from atoll.router.routing import Routing, mean_of_draws, parse_routing, renormalise, support
+from atoll.router.routing import (
+    Routing,
+    Rule,
+    mean_of_draws,
+    parse_routing,
+    renormalise,
+    support,
+)
 
 PROJECTION_NAME = "text_projection.safetensors"
 # Of the schedulers' default, and what diffusers' networks embed.
@@ -258,15 +265,28 @@ class Stateless:
         self, gate: GateWeights, x_t: Tensor, t: Tensor, cond: Conditioning, shards: Sequence[str]
     ) -> Tensor:
         """With which weights experts are run, `(batch, shard)`, each row summing to 1."""
-        if self.routing.kind == "oracle":
-            index = list(shards).index(str(self.routing.argument))
-            return mean_of_draws(torch.full((len(x_t), 1), index), len(shards)).to(x_t)
-        if self.experts is not None:
-            return mean_of_draws(_for_rows(self.experts, len(x_t))[:, None], len(shards)).to(x_t)
-        p = gate(x_t, t, cond)
-        chosen = support(self.routing, p)
         if self.paired:
-            _check_paired(x_t)
+            _check_paired(x_t, t)
+        bands = [self.routing.band(time) for time in t.tolist()]
+        rules = {band: self.routing.rules[band] for band in sorted(set(bands))}
+        p = x_t.new_zeros(len(x_t), len(shards))
+        if any(rule.kind not in ("once", "oracle") for rule in rules.values()):
+            p = gate(x_t, t, cond)
+        weights = torch.zeros_like(p)
+        for band, rule in rules.items():
+            here = torch.tensor(bands, device=p.device)[:, None] == band
+            weights = torch.where(here, self._under(rule, p, shards), weights)
+        return weights
+
+    def _under(self, rule: Rule, p: Tensor, shards: Sequence[str]) -> Tensor:
+        if rule.kind == "oracle":
+            sole = torch.full((len(p),), list(shards).index(str(rule.argument)))
+            return mean_of_draws(sole[:, None], len(shards)).to(p)
+        if rule.kind == "once":
+            assert self.experts is not None
+            return mean_of_draws(_for_rows(self.experts, len(p))[:, None], len(shards)).to(p)
+        chosen = support(rule, p)
+        if self.paired:
             null, conditional = chosen.chunk(2)
             chosen = (null | conditional).repeat(2, 1)
         return renormalise(p * chosen)
@@ -277,36 +297,44 @@ def stateless(
 ) -> Stateless:
     """A routing for a forward without memory; `UsageError` with the reason where there is none."""
     routing = parse_routing(text, shards)
-    if routing.kind == "once":
-        if experts is None:
-            raise UsageError(
-                "The routing 'once' keeps what it drew at the start, and a forward cannot remember",
-                allowed="'once' with experts=..., one a picture",
-                cure="give experts=model.draw(cond), or use AtollPipeline",
-            )
-        chosen = torch.as_tensor(experts)
-        if (
-            chosen.ndim != 1
-            or len(chosen) == 0
-            or chosen.dtype != torch.int64
-            or int(chosen.min()) < 0
-            or int(chosen.max()) >= len(shards)
-        ):
-            raise UsageError(
-                f"The experts given are {chosen.tolist()}",
-                allowed=f"whole numbers from 0 to {len(shards) - 1}, one a picture",
-            )
-        return Stateless(routing, chosen, paired)
-    if experts is not None:
-        raise UsageError(f"The routing '{routing}' takes no experts", allowed="'once' does")
-    if routing.kind == "sample":
+    kinds = {rule.kind for rule in routing.rules}
+    if "sample" in kinds:
         raise UsageError(
             f"The routing '{routing}' draws at every step of a solver, and a forward does not know "
             "where one begins",
             allowed="full, top-k:K, mass:P, threshold:Q, oracle:SHARD, and once with experts",
             cure="use AtollPipeline",
         )
-    return Stateless(routing, None, paired)
+    if "once" not in kinds:
+        if experts is not None:
+            raise UsageError(f"The routing '{routing}' takes no experts", allowed="'once' does")
+        return Stateless(routing, None, paired)
+    if any(rule.kind == "once" for rule in routing.rules[1:]):
+        raise UsageError(
+            f"The routing '{routing}' draws from the posterior on the way, and a forward cannot "
+            "remember",
+            allowed="'once' from the start, with experts",
+            cure="use AtollPipeline",
+        )
+    if experts is None:
+        raise UsageError(
+            f"The routing '{routing}' keeps what it drew, and a forward cannot remember",
+            allowed="'once' with experts=..., one a picture",
+            cure="give experts=model.draw(cond), or use AtollPipeline",
+        )
+    chosen = torch.as_tensor(experts)
+    if (
+        chosen.ndim != 1
+        or len(chosen) == 0
+        or chosen.dtype != torch.int64
+        or int(chosen.min()) < 0
+        or int(chosen.max()) >= len(shards)
+    ):
+        raise UsageError(
+            f"The experts given are {chosen.tolist()}",
+            allowed=f"whole numbers from 0 to {len(shards) - 1}, one a picture",
+        )
+    return Stateless(routing, chosen, paired)
 
 
 def _for_rows(experts: Tensor, batch: int) -> Tensor:
@@ -320,8 +348,8 @@ def _for_rows(experts: Tensor, batch: int) -> Tensor:
     return experts.repeat(batch // len(experts))
 
 
-def _check_paired(x_t: Tensor) -> None:
-    if len(x_t) % 2 or not torch.equal(*x_t.chunk(2)):
+def _check_paired(x_t: Tensor, t: Tensor) -> None:
+    if len(x_t) % 2 or not all(torch.equal(*both.chunk(2)) for both in (x_t, t)):
         raise UsageError(
             "The two halves of this batch are not the two branches of guidance",
             allowed="[without the prompt, with it] for the same pictures",

@@ -21,17 +21,16 @@ from diffusers.configuration_utils import FrozenDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
-from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser, read_card
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.head import GateHead
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json
+from atoll.router.chooser import Chooser, SampleSettings, sample_settings
 from atoll.router.ensemble import ExpertVelocity, Trajectory, mix
 from atoll.router.forward import TextProjection, read_call, stateless
 from atoll.router.gate import Gate
-from atoll.router.routing import draw, parse_routing
 
 SCHEMA_VERSION = 1
 _log = logging.getLogger("atoll")
@@ -80,7 +79,9 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                 allowed=", ".join(families),
             )
         self.family = config.family or families[0]
-        self.ensemble_config = config
+        # Nothing is written that goes without saying: the folder stays as it was assembled.
+        named = None if self.family == families[0] else self.family
+        self.ensemble_config = config.model_copy(update={"family": named})
         self.cards = {shard: expert.card for shard, expert in experts.items()}
         self.networks = torch.nn.ModuleList(expert.network for expert in experts.values())
         self.gate = gate
@@ -113,14 +114,18 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             expert.check_takes(picture)
 
     def trajectory(
-        self, cond: Conditioning, null: Conditioning, *, routing: str, **options: Any
+        self,
+        cond: Conditioning,
+        null: Conditioning,
+        settings: Sequence[SampleSettings],
+        **options: Any,
     ) -> Trajectory:
         """A velocity for one batch's way from noise to data; options as `Trajectory`'s."""
         return Trajectory(
             self.velocities,
             self.gate_weights,
             shards=self.shards,
-            routing=parse_routing(routing, self.shards),
+            settings=settings,
             cond=cond,
             null=null,
             **options,
@@ -131,16 +136,21 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         weights: Tensor = self.gate(x_t, torch.where(t >= _START, 1, t), cond)
         return weights
 
-    def draw(self, cond: Conditioning, *, seed: int = 0, first: int = 0) -> Tensor:
+    @torch.no_grad()
+    def draw(self, cond: Conditioning, *, seed: int | Sequence[int] = 0, first: int = 0) -> Tensor:
         """Experts drawn from p(k | cond), int64 `(batch,)`, for `set_routing("once", experts=...)`.
 
-        Those of `AtollPipeline` for the same captions, seed and numbers of pictures.
+        Those of `AtollPipeline` for the same captions, seeds and numbers of pictures.
         """
         x_t = torch.zeros(len(cond), *self.ensemble_config.picture.shape, device=self.device)
-        with torch.no_grad():
-            p = self._posterior(x_t, torch.ones(len(cond), device=self.device), cond.to(x_t))
-        uniform = seeds.uniform(seed, "routing", 0, first=first, count=len(cond))
-        return draw(p, uniform)[:, 0]
+        t = torch.ones(len(cond), device=self.device)
+        p = self._posterior(x_t, t, cond.to(x_t))
+        chooser = Chooser(
+            sample_settings(len(cond), self.shards, routing="once", seed=seed, first=first),
+            self.shards,
+        )
+        chooser.begin(t, 0)
+        return chooser.choose(p, p)[0].argmax(dim=1)
 
     def set_routing(
         self,

@@ -31,7 +31,8 @@ from atoll.core.errors import Refused, UsageError
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.storage import canonical_json
-from atoll.router.ensemble import TraceStep, Trajectory
+from atoll.router.chooser import SampleSettings, sample_settings, x_noise
+from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel
 from atoll.router.schedulers import set_times
 
@@ -89,11 +90,12 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
-        guidance_scale: float = 1.0,
-        routing: str = "full",
+        guidance_scale: float | Sequence[float] = 1.0,
+        routing: str | Sequence[str] = "full",
         num_images_per_prompt: int = 1,
-        seed: int = 0,
+        seed: int | Sequence[int] = 0,
         first: int = 0,
+        one_posterior: bool = False,
         output_type: str = "pil",
         trace: bool = False,
         callback_on_step_end: StepEnd | None = None,
@@ -102,9 +104,11 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
 
         `height` and `width` are in pixels, the main shape's by default; of a shape that no expert
-        was trained on pictures are made as well, and look it. `routing` is one of
-        `atoll.router.routing.KINDS`; `guidance_scale` 1 runs no null branch. A scheduler of two
-        evaluations a step is followed twice a step by trace and callback, and draws once.
+        was trained on pictures are made as well, and look it. `routing` is as `parse_routing`
+        reads it; `guidance_scale` 1 runs no null branch. Both, and `seed`, may be one for each
+        picture; with a seed of its own a picture is number `first` of that seed, as it would be
+        alone. `one_posterior` is as of `Trajectory`. A scheduler of two evaluations a step is
+        followed by trace and callback at each, and draws once.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
@@ -117,25 +121,30 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         encoder: Encoder = self.text_encoder
         model: EnsembleModel = self.transformer
         picture = self._picture(height, width)
-        trajectory = model.trajectory(
-            encoder.condition(prompts),
-            encoder.condition([""]),
+        settings = sample_settings(
+            len(prompts),
+            model.shards,
             routing=routing,
             guidance=guidance_scale,
             seed=seed,
             first=first,
+        )
+        trajectory = model.trajectory(
+            encoder.condition(prompts),
+            encoder.condition([""]),
+            settings,
+            one_posterior=one_posterior,
             trace=trace,
         )
-        x_t = x_noise(seed, first, len(prompts), picture.shape)
-        x_t = x_t.to(self.device)
+        x_t = x_noise(settings, picture.shape).to(self.device)
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
         set_times(scheduler, num_inference_steps, self.device)
-        noise = _own_noise(scheduler, seed, first, len(prompts))
+        noise = _own_noise(scheduler, settings)
         for i, timestep in enumerate(scheduler.timesteps):
             # Not the timestep, which multistep schedulers round.
             t = scheduler.sigmas[i].expand(len(x_t)).to(x_t)
-            velocity = _at_step(trajectory, i // scheduler.order)(x_t, t)
+            velocity = trajectory(x_t, t, i // scheduler.order)
             x_t = scheduler.step(velocity, timestep, x_t, return_dict=False, **noise)[0]
             if callback_on_step_end is not None:
                 told = dict.fromkeys(callback_on_step_end_tensor_inputs, x_t)
@@ -183,18 +192,12 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         )
 
 
-def _at_step(trajectory: Trajectory, step: int) -> Trajectory:
-    """The trajectory with its draws those of a solver step, which may be evaluated twice."""
-    trajectory._step = step
-    return trajectory
-
-
-def _own_noise(scheduler: Any, seed: int, first: int, count: int) -> dict[str, Any]:
-    """For stochastic schedulers: noise of (seed, number of the picture), as everything here."""
+def _own_noise(scheduler: Any, settings: Sequence[SampleSettings]) -> dict[str, Any]:
+    """For stochastic schedulers: noise of each picture's seed and number, as everything here."""
     if "generator" not in inspect.signature(scheduler.step).parameters:
         return {}
-    numbers = range(first, first + count)
-    return {"generator": [seeds.generator(seed, "solver", number) for number in numbers]}
+    own = [seeds.generator(each.seed, "solver", each.number) for each in settings]
+    return {"generator": own}
 
 
 def _forget_place(path: Path) -> None:
@@ -209,11 +212,6 @@ def _forget_place(path: Path) -> None:
 def ensemble_card(shards: list[str], missing: list[str]) -> dict[str, Any]:
     """`atoll.json` of an ensemble folder."""
     return {"schema_version": 1, "kind": "ensemble", "shards": shards, "missing": missing}
-
-
-def x_noise(seed: int, first: int, count: int, shape: tuple[int, ...]) -> Tensor:
-    """The noise of pictures `first` to `first + count - 1`, `(count, channel, height, width)`."""
-    return seeds.normal(seed, "x_noise", first=first, count=count, shape=shape)
 
 
 def to_pil(x_data: Tensor) -> list[Image.Image]:

@@ -1,15 +1,19 @@
 """Routings: how gate_weights become the experts that are run, and with which weights.
 
-Every function here takes `(batch, shard)` weights that sum to 1 per row and gives such weights
-back, zero for an expert that is not run. Sets are chosen per sample. Sources: top-k is what
-DDM and Paris publish (arXiv 2501.05450, 2510.03434); `mass` is nucleus selection; `once`, `sample`
-and `threshold` follow from the ensemble being a mixture over shards.
+A routing is one rule, or several by bands of t: `full>0.5,once` runs every expert while t is above
+0.5 and from there on the one that it draws. Every function here takes `(batch, shard)` weights that
+sum to 1 per row and gives such weights back, zero for an expert that is not run. Sets are chosen
+per sample. Sources: top-k is what DDM and Paris publish (arXiv 2501.05450, 2510.03434); `mass` is
+nucleus selection; `once`, `sample` and `threshold` follow from the ensemble being a mixture over
+shards, and so does drawing one expert from the posterior where a band of `full` ends.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -62,14 +66,14 @@ KINDS: dict[str, Kind] = {
         f"a whole number from 1 to {MOST_DRAWS}",
         "mean of M draws at every step; unbiased",
     ),
-    "once": Kind("", None, "", "one expert drawn at the start and kept; exact in law"),
+    "once": Kind("", None, "", "one expert drawn where the rule begins, and kept; exact in law"),
     "oracle": Kind("SHARD", str, "a shard of the ensemble", "always this shard's expert"),
 }
 
 
 @dataclass(frozen=True)
-class Routing:
-    """A parsed routing; `str()` gives back its text."""
+class Rule:
+    """How experts are chosen at one time; `str()` gives back its text."""
 
     kind: str
     argument: float | int | str | None = None
@@ -85,8 +89,64 @@ class Routing:
         return 1 if self.kind == "once" else 0
 
 
+@dataclass(frozen=True)
+class Routing:
+    """Rules by bands of t, from noise to data: rule i holds while t is above `above[i]`.
+
+    The last one holds to the end, so that `above` is one shorter, and falling.
+    """
+
+    rules: tuple[Rule, ...]
+    above: tuple[float, ...] = ()
+
+    def __str__(self) -> str:
+        ends = [*(f">{end}" for end in self.above), ""]
+        return ",".join(f"{rule}{end}" for rule, end in zip(self.rules, ends, strict=True))
+
+    def band(self, t: float) -> int:
+        """Which of the rules holds at `t`."""
+        return sum(t <= end for end in self.above)
+
+
 def parse_routing(text: str, shards: Sequence[str]) -> Routing:
-    """A routing from `KIND` or `KIND:ARGUMENT`; `UsageError` lists the choices."""
+    """A routing from `RULE` or `RULE>T,RULE>T,RULE`; `UsageError` lists the choices.
+
+    A rule is `KIND` or `KIND:ARGUMENT`.
+    """
+    if text == "auto":
+        raise UsageError(
+            "No evaluation has chosen a routing for this ensemble",
+            allowed=", ".join(KINDS),
+            cure="`atoll evaluate RUN/ensemble --reference RUN` chooses one for the run that it is "
+            "of; name a routing for a copy elsewhere",
+        )
+    name, _, shard = text.partition(":")
+    if name == "oracle" and shard in shards:
+        return Routing((Rule(name, shard),))  # whatever signs the shard's name has
+    *parts, last = text.split(",")
+    rules, above = [], []
+    for part in parts:
+        rule, _, end = part.rpartition(">")
+        rules.append(rule)
+        above.append(_time(end))
+    falling = all(a > b for a, b in pairwise([1.0, *above, 0.0]))
+    if not falling or not all(rules) or ">" in last:
+        raise UsageError(
+            f"The bands of the routing '{text}' do not lead from noise to data",
+            allowed="RULE>T,RULE with 1 > T > 0, falling where there are several T: full>0.5,once",
+        )
+    return Routing(tuple(parse_rule(rule.strip(), shards) for rule in [*rules, last]), tuple(above))
+
+
+def _time(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan  # above and below nothing, so that it is refused with its neighbours
+
+
+def parse_rule(text: str, shards: Sequence[str]) -> Rule:
+    """A rule from `KIND` or `KIND:ARGUMENT`; `UsageError` lists the choices."""
     name, colon, argument = text.partition(":")
     choices = ", ".join(f"{k}:{v.argument}" if v.argument else k for k, v in KINDS.items())
     if name not in KINDS:
@@ -97,7 +157,7 @@ def parse_routing(text: str, shards: Sequence[str]) -> Routing:
     if kind.parse is None:
         if colon:
             raise UsageError(f"The routing '{name}' takes no argument", allowed=choices)
-        return Routing(name)
+        return Rule(name)
     try:
         value = kind.parse(argument)
     except ValueError:
@@ -110,7 +170,7 @@ def parse_routing(text: str, shards: Sequence[str]) -> Routing:
             f"There is no shard '{value}'. {did_you_mean(str(value), shards)}".strip(),
             allowed=", ".join(shards),
         )
-    return Routing(name, value)
+    return Rule(name, value)
 
 
 def renormalise(weights: Tensor) -> Tensor:
@@ -118,18 +178,18 @@ def renormalise(weights: Tensor) -> Tensor:
     return weights / weights.sum(dim=1, keepdim=True)
 
 
-def support(routing: Routing, weights: Tensor) -> Tensor:
-    """True where a deterministic routing runs an expert, `(batch, shard)`."""
-    match routing.kind:
+def support(rule: Rule, weights: Tensor) -> Tensor:
+    """True where a deterministic rule runs an expert, `(batch, shard)`."""
+    match rule.kind:
         case "full":
             return weights > 0
         case "top-k":
-            return _top(weights, min(int(routing.argument or 1), weights.shape[1]))
+            return _top(weights, min(int(rule.argument or 1), weights.shape[1]))
         case "mass":
-            return _nucleus(weights, float(routing.argument or 1))
+            return _nucleus(weights, float(rule.argument or 1))
         case "threshold":
-            return (weights >= float(routing.argument or 1)) | _top(weights, 1)
-    raise ValueError(f"{routing} chooses by drawing or by name, not by weight")
+            return (weights >= float(rule.argument or 1)) | _top(weights, 1)
+    raise ValueError(f"{rule} chooses by drawing or by name, not by weight")
 
 
 def _top(weights: Tensor, k: int) -> Tensor:

@@ -3,6 +3,7 @@
 What FlowMatch Euler and Heun lack in diffusers 0.42.1, which the stock pipelines of PixArt and
 Stable Diffusion call, and what DPM-Solver++ (arXiv 2211.01095) and UniPC (arXiv 2302.04867) round:
 they hand timesteps over as whole numbers, cut off, while they integrate at the exact ones.
+diffusers loads a class of another library only from a module that has `SchedulerMixin` too.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from diffusers import (
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
     FlowMatchHeunDiscreteScheduler,
+    SchedulerMixin,
     UniPCMultistepScheduler,
 )
 from torch import Tensor
@@ -77,12 +79,12 @@ class FlowUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
         self.timesteps = _exact(self).to(device)
 
 
-def _exact(scheduler: Any) -> Tensor:
+def _exact(scheduler: SchedulerMixin) -> Tensor:
     exact: Tensor = scheduler.sigmas[:-1] * scheduler.config.num_train_timesteps
     return exact
 
 
-def check_flow(scheduler: Any) -> None:
+def check_flow(scheduler: SchedulerMixin) -> None:
     """Refuse a scheduler that takes no velocity, or is not on the linear path."""
     config = scheduler.config
     kind, flow = config.get("prediction_type", _FLOW), config.get("use_flow_sigmas", True)
@@ -97,7 +99,7 @@ def check_flow(scheduler: Any) -> None:
         )
 
 
-def set_times(scheduler: Any, steps: int, device: torch.device) -> None:
+def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> None:
     """Ready a scheduler for a number of steps from noise to data, on our grid if it takes one."""
     check_flow(scheduler)
     grid = sampler.times(steps)[:-1].numpy()  # an array: UniPC multiplies what it is given

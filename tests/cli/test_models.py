@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
 import subprocess
 import sys
@@ -65,6 +66,8 @@ def test_every_routing_and_its_seed(made: Path, tmp_path: Path, routing: str) ->
     for step in trace["steps"]:
         for weights in (step["gate_weights"], step["weights"]):
             assert all(abs(sum(row) - 1) < 1e-4 for row in weights)
+        with Image.open(tmp_path / "a" / step["x_data"]) as preview:
+            assert preview.width == 3 * preview.height
     with Image.open(tmp_path / "a/trace.png") as strip:
         assert strip.width > 400
     assert not (tmp_path / "b/trace.json").exists()
@@ -120,6 +123,39 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
     # It saw the shard, so it does not outlive it.
     done("unlearn", run, SHARD)
     assert not (run / "evaluation").exists()
+    assert atoll("sample", run, "--routing", "auto", "--json").code == 2
+
+
+def test_auto_is_what_the_evaluation_of_this_ensemble_chose(made: Path, tmp_path: Path) -> None:
+    run, out = tmp_path / "run", tmp_path / "out"
+    shutil.copytree(made, run)
+    auto = ("--routing", "auto", "--steps=2", "--out", out)
+
+    def refused(model: Path) -> None:
+        ended = atoll("sample", model, *auto, "--json")
+        assert ended.code == 2
+        assert "atoll evaluate" in json.loads(ended.out)["error"]["cure"]
+
+    refused(run)
+    asked = ("--routing", "once", "--routing", "mass:0.5", "--count=20", "--steps=2")
+    chosen = done("evaluate", run, "--reference", run, *asked)["metrics"]["auto"]
+    assert chosen["routing"] in ("once", "mass:0.5")
+    for model in (run, run / "ensemble"):
+        done("sample", model, *auto)
+        assert json.loads((out / "sample.json").read_text())["routing"] == chosen["routing"]
+    done("sample", run / "base", *auto)
+    assert json.loads((out / "sample.json").read_text())["routing"] == "full"
+    shutil.copytree(run / "ensemble", tmp_path / "copy")
+    refused(tmp_path / "copy")
+    # Others' evaluations choose nothing here, and an edited one is none.
+    elsewhere = done("evaluate", run / "base", "--reference", run, "--count=20", "--steps=2")
+    assert elsewhere["metrics"]["auto"] is None
+    refused(run)
+    done("evaluate", run, "--reference", run, *asked)
+    done("sample", run, *auto)
+    metrics = run / "evaluation/metrics.json"
+    metrics.write_text(metrics.read_text() + " ")
+    refused(run)
 
 
 def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> None:
@@ -128,3 +164,10 @@ def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> 
     given = [sys.executable, str(example), str(made / "ensemble"), "a handwritten 7", str(out)]
     subprocess.run(given, check=True, capture_output=True)
     assert Image.open(out).size == (256, 256)
+
+
+def test_every_routing_of_the_example_from_one_noise(made: Path, tmp_path: Path) -> None:
+    example = Path(__file__).parents[2] / "examples" / "compare_routings.py"
+    out = tmp_path / "routings.png"
+    runpy.run_path(str(example))["main"](str(made / "ensemble"), "a handwritten 7", str(out))
+    assert Image.open(out).height > 7 * 100

@@ -18,6 +18,7 @@ from atoll.evaluate.features import embed, pixels, spaces, to_images, to_uint8
 from atoll.evaluate.reference import Records
 from atoll.evaluate.shares import from_records
 from atoll.evaluate.verdict import verdict
+from atoll.router.chooser import sample_settings, x_noise
 
 
 class FlatEncoder:
@@ -149,9 +150,9 @@ def test_every_system_gets_the_same_noise_and_prompts_by_position() -> None:
 
 
 def test_noise_is_what_the_pipeline_draws() -> None:
-    pipeline = pytest.importorskip("atoll.router.pipeline")
     mine = ev.noise(7, (1, 4, 4), first=3, count=2)
-    assert torch.equal(mine, pipeline.x_noise(7, 3, 2, (1, 4, 4)))
+    settings = sample_settings(2, [], seed=7, first=3)
+    assert torch.equal(mine, x_noise(settings, (1, 4, 4)))
 
 
 def test_metrics_json_round_trips_and_refuses_other_versions(

@@ -32,8 +32,8 @@ from atoll.core.manifest import Encoder as EncoderArtefact
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
 from atoll.core.recipes import build, recipe_of
 from atoll.core.storage import Storage, sha256_file
+from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
-from atoll.router.routing import parse_routing
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -57,6 +57,9 @@ def _prompt(captions: Sequence[int], dtype: torch.dtype = torch.float64) -> Cond
         number[:, None],
         number == 0,
     )
+
+
+MADE_BY = ("guidance", "seed", "first")  # settings of samples; the rest is the trajectory's
 
 
 class World:
@@ -122,13 +125,16 @@ class World:
         place[order] = torch.arange(len(order))
         return World(self.points, place[self.shard], self.likelihood)
 
-    def trajectory(self, routing: str, captions: Sequence[int], **options: Any) -> Trajectory:
+    def trajectory(
+        self, routing: str | Sequence[str], captions: Sequence[int], **options: Any
+    ) -> Trajectory:
         dtype = self.points.dtype
+        made = {name: options.pop(name) for name in MADE_BY if name in options}
         return Trajectory(
             self.experts,
             self.gate,
             shards=self.names,
-            routing=parse_routing(routing, self.names),
+            settings=sample_settings(len(captions), self.names, routing=routing, **made),
             cond=_prompt(captions, dtype),
             null=_prompt([0], dtype),
             **options,

@@ -18,24 +18,25 @@ from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.conditioning import Conditioning, concatenate
-from atoll.core.denoiser import Card, Denoiser
 from atoll.core.embedding import Encoder, load_encoder, text_projection
 from atoll.core.errors import Refused, UsageError
 from atoll.core.families import FAMILIES
-from atoll.core.head import HeadConfig, new_head
 from atoll.core.manifest import Manifest
-from atoll.core.recipes import build, recipe_of
 from atoll.core.storage import Storage, sha256_folder
 from atoll.router.assemble import assemble
+from atoll.router.chooser import sample_settings, x_noise
+from atoll.router.ensemble import Trajectory
 from atoll.router.forward import FORWARDS, PROJECTION_NAME, TextProjection, stateless
-from atoll.router.gate import Gate
-from atoll.router.model import EnsembleConfig, EnsembleModel
-from atoll.router.pipeline import AtollPipeline, x_noise
+from atoll.router.model import EnsembleModel
+from atoll.router.pipeline import AtollPipeline
 from tests.router.conftest import PICTURE
+from tests.router.experts import TEXT, of_families
 
 PROMPTS = ["a grey square", "a bright dot", "something never seen", "a bright dot"]
-STATELESS = ("full", "top-k:2", "top-k:1", "mass:0.8", "threshold:0.1", "oracle:shard-01")
-TEXT = 32  # of the fixture's encoder: width of its tokens and of its pooled vectors
+STATELESS = (
+    "full", "top-k:2", "top-k:1", "mass:0.8", "threshold:0.1", "oracle:shard-01",
+    "full>0.6,top-k:1", "top-k:1>0.7,oracle:shard-02",
+)  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -56,37 +57,15 @@ def model(folder: Path) -> EnsembleModel:
     return EnsembleModel.from_pretrained(folder, subfolder="transformer")
 
 
+def trajectory_of(
+    model: EnsembleModel, cond: Conditioning, null: Conditioning, *, trace: bool = False, **how: Any
+) -> Trajectory:
+    settings = sample_settings(len(cond), model.shards, **how)
+    return model.trajectory(cond, null, settings, trace=trace)
+
+
 def x_at(count: int = 4) -> Tensor:
     return seeds.normal(5, "x", first=0, count=count, shape=PICTURE.shape)
-
-
-def of_families(*families: str) -> EnsembleModel:
-    """Tiny experts with random weights, a head each that has opinions."""
-    experts, heads = {}, {}
-    for number, family in enumerate(families):
-        name = f"shard-{number:02d}"
-        network = build(recipe_of(f"{family}-tiny"), PICTURE, TEXT, seed=number)
-        head = new_head(HeadConfig(shard=name, channels=1, pooled=TEXT, width=8), seed=number)
-        with torch.no_grad():
-            for weight in [*network.parameters(), *head.parameters()]:
-                weight.add_(
-                    0.05 * torch.randn(weight.shape, generator=seeds.generator(number, "w"))
-                )
-        card = Card(
-            name=name,
-            kind="expert",
-            shard=name,
-            base_sha256=None,
-            family=family,
-            prediction="velocity",
-            latent_space="pixels",
-            images_seen=1,
-        )
-        experts[name], heads[name] = Denoiser(network.eval(), card), head.eval()
-    records = dict.fromkeys(experts, 5)
-    config = EnsembleConfig(picture=PICTURE, records=records, missing=[])
-    weight = torch.randn(TEXT, TEXT, generator=seeds.generator(0, "projection"))
-    return EnsembleModel(config, experts, Gate(heads, records), TextProjection({"weight": weight}))
 
 
 def call_of(family: str, cond: Conditioning, x_t: Tensor, timestep: Any) -> dict[str, Any]:
@@ -209,7 +188,7 @@ def test_the_gate_hears_of_tokens_what_the_pipeline_tells_it(
     assert torch.equal(got.mask, cond.mask)
     assert got.is_null.tolist() == cond.is_null.tolist() == [False] * 4 + [True] * 2
     torch.testing.assert_close(got.pooled, cond.pooled, rtol=0, atol=1e-6)
-    trajectory = model.trajectory(cond, encoder.condition([""]), routing="full", trace=True)
+    trajectory = trajectory_of(model, cond, encoder.condition([""]), trace=True)
     trajectory(x_t, torch.full((6,), t))
     assert trajectory.trace is not None
     torch.testing.assert_close(weights, trajectory.trace[0].gate_weights, rtol=1e-5, atol=1e-6)
@@ -268,7 +247,7 @@ def test_rows_are_routed_as_on_a_trajectory(
     model: EnsembleModel, encoder: Encoder, routing: str
 ) -> None:
     cond = encoder.condition(PROMPTS)
-    trajectory = model.trajectory(cond, encoder.condition([""]), routing=routing)
+    trajectory = trajectory_of(model, cond, encoder.condition([""]), routing=routing)
     model.set_routing(routing)
     for t in (1.0, 0.5):
         expected = trajectory(x_at(), torch.full((4,), t))
@@ -286,7 +265,7 @@ def test_paired_halves_are_the_two_branches_of_guidance(
     both = concatenate([null.expand(4), cond]).tokens
     model.set_routing(routing, paired=True)
     for t in (1.0, 0.4):
-        trajectory = model.trajectory(cond, null, routing=routing, guidance=3.0)
+        trajectory = trajectory_of(model, cond, null, routing=routing, guidance=3.0)
         with torch.no_grad():
             v = model(x_at().repeat(2, 1, 1, 1), 1000 * t, both, return_dict=False)[0]
         v_0, v_c = v.chunk(2)
@@ -326,7 +305,7 @@ def test_once_with_drawn_experts_is_the_pipelines_once(
     drawn = model.draw(cond, seed=8, first=2)
     assert len(drawn.unique()) > 1
     model.set_routing("once", experts=drawn.tolist())
-    x = x_noise(8, 2, 4, PICTURE.shape)
+    x = x_noise(sample_settings(4, model.shards, seed=8, first=2), PICTURE.shape)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=sampler.times(4)[:-1].tolist())
     with torch.no_grad():
@@ -348,6 +327,8 @@ def test_once_with_drawn_experts_is_the_pipelines_once(
     ("routing", "options", "said"),
     [
         ("once", {}, "cannot remember"),
+        ("full>0.5,once", {"experts": [0]}, "from the posterior on the way"),
+        ("full>0.5,sample:1", {}, "does not know where one begins"),
         ("sample:2", {}, "does not know where one begins"),
         ("full", {"experts": [0, 1]}, "takes no experts"),
         ("topk:1", {}, "Did you mean 'top-k'"),

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atoll.core import flow, sampler, seeds
 from atoll.router.ensemble import mix
-from atoll.router.routing import KINDS, draw, parse_routing, renormalise, support
+from atoll.router.routing import KINDS, draw, parse_rule, renormalise, support
 
 World = Any  # what `make_world` makes; see conftest.py
 ROUTINGS = {
@@ -138,7 +138,7 @@ def test_a_whole_trajectory_is_the_global_one(
 
 def expected_weights(routing: str, p: Tensor, world: World, seed: int) -> Tensor:
     """What a routing makes of a posterior, without the class under test."""
-    parsed = parse_routing(routing, world.names)
+    parsed = parse_rule(routing, world.names)
     if parsed.kind == "oracle":
         weights = torch.zeros_like(p)
         weights[:, world.names.index(str(parsed.argument))] = 1
@@ -276,7 +276,7 @@ def test_guidance_has_two_posteriors_over_the_union_of_their_sets(
     x_t, cond, null = on_path(world, t, n), prompt([1, 2] * 12 + [1]), prompt([0] * n)
     at = times(t, n)
     p, q = world.posterior(x_t, at, cond), world.posterior(x_t, at, null)
-    parsed = parse_routing(routing, world.names)
+    parsed = parse_rule(routing, world.names)
     sets = [[set(s.nonzero()[:, 0].tolist()) for s in support(parsed, w)] for w in (p, q)]
     v, step = recorded(world, routing, x_t, t, [1, 2] * 12 + [1], guidance=scale)
     differ = 0

@@ -63,7 +63,7 @@ def full(world: World) -> Tensor:
     return samples(world, "full", [0] * 700, seed=1)
 
 
-@pytest.mark.parametrize("routing", ["once", "full", "mass:0.95"])
+@pytest.mark.parametrize("routing", ["once", "full", "mass:0.95", "full>0.5,once"])
 def test_unguided_once_equals_full_in_law(world: World, full: Tensor, routing: str) -> None:
     """The two-sample test of promise 1; `full` again says what the test makes of equal laws."""
     assert p_value(full, samples(world, routing, [0] * 700, seed=2)) > 0.02
@@ -83,10 +83,12 @@ def test_once_equals_full_in_law_given_a_caption(world: World) -> None:
 
 def test_shares_of_shards(world: World) -> None:
     wanted = torch.tensor(SIZES, dtype=torch.float64) / sum(SIZES)
-    for routing in ("full", "once"):
+    for routing in ("full", "once", "full>0.6,once", "once>0.8,full>0.4,once"):
         found = shares(world, samples(world, routing, [0] * 2000, seed=5))
         assert off(found, wanted, 2000) < 4, routing
-    assert off(shares(world, samples(world, "top-k:1", [0] * 2000, seed=5)), wanted, 2000) > 10
+    # Late as early: the likeliest is not one that was drawn.
+    for routing in ("top-k:1", "full>0.6,top-k:1"):
+        assert off(shares(world, samples(world, routing, [0] * 2000, seed=5)), wanted, 2000) > 8
 
 
 def test_once_from_the_middle_of_the_path(world: World) -> None:

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.conditioning import concatenate
+from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory, mix
-from atoll.router.routing import parse_routing
 
 World = Any  # what `make_world` makes; see conftest.py
 ROUTINGS = ("full", "top-k:2", "mass:0.5", "threshold:0.3", "sample:3", "once", "oracle:only")
@@ -83,10 +83,9 @@ def test_a_one_shard_ensemble_is_its_expert(
         [expert],
         gate,
         shards=["only"],
-        routing=parse_routing(routing, ["only"]),
+        settings=sample_settings(len(cond), ["only"], routing=routing, guidance=guidance),
         cond=cond,
         null=prompt([0], torch.float32),
-        guidance=guidance,
     )
     noise = seeds.normal(1, "x_noise", first=0, count=6, shape=(2,))
     grid = sampler.times(8)

@@ -15,10 +15,10 @@ from atoll.core import seeds
 from atoll.core.errors import ExitCode, UsageError
 from atoll.router.routing import (
     KINDS,
-    Routing,
+    Rule,
     draw,
     mean_of_draws,
-    parse_routing,
+    parse_rule,
     renormalise,
     support,
 )
@@ -49,7 +49,7 @@ def tensor(row: list[float]) -> Tensor:
 
 
 def chosen(text: str, row: list[float]) -> list[int]:
-    routing = parse_routing(text, [str(k) for k in range(len(row))])
+    routing = parse_rule(text, [str(k) for k in range(len(row))])
     return support(routing, tensor(row))[0].nonzero()[:, 0].tolist()
 
 
@@ -58,10 +58,10 @@ def chosen(text: str, row: list[float]) -> list[int]:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_is_read_and_written_back(kind: str) -> None:
-    routing = parse_routing(EXAMPLES[kind], SHARDS)
+    routing = parse_rule(EXAMPLES[kind], SHARDS)
     assert routing.kind == kind
     assert str(routing) == EXAMPLES[kind]
-    assert parse_routing(str(routing), SHARDS) == routing
+    assert parse_rule(str(routing), SHARDS) == routing
     assert routing.draws == {"sample": 3, "once": 1}.get(kind, 0)
 
 
@@ -77,7 +77,7 @@ def test_every_kind_refuses_a_wrong_argument(kind: str) -> None:
     }[KINDS[kind].argument]
     for argument in wrong:
         with pytest.raises(UsageError) as caught:
-            parse_routing(f"{kind}:{argument}", SHARDS)
+            parse_rule(f"{kind}:{argument}", SHARDS)
         assert caught.value.allowed
         assert caught.value.exit_code == ExitCode.USAGE
         expected = ", ".join(SHARDS) if kind == "oracle" else kind
@@ -87,7 +87,7 @@ def test_every_kind_refuses_a_wrong_argument(kind: str) -> None:
 @pytest.mark.parametrize("text", [k for k, v in KINDS.items() if v.argument])
 def test_an_argument_that_is_needed_is_asked_for(text: str) -> None:
     with pytest.raises(UsageError):
-        parse_routing(text, SHARDS)
+        parse_rule(text, SHARDS)
 
 
 @pytest.mark.parametrize(
@@ -95,7 +95,7 @@ def test_an_argument_that_is_needed_is_asked_for(text: str) -> None:
 )
 def test_an_unknown_routing_lists_the_choices_and_the_nearest(text: str, meant: str) -> None:
     with pytest.raises(UsageError) as caught:
-        parse_routing(text, SHARDS)
+        parse_rule(text, SHARDS)
     assert f"Did you mean '{meant}'?" in caught.value.what
     for kind, row in KINDS.items():
         assert (f"{kind}:{row.argument}" if row.argument else kind) in caught.value.allowed
@@ -103,11 +103,11 @@ def test_an_unknown_routing_lists_the_choices_and_the_nearest(text: str, meant: 
 
 def test_an_unknown_shard_names_the_nearest() -> None:
     with pytest.raises(UsageError, match="Did you mean 'cleo'"):
-        parse_routing("oracle:cleoo", SHARDS)
+        parse_rule("oracle:cleoo", SHARDS)
 
 
 def test_a_shard_may_have_a_colon_in_its_name() -> None:
-    assert parse_routing("oracle:a:b", ["a:b"]).argument == "a:b"
+    assert parse_rule("oracle:a:b", ["a:b"]).argument == "a:b"
 
 
 # -- sets ------------------------------------------------------------------------------------------
@@ -122,18 +122,18 @@ def test_full_runs_all_that_have_weight(row: list[float]) -> None:
 def test_a_wide_routing_is_full(row: list[float], more: int) -> None:
     everything = renormalise(tensor(row))
     for text in (f"top-k:{len(row) + more}", "mass:1", "threshold:1e-13"):
-        weights = tensor(row) * support(parse_routing(text, []), tensor(row))
+        weights = tensor(row) * support(parse_rule(text, []), tensor(row))
         assert torch.equal(renormalise(weights), everything), text
 
 
 @given(row=rows())
 def test_mass_1_is_full_in_float32_too(row: list[float]) -> None:
     weights = tensor(row).float()
-    assert torch.equal(support(Routing("mass", 1.0), weights), weights > 0)
+    assert torch.equal(support(Rule("mass", 1.0), weights), weights > 0)
     # Beside 1, in any precision, such a weight is less than the rounding of the sum.
     tiny = torch.tensor([[0.75, 1e-30, 0.0, 0.25]])
     for each in (tiny, tiny.double()):
-        assert support(Routing("mass", 1.0), each).tolist() == [[True, True, False, True]]
+        assert support(Rule("mass", 1.0), each).tolist() == [[True, True, False, True]]
 
 
 @given(row=rows(), k=st.integers(1, 8))
@@ -173,7 +173,7 @@ def test_ties() -> None:
 
 @pytest.mark.parametrize("text", DETERMINISTIC)
 def test_ties_fall_the_same_way_in_any_batch(text: str) -> None:
-    routing = parse_routing(text, SHARDS)
+    routing = parse_rule(text, SHARDS)
     levels = torch.tensor([0.5, 0.25, 0.25, 0.125])
     weights = levels[seeds.uniform(0, "w", first=0, count=300, each=40).mul(4).long()]
     alone = torch.cat([support(routing, weights[i : i + 1]) for i in range(len(weights))])
@@ -192,20 +192,20 @@ def test_index_after_sort(text: str, data: st.DataObject) -> None:
     )
     weights = renormalise(torch.tensor([levels], dtype=torch.float64))
     order = torch.tensor(data.draw(st.permutations(range(shards))))
-    routing = parse_routing(text, [])
+    routing = parse_rule(text, [])
     assert torch.equal(support(routing, weights[:, order]), support(routing, weights)[:, order])
 
 
 @pytest.mark.parametrize("text", DETERMINISTIC)
 def test_sets_are_chosen_per_sample(text: str) -> None:
     weights = torch.eye(4, dtype=torch.float64)[torch.tensor([2, 0, 3, 1])]
-    assert torch.equal(support(parse_routing(text, SHARDS), weights) & (weights > 0), weights > 0)
+    assert torch.equal(support(parse_rule(text, SHARDS), weights) & (weights > 0), weights > 0)
 
 
 @pytest.mark.parametrize("text", ["once", "sample:2", "oracle:bo"])
 def test_a_routing_that_draws_has_no_set(text: str) -> None:
     with pytest.raises(ValueError, match="by drawing or by name"):
-        support(parse_routing(text, SHARDS), torch.ones(1, 4) / 4)
+        support(parse_rule(text, SHARDS), torch.ones(1, 4) / 4)
 
 
 @given(row=rows())

@@ -22,8 +22,9 @@ from torch import Tensor
 
 from atoll.core import seeds
 from atoll.core.errors import UsageError
-from atoll.router.pipeline import AtollPipeline, x_noise
-from atoll.router.routing import draw, parse_routing, renormalise, support
+from atoll.router.chooser import sample_settings, x_noise
+from atoll.router.pipeline import AtollPipeline
+from atoll.router.routing import draw, parse_rule, renormalise, support
 from atoll.router.schedulers import FlowDPMSolver, FlowEuler, FlowHeun, FlowUniPC
 from tests.router.flows import Captions, SmoothWorld, closed_form, smooth, solution
 
@@ -78,7 +79,7 @@ def field(world: SmoothWorld, prompt: Any, routing: str, kept: Tensor | None = N
         at, cond = t.expand(len(x_t)), prompt([1] * len(x_t))
         if kept is None:
             p = world.posterior(x_t, at, cond)
-            p = renormalise(p * support(parse_routing(routing, world.names), p))
+            p = renormalise(p * support(parse_rule(routing, world.names), p))
         else:
             p = torch.nn.functional.one_hot(kept, world.count).double()
         experts = [world.velocity_over(world.shard == k, x_t, at, cond) for k in range(world.count)]
@@ -92,7 +93,7 @@ def error(made: Tensor, exact: Tensor) -> Tensor:
 
 
 def x_data(velocity: Any, name: str = "", *, steps: int = 60) -> Tensor:
-    noise = x_noise(3, 0, COUNT, (2, 1, 1))
+    noise = x_noise(sample_settings(COUNT, ["any"], seed=3), (2, 1, 1))
     return solution(velocity, noise, start=START.get(name, 1.0), steps=steps)
 
 
@@ -229,15 +230,17 @@ def test_a_scheduler_of_another_kind_is_refused(pipe: Any, scheduler: Any) -> No
 
 
 def test_heun_draws_once_a_step(world: SmoothWorld, pipe: Any) -> None:
-    """Two evaluations, at two points and times, by the uniforms of one step."""
+    """By the posterior of its first evaluation; the second, elsewhere, runs the same experts."""
     swapped(pipe, STOCK, "Heun")
     trace = pipe(["1"] * COUNT, num_inference_steps=4, routing="sample:2", seed=3, trace=True).trace
     assert len(trace) == 7
     for i, step in enumerate(trace):
+        begun = trace[i - i % 2]
         uniform = seeds.uniform(3, "routing", i // 2, first=0, count=COUNT, each=2)
-        drawn = draw(step.gate_weights, uniform)
+        drawn = draw(begun.gate_weights, uniform)
         counts = torch.nn.functional.one_hot(drawn, world.count).float().mean(dim=1)
         assert torch.equal(step.weights, counts)
+    assert not torch.equal(trace[1].gate_weights, trace[0].gate_weights)
 
 
 def test_where_a_solver_begins_the_gate_reads_the_caption_alone(

@@ -29,10 +29,11 @@ from atoll.core.head import GateHead
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage, sha256_file, sha256_folder
 from atoll.router.assemble import assemble
+from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
 from atoll.router.gate import Gate
 from atoll.router.model import EnsembleModel
-from atoll.router.routing import KINDS, parse_routing
+from atoll.router.routing import KINDS
 from tests.router.conftest import PARTS
 
 ROUTINGS = {
@@ -148,12 +149,11 @@ def test_a_trajectory_by_hand_is_the_same(
             experts,
             Gate(heads, shards),
             shards=list(shards),
-            routing=parse_routing(routing, list(shards)),
+            settings=sample_settings(
+                len(PROMPTS), list(shards), routing=routing, guidance=guidance, seed=9, first=3
+            ),
             cond=encoder.condition(PROMPTS),
             null=encoder.condition([""]),
-            guidance=guidance,
-            seed=9,
-            first=3,
         )
         noise = seeds.normal(9, "x_noise", first=3, count=4, shape=(1, 8, 8))
         made = sampler.euler(trajectory, noise, sampler.times(STEPS))

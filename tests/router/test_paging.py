@@ -1,0 +1,154 @@
+"""Experts under a memory budget are the very experts, in no more memory than they may have."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from atoll.core import seeds
+from atoll.core.conditioning import Conditioning
+from atoll.core.denoiser import Card, Denoiser
+from atoll.core.errors import ConfigError, Refused
+from atoll.core.flow import Prediction
+from atoll.core.manifest import Picture
+from atoll.core.recipes import build, recipe_of
+from atoll.router.ensemble import mix
+from atoll.router.paging import PagedExperts
+
+PICTURE = Picture(channels=1, height=8, width=8)
+RECIPES = ("unet-tiny", "unet-tiny", "dit-tiny", "unet-tiny", "dit-tiny")
+WIDTH = 16
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """Three experts of one network and two of another, every weight moved."""
+    made = []
+    for number, name in enumerate(RECIPES):
+        recipe = recipe_of(name)
+        network = build(recipe, PICTURE, WIDTH, seed=number)
+        with torch.no_grad():
+            for word, weight in network.named_parameters():
+                draw = seeds.generator(number, word)
+                weight.add_(0.05 * torch.randn(weight.shape, generator=draw))
+        card = Card(
+            name=f"e{number}",
+            kind="expert",
+            shard=f"shard-{number:02d}",
+            base_sha256=None,
+            family=recipe.family,
+            prediction=(Prediction.VELOCITY, Prediction.X_DATA)[number % 2],
+            latent_space="pixels",
+            images_seen=1,
+        )
+        made.append(tmp_path_factory.mktemp("experts") / card.name)
+        Denoiser(network, card).save(made[-1])
+    return made
+
+
+def bytes_of(folder: Path) -> int:
+    network = Denoiser.load(folder).network
+    return sum(value.numel() * value.element_size() for value in network.state_dict().values())
+
+
+def batch(count: int) -> tuple[Tensor, Tensor, Conditioning]:
+    x_t = seeds.normal(0, "x", first=0, count=count, shape=PICTURE.shape)
+    cond = Conditioning(
+        seeds.normal(0, "tokens", first=0, count=count, shape=(4, WIDTH)),
+        torch.ones(count, 4, dtype=torch.bool),
+        seeds.normal(0, "pooled", first=0, count=count, shape=(WIDTH,)),
+        torch.zeros(count, dtype=torch.bool),
+    )
+    return x_t, torch.full((count,), 0.7), cond
+
+
+@given(
+    steps=st.lists(
+        st.lists(st.sampled_from(range(5)), min_size=1, max_size=5, unique=True),
+        min_size=1,
+        max_size=5,
+    ),
+    room=st.floats(1.0, 5.0),
+)
+@settings(max_examples=25)
+def test_mixed_from_any_memory_the_bits_are_the_same(
+    folders: list[Path], steps: list[list[int]], room: float
+) -> None:
+    """Whatever is asked for in whatever order, and whatever it is written over."""
+    resident = [Denoiser.load(folder).velocity for folder in folders]
+    largest = max(map(bytes_of, folders))
+    paged = PagedExperts(folders, budget=int(room * largest))
+    at = batch(4)
+    for wanted in steps:
+        weights = torch.zeros(4, 5)
+        weights[:, wanted] = 1 / len(wanted)
+        with torch.no_grad():
+            assert torch.equal(mix(paged, weights, *at), mix(resident, weights, *at))
+        assert sum(bytes_of(folders[k]) for k in paged.resident) <= room * largest
+        assert len(set(paged.resident)) == len(paged.resident)
+
+
+def test_those_that_are_there_are_run_first(folders: list[Path]) -> None:
+    """A step of all experts brings as many as do not fit, not all of them."""
+    same = [folders[k] for k in (0, 1, 3)]
+    paged = PagedExperts(same, budget=2 * bytes_of(folders[0]))
+    weights = torch.full((2, 3), 1 / 3)
+    for step in range(4):
+        with torch.no_grad():
+            mix(paged, weights, *batch(2))
+        assert paged.loads == 3 + step
+
+
+def test_what_is_in_memory_is_not_read_again(folders: list[Path]) -> None:
+    paged = PagedExperts(folders, budget=sum(map(bytes_of, folders)))
+    for _ in range(3):
+        for k in range(5):
+            assert paged.expert(k).card.name == f"e{k}"
+    assert paged.loads == 5
+
+
+def test_a_budget_below_the_largest_is_refused(folders: list[Path]) -> None:
+    largest = max(map(bytes_of, folders))
+    PagedExperts(folders, budget=largest)
+    with pytest.raises(ConfigError, match="more than") as caught:
+        PagedExperts(folders, budget=largest - 1)
+    assert "16 bits" in (caught.value.cure or "")
+    PagedExperts(folders, budget=largest - 1, dtype=torch.bfloat16)
+
+
+def test_in_16_bits_they_are_what_a_resident_one_is(folders: list[Path]) -> None:
+    paged = PagedExperts(folders, budget=bytes_of(folders[0]), dtype=torch.bfloat16)
+    for k in (0, 1, 2, 0, 3):
+        alone = Denoiser.load(folders[k])
+        alone.network.to(torch.bfloat16)
+        with torch.no_grad():
+            assert torch.equal(paged[k](*batch(2)), alone.velocity(*batch(2)))
+
+
+@pytest.mark.parametrize("harm", ["cut", "gone", "foreign"])
+def test_weights_that_were_harmed_are_refused_and_the_others_go_on(
+    folders: list[Path], tmp_path: Path, harm: str
+) -> None:
+    import shutil
+
+    here = [Path(shutil.copytree(folders[k], tmp_path / str(k))) for k in (0, 1, 2)]
+    paged = PagedExperts(here[:2], budget=bytes_of(here[0]))
+    paged.expert(0)
+    name = "diffusion_pytorch_model.safetensors"
+    match harm:
+        case "cut":
+            (here[1] / name).write_bytes((here[1] / name).read_bytes()[:-100])
+        case "gone":
+            (here[1] / name).unlink()
+        case "foreign":
+            shutil.copyfile(here[2] / name, here[1] / name)
+    with pytest.raises(Refused, match=str(here[1])):
+        paged.expert(1)
+    alone = Denoiser.load(here[0])
+    with torch.no_grad():
+        assert torch.equal(paged[0](*batch(2)), alone.velocity(*batch(2)))
