@@ -10,7 +10,7 @@ beside the experts has that projection.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -137,12 +137,16 @@ class Call:
 
 
 def read_call(
-    family: str, projection: TextProjection | None, args: Sequence[Any], kwargs: Mapping[str, Any]
+    family: str,
+    families: Collection[str],
+    projection: TextProjection | None,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
 ) -> Call:
     """What a call with the arguments of a family's own forward says; `UsageError` if it cannot be.
 
     A DiT is given no tokens, so that its callers say in `is_null` `(batch,)` which captions are
-    empty.
+    empty. `families` are those of all experts that may be run.
     """
     row = FORWARDS[family]
     network = FAMILIES[family].network
@@ -168,6 +172,7 @@ def read_call(
     x_t = picture.to(torch.promote_types(picture.dtype, torch.float32))
     t = torch.as_tensor(timestep, device=x_t.device).to(x_t.dtype) / _TIMESTEPS
     if tokens is None:
+        _refuse_readers({family, *families})
         cond = _from_pooled(pooled, is_null)
     else:
         cond = _from_tokens(projection, tokens, mask, pooled)
@@ -197,6 +202,17 @@ def _refuse_more(given: Mapping[str, Any], row: Forward) -> None:
             f"An ensemble has no use for {', '.join(more)}",
             allowed="pictures, timesteps and captions",
             cure="call the pipeline without ControlNet, adapters and skipped layers",
+        )
+
+
+def _refuse_readers(families: Collection[str]) -> None:
+    """Refuse a call without tokens for experts that read them."""
+    readers = sorted(name for name in families if FAMILIES[name].tokens is not None)
+    if readers:
+        raise UsageError(
+            f"There are no token states, and experts of {', '.join(readers)} read them",
+            allowed="encoder_hidden_states",
+            cure="load the ensemble with family=... of one of those",
         )
 
 

@@ -174,7 +174,8 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         Pictures `(batch, channel, height, width)`, timesteps from 0 to 1000, and token states of
         the ensemble's own encoder; see `atoll.router.forward`. Raises `UsageError`.
         """
-        call = read_call(self.family, self.text_projection, args, kwargs)
+        families = {card.family for card in self.cards.values()}
+        call = read_call(self.family, families, self.text_projection, args, kwargs)
         weights = self._stateless.weights(self._posterior, call.x_t, call.t, call.cond, self.shards)
         return call.output(mix(self.velocities, weights, call.x_t, call.t, call.cond))
 

@@ -358,7 +358,7 @@ CALLS: dict[str, tuple[Callable[[dict[str, Any]], dict[str, Any]], str]] = {
     "ControlNet": (changed(mid_block_additional_residual=torch.ones(1)), "mid_block"),
     "an adapter's scale": (changed(cross_attention_kwargs={"scale": 1.0}), "cross_attention"),
     "no timestep": (changed(timestep=None), "no timestep"),
-    "no tokens": (changed(encoder_hidden_states=None), "pooled vector"),
+    "no tokens": (changed(encoder_hidden_states=None), "no token states"),
     "tokens of zeros": (lambda g: {**g, "encoder_hidden_states": g["encoder_hidden_states"] * 0},
                         "is empty"),
     "fewer captions": (lambda g: {**g, "encoder_hidden_states": g["encoder_hidden_states"][:2]},
@@ -395,6 +395,8 @@ def test_a_dit_is_told_which_captions_are_empty(encoder: Encoder) -> None:
     got, weights = heard(model, **given, is_null=cond.is_null)
     assert torch.equal(got.is_null, cond.is_null)
     torch.testing.assert_close(weights, model.gate(x_at(), torch.full((4,), 0.5), cond))
+    with pytest.raises(UsageError, match="experts of unet read them"):
+        of_families("dit", "unet")(**given, is_null=cond.is_null)
 
 
 def test_a_family_that_is_not_there_is_refused(folder: Path) -> None:
