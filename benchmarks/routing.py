@@ -106,7 +106,8 @@ class Case:
     def network(self, k: int, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """An expert by hand."""
         adapter = FAMILIES[recipe_of(self.recipe).family].adapter
-        output = adapter(self.networks[k], x_t.to(self.dtype), t, cond.to(x_t.to(self.dtype)))
+        given = x_t.to(self.dtype)
+        output = adapter(self.networks[k], given, flow.timestep(t, None), cond.to(given))
         return output.to(x_t)
 
     def trajectory(self, settings: list[SampleSettings], *, trace: bool = False) -> Trajectory:

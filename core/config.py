@@ -9,7 +9,8 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any, TypeVar
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
@@ -43,9 +44,15 @@ def _check_key(kind: type[BaseModel], dotted: str) -> Any:
                 cure="correct the key of --set or of the --config file",
             )
         annotation = fields[part].annotation
-        is_model = isinstance(annotation, type) and issubclass(annotation, BaseModel)
-        here = annotation if is_model else None
+        here = _model(annotation)
     return annotation
+
+
+def _model(annotation: Any) -> type[BaseModel] | None:
+    """The model that a field is, or may be where it may be None."""
+    may_be = get_args(annotation) if get_origin(annotation) is UnionType else (annotation,)
+    models = [one for one in may_be if isinstance(one, type) and issubclass(one, BaseModel)]
+    return models[0] if models else None
 
 
 def _value(text: str, annotation: Any) -> Any:
@@ -71,6 +78,8 @@ def apply_overrides(config: C, overrides: Iterable[str]) -> C:
         *parents, last = dotted.split(".")
         place = values
         for parent in parents:
+            if place[parent] is None:  # a part that may be absent, begun by its first key
+                place[parent] = {}
             place = place[parent]
             if not isinstance(place, dict):
                 raise ConfigError(f"{parent}={place!r} is not valid: '{override}' is below it")

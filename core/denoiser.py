@@ -20,6 +20,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES, check_shapes
 from atoll.core.manifest import Picture, check_schema
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import canonical_json
 
 CARD_NAME = "atoll.json"
@@ -28,7 +29,11 @@ SCHEMA_VERSION = 1
 
 
 class Card(BaseModel):
-    """`atoll.json`: what a base, an expert or a soup is, and what it may be mixed with."""
+    """`atoll.json`: what a base, an expert or a soup is, and what it may be mixed with.
+
+    `schedule` is the noise schedule that the network works on; None is our linear path, and then
+    the file says nothing of it.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -39,8 +44,14 @@ class Card(BaseModel):
     base_sha256: str | None
     family: str
     prediction: flow.Prediction
+    schedule: NoiseSchedule | None = None
     latent_space: str
     images_seen: int
+
+    def to_bytes(self) -> bytes:
+        """The file's content, the same for the same card."""
+        unsaid = {"schedule"} if self.schedule is None else set()
+        return canonical_json(self.model_dump(mode="json", exclude=unsaid))
 
 
 def read_card(folder: Path) -> Card:
@@ -64,7 +75,7 @@ def read_card(folder: Path) -> Card:
 
 def write_card(folder: Path, card: Card) -> None:
     """Write the card into a folder that is still being made."""
-    (folder / CARD_NAME).write_bytes(canonical_json(card.model_dump(mode="json")))
+    (folder / CARD_NAME).write_bytes(card.to_bytes())
 
 
 @dataclass
@@ -75,18 +86,29 @@ class Denoiser:
     card: Card
 
     def output(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """What the network itself puts out, `(batch, channel, height, width)`."""
-        return FAMILIES[self.card.family].adapter(self.network, x_t, t, cond)
+        """What the network itself puts out, `(batch, channel, height, width)`.
+
+        `x_t` is the point of our path at `t`, which is within the span of the card's schedule.
+        """
+        schedule = self.card.schedule
+        point, timestep = flow.rescale(x_t, t, schedule), flow.timestep(t, schedule)
+        return FAMILIES[self.card.family].adapter(self.network, point, timestep, cond)
 
     def velocity(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """dx_t/dt, `(batch, channel, height, width)`; `t` is `(batch,)` in [0, 1].
 
         The network runs in the dtype of its weights; the path, its times and the conversion stay
-        in that of `x_t`.
+        in that of `x_t`. Beyond the span of what the network predicts and of its schedule, it is
+        asked at the end point (`flow.answer`).
         """
+        prediction, schedule = self.card.prediction, self.card.schedule
+        asked = flow.ask(x_t, t, prediction, schedule)
         weight = next(self.network.parameters())
-        output = self.output(x_t.to(weight), t.to(weight.device), cond.to(weight)).to(x_t)
-        return flow.to_velocity(output, x_t, t, self.card.prediction)
+        point = flow.rescale(asked.x_t, asked.t, schedule).to(weight)
+        timestep = flow.timestep(asked.t, schedule).to(weight.device)
+        adapter = FAMILIES[self.card.family].adapter
+        output = adapter(self.network, point, timestep, cond.to(weight)).to(x_t)
+        return flow.answer(output, asked, x_t, t, prediction)
 
     def check_takes(self, picture: Picture) -> None:
         """Refuse pictures of a shape that the network does not take, by a `ConfigError`."""

@@ -21,16 +21,14 @@ from atoll.core.manifest import Picture
 from atoll.core.transformer import zero
 from atoll.core.uvit import UViT
 
-# diffusers embeds timesteps with frequencies made for 0 to 1000.
-_TIMESTEPS = 1000.0
-
 Adapter = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
+"""(network, what it takes for x_t, timestep `(batch,)`, cond) -> what it puts out."""
 
 
-def _with_tokens(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def _with_tokens(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = network(
         x_t,
-        t * _TIMESTEPS,
+        timestep,
         encoder_hidden_states=cond.tokens,
         encoder_attention_mask=cond.mask,
         return_dict=False,
@@ -38,12 +36,12 @@ def _with_tokens(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning)
     return output
 
 
-def _pixart(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def _pixart(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = network(
         x_t,
         encoder_hidden_states=cond.tokens,
         encoder_attention_mask=cond.mask.to(x_t.dtype),
-        timestep=t * _TIMESTEPS,
+        timestep=timestep,
         # The sizes that PixArt can be told besides are off in our recipes.
         added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         return_dict=False,
@@ -52,20 +50,20 @@ def _pixart(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> T
     return output[:, : x_t.shape[1]]
 
 
-def _dit(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def _dit(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = network(
-        x_t, t * _TIMESTEPS, pooled_projections=_entries_of_one(cond.pooled), return_dict=False
+        x_t, timestep, pooled_projections=_entries_of_one(cond.pooled), return_dict=False
     )[0]
     return output
 
 
-def _sd3(network: nn.Module, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+def _sd3(network: nn.Module, x_t: Tensor, timestep: Tensor, cond: Conditioning) -> Tensor:
     output: Tensor = network(
         x_t,
         # SD3 lets its text padding be looked at and takes no mask: what stands there must be 0.
         encoder_hidden_states=cond.tokens * cond.mask[:, :, None],
         pooled_projections=_entries_of_one(cond.pooled),
-        timestep=t * _TIMESTEPS,
+        timestep=timestep,
         return_dict=False,
     )[0]
     return output

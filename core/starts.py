@@ -6,8 +6,8 @@ Hugging Face hub with one of these. Classes are accepted from the table of famil
 weights as safetensors alone.
 
 A checkpoint may be continued as another prediction: training then has another target. Checkpoints
-of diffusion have also learned another path than ours (variance-preserving): they are a start, and
-no denoiser of ours before they were trained.
+of diffusion have also learned another path than ours, the noise schedule of their pipeline's
+scheduler: they may be continued on it, or on ours.
 """
 
 from __future__ import annotations
@@ -20,11 +20,12 @@ from typing import Any
 
 from torch import nn
 
-from atoll.core.denoiser import CARD_NAME, load_network, read_card
+from atoll.core.denoiser import CARD_NAME, Card, load_network, read_card
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES, FAMILY_OF_CLASS, sample_size
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
+from atoll.core.schedule import NoiseSchedule, schedule_of
 from atoll.core.storage import sha256_folder
 
 HUB = "hf-hub:"
@@ -41,13 +42,9 @@ _WANTED = [_INDEX, _SCHEDULER] + [
     for name in (_CONFIG, _WEIGHTS, _SHARDS, "diffusion_pytorch_model-*-of-*.safetensors")
 ]
 
-# What schedulers of diffusers call a prediction. Absent: "v_prediction", a fourth kind, which
-# `flow.py` cannot convert yet.
-_PREDICTIONS = {
-    "epsilon": Prediction.EPSILON,
-    "sample": Prediction.X_DATA,
-    "flow_prediction": Prediction.VELOCITY,
-}
+# What schedulers of diffusers call a prediction, where we call it otherwise.
+_FLOW = "flow_prediction"
+_PREDICTIONS = {"sample": Prediction.X_DATA, _FLOW: Prediction.VELOCITY}
 
 # Keys by which networks ask for conditioning that ours has not.
 _ASKS: dict[str, tuple[str, ...]] = {
@@ -66,14 +63,16 @@ class Start:
     """A loaded network in evaluation mode, and what is known about it.
 
     `declared` is what the source says that the weights put out (None where it says nothing),
-    `prediction` what they are to be trained for: the caller's choice, or as declared. `sha256` is
-    over the files that were read, as `sha256_folder` computes it. `latent_space` is known where the
-    folder is one of ours.
+    `prediction` what they are to be trained for: the caller's choice, or as declared. `schedule` is
+    the path for it: the caller's choice, or the source's own where that is kept. `sha256` is over
+    the files that were read of the network, as `sha256_folder` computes it. `latent_space` is known
+    where the folder is one of ours.
     """
 
     network: nn.Module
     family: str
     prediction: Prediction
+    schedule: NoiseSchedule | None
     declared: str | None
     sha256: str
     latent_space: str | None
@@ -86,16 +85,20 @@ def load_start(
     text_width: int,
     pooled_width: int,
     prediction: Prediction | None = None,
+    schedule: NoiseSchedule | None = None,
+    keep_path: bool = False,
 ) -> Start:
     """The weights at `spec`: a folder, or `hf-hub:ORG/NAME` with `@REVISION` if wanted.
 
+    Where no `schedule` is given they go on on our linear path, or with `keep_path` on their own.
     `picture` and the widths of the text are those of the data: what was made for others is refused.
     Raises `UsageError` where nothing is or nothing says what the weights predict, `MissingError`
     for weights out of reach, `Refused` for what is not ours to continue, and `ConfigError` for
     pictures that do not fit.
     """
     root = downloaded(spec, _WANTED) if spec.startswith(HUB) else Path(spec)
-    folder, declared = _component(root, spec)
+    folder, said = _component(root, spec)
+    declared = said.prediction
     config = _json(folder / _CONFIG)
     family = _family(config, folder)
     files = [CARD_NAME, _CONFIG, *weight_files(folder)]
@@ -109,25 +112,39 @@ def load_start(
         network=network,
         family=family,
         prediction=prediction or _predicted(declared, spec),
+        schedule=_own_schedule(said, spec) if keep_path and schedule is None else schedule,
         declared=declared,
         sha256=sha256_folder(folder, files),
         latent_space=(read_card(folder).latent_space if (folder / CARD_NAME).is_file() else None),
     )
 
 
-def _component(root: Path, spec: str) -> tuple[Path, str | None]:
-    """The network's folder below `root`, and what the source says that it predicts."""
+@dataclass(frozen=True)
+class _Said:
+    """What a source says of its network: what it predicts, and on which path, unless nothing.
+
+    The path is that of a card of ours, or still in the configuration of a scheduler of diffusers.
+    """
+
+    prediction: str | None = None
+    path: Card | Mapping[str, Any] | None = None
+
+
+def _component(root: Path, spec: str) -> tuple[Path, _Said]:
+    """The network's folder below `root`, and what the source says of it."""
     if (root / _INDEX).is_file():
         index = _json(root / _INDEX)
         for part in _PARTS:
             entry = index.get(part)
             if isinstance(entry, list) and entry[-1:] != [None]:
-                return root / part, _declared(_json(root / _SCHEDULER))
+                scheduler = _json(root / _SCHEDULER)
+                return root / part, _Said(_declared(scheduler), scheduler)
         raise Refused(f"The pipeline {spec} has no network of its own", allowed=" or ".join(_PARTS))
     if (root / CARD_NAME).is_file():
-        return root, str(read_card(root).prediction)
+        card = read_card(root)
+        return root, _Said(str(card.prediction), card)
     if (root / _CONFIG).is_file():
-        return root, None
+        return root, _Said()
     raise UsageError(
         f"There is nothing to start from at {spec}",
         allowed=f"a folder with {CARD_NAME}, {_CONFIG} or {_INDEX}, or {HUB}ORG/NAME",
@@ -136,9 +153,22 @@ def _component(root: Path, spec: str) -> tuple[Path, str | None]:
 
 def _declared(scheduler: Mapping[str, Any]) -> str:
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):
-        return "flow_prediction"
+        return _FLOW
     # Pipelines older than the key say nothing: there was but one kind.
     return str(scheduler.get("prediction_type", "epsilon"))
+
+
+def _own_schedule(said: _Said, spec: str) -> NoiseSchedule | None:
+    """The path that a network has learnt; None is ours."""
+    if said.path is None:
+        raise UsageError(
+            f"Nothing at {spec} says on which path its network works",
+            allowed="a pipeline's folder with its scheduler, or a folder of ours",
+            cure="say it by training.schedule, or leave out training.keep_path for our linear path",
+        )
+    if isinstance(said.path, Card):
+        return said.path.schedule
+    return None if said.prediction == _FLOW else schedule_of(said.path, spec)
 
 
 def _predicted(declared: str | None, spec: str) -> Prediction:

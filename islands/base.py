@@ -37,19 +37,34 @@ class NewBase:
 def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
     """Seeded random weights of a recipe, or those that somebody published (`--start`).
 
-    Published weights are trained on for `training.prediction`, whatever they predicted before.
+    Published weights are trained on for `training.prediction` on `training.schedule`, whatever they
+    predicted before; with `training.keep_path` these are, where not given, the weights' own.
     """
     picture, training = manifest.picture, config.training
     widths = {"text_width": commons.text_width, "pooled_width": commons.pooled_width}
     origin: dict[str, str] = {}
+    prediction, schedule = training.objective, training.schedule
     if config.start is None:
+        if training.keep_path:
+            raise ConfigError(
+                "There is no path to keep: these weights are random",
+                cure="name weights by --start, or leave out training.keep_path",
+            )
         name = config.recipe or recipes.default_recipe(picture)
         seed = seeds.key(manifest.seed, "base") & ((1 << 63) - 1)
         recipe = recipes.recipe_of(name)
         check_shapes(recipe.family, recipe.config, manifest.pictures)
         network = recipes.build(recipe, picture, **widths, seed=seed)
     else:
-        start = load_start(config.start, picture, **widths, prediction=training.objective)
+        start = load_start(
+            config.start,
+            picture,
+            **widths,
+            prediction=training.prediction if training.keep_path else training.objective,
+            schedule=training.schedule,
+            keep_path=training.keep_path,
+        )
+        prediction, schedule = start.prediction, start.schedule
         made: Any = start.network
         check_shapes(start.family, made.config, manifest.pictures)
         network, origin = start.network, {"start": config.start, "start_sha256": start.sha256}
@@ -67,15 +82,16 @@ def new_base(manifest: Manifest, commons: Pack, config: BaseConfig) -> NewBase:
                 f"{commons.card.latent_space}",
                 cure="start from weights of this run's latent space, or partition with --vae",
             )
-        if start.declared not in (None, str(training.objective)):
-            log.info("%s predicted %s before", config.start, start.declared)
+        was, path = start.declared or "unknown", schedule or "our linear path"
+        log.info("%s: prediction was %s, goes on as %s on %s", config.start, was, prediction, path)
     card = Card(
         name="base",
         kind="base",
         shard=None,
         base_sha256=None,
         family=recipes.recipe_of(name).family,
-        prediction=training.objective,
+        prediction=prediction,
+        schedule=schedule,
         latent_space=commons.card.latent_space,
         images_seen=0,
     )

@@ -31,7 +31,8 @@ _AHEAD = 8  # batches whose rows come from afar before they are needed
 class Batch:
     """Points of the path and what a network should put out there.
 
-    `x_t` and `wanted` `(batch, channel, height, width)`, `t` `(batch,)` in (0, 1).
+    `x_t` and `wanted` `(batch, channel, height, width)`, `t` `(batch,)` in (0, 1), and within the
+    span of the noise schedule where the training is on one.
     """
 
     x_t: Tensor
@@ -127,14 +128,14 @@ class Batches:
         x_data = pack.x_data(rows)
         uniform = seeds.uniform(seed, stream, "dropout", **where)
         cond = drop(pack.cond(rows), pack.null, uniform, self._config.condition_dropout)
-        t = times(self._config.time, seed, stream, **where)
+        t = times(self._config.time, seed, stream, **where).clamp(*flow.span(self._config.schedule))
         x_noise = seeds.normal(seed, stream, "x_noise", shape=tuple(x_data.shape[1:]), **where)
         x_t = flow.interpolate(x_data, x_noise, t).to(self._device, non_blocking=True)
         return Batch(
             x_t=x_t,
             t=t.to(x_t),
             cond=cond.to(x_t),
-            wanted=flow.target(x_data, x_noise, self._config.objective).to(x_t),
+            wanted=flow.target(x_data, x_noise, t, self._config.objective).to(x_t),
         )
 
 

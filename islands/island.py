@@ -148,10 +148,11 @@ def _expert(run: Storage, order: IslandOrder, pack: Pack, group: Group) -> Calla
         base_sha256=order.base.sha256,
         family=base.card.family,
         prediction=base.card.prediction,
+        schedule=base.card.schedule,
         latent_space=base.card.latent_space,
         images_seen=base.card.images_seen,
     )
-    training = order.config.training.model_copy(update={"prediction": base.card.prediction})
+    training = order.config.training
     adapters = attach(base.network, training.lora, seed=order.seed)
     expert = Denoiser(base.network, card)
     trained = train_here(

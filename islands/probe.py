@@ -40,6 +40,7 @@ def images_per_second(
     Raises `ConfigError` for a batch that accumulation does not divide.
     """
     check_accumulation(batch, training.accumulation)
+    training = training.of(denoiser.card)
     with computing(device, threads) as chosen:
         trial = Denoiser(copy.deepcopy(denoiser.network).train(), denoiser.card)
         attach(trial.network, training.lora, seed=0)

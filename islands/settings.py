@@ -8,11 +8,13 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from atoll.core.config import Config
+from atoll.core.denoiser import Card
 from atoll.core.errors import ConfigError
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.places import Island
 from atoll.core.recipes import Recipe
+from atoll.core.schedule import NoiseSchedule
 from atoll.islands.compute import Device
 from atoll.islands.learner import Parallel
 from atoll.islands.spot import Cloud
@@ -88,6 +90,10 @@ class DenoiserTraining(Config):
     batch: int | None = Field(default=None, ge=1)  # None takes the recipe's
     passes: float | None = Field(default=None, gt=0)  # images_seen over records; None: recipe's
     prediction: Prediction | None = None  # None: a base's velocity, of an expert its base's
+    # The noise schedule that the network works on. None: our linear path, of an expert its base's.
+    schedule: NoiseSchedule | None = None
+    # Of a base: where the two above are None, those of the weights that it starts from.
+    keep_path: bool = False
     condition_dropout: float = Field(default=0.1, ge=0, le=1)
     # Decays per step, warmed up. Of several, the one of least held-out loss is published.
     ema_decays: tuple[_Decay, ...] = Field(default=(0.995,), min_length=1)
@@ -108,6 +114,11 @@ class DenoiserTraining(Config):
     def objective(self) -> Prediction:
         """What the network predicts."""
         return self.prediction or Prediction.VELOCITY
+
+    def of(self, card: Card) -> DenoiserTraining:
+        """These settings for a denoiser, whose card decides what it predicts and on which path."""
+        decided = {"prediction": card.prediction, "schedule": card.schedule}
+        return self.model_copy(update=decided)
 
 
 class HeadTraining(Config):

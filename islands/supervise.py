@@ -79,7 +79,7 @@ def train(
     check_islands(config.islands)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
     check_artefact(run, base)
-    _check_prediction(run, base, config)
+    _check_path(run, base, config)
     plan_islands(run, manifest, config)
     _check_exclusive_create(run)
     todo = [name for name in wanted if name not in manifest.experts]
@@ -110,14 +110,20 @@ def train(
     return todo
 
 
-def _check_prediction(run: Storage, base: Artefact, config: TrainConfig) -> None:
-    """What a network predicts is decided by the base that all experts start from."""
-    asked, predicted = config.training.prediction, read_card(run.local(base.path)).prediction
-    if asked not in (None, predicted):
-        raise ConfigError(
-            f"The base predicts {predicted}, as its experts will; training.prediction is {asked}",
-            cure="leave it out, or train the base of a new run with it",
-        )
+def _check_path(run: Storage, base: Artefact, config: TrainConfig) -> None:
+    """The base that all experts start from decides what they predict, and on which path."""
+    card = read_card(run.local(base.path))
+    path = card.schedule or "our linear one"
+    for key, what, decided, asked in (
+        ("prediction", "prediction", card.prediction, config.training.prediction),
+        ("schedule", "path", path, config.training.schedule),
+    ):
+        if asked not in (None, decided):
+            raise ConfigError(
+                f"The {what} of the base, as of its experts, is {decided}; training.{key} is "
+                f"{asked}",
+                cure="leave it out, or train the base of a new run with it",
+            )
 
 
 def _check_unchanged(

@@ -29,6 +29,7 @@ from atoll.islands.step import HELD_OUT_BATCH, flow_matching, held_out_loss, pre
 # What decides the bits of a loss, besides the data and the plan.
 _OF_THE_LOSS = {
     "condition_dropout",
+    "schedule",
     "time",
     "weight",
     "precision",
@@ -91,9 +92,11 @@ def train_here(
 ) -> Denoiser:
     """Train a denoiser in this process, or in this and the others of a group.
 
-    Checkpoints and metrics go to `folder`; those of another `origin` are not gone on from. What is
-    returned is whole on every rank.
+    Its card decides what it learns to predict and on which path. Checkpoints and metrics go to
+    `folder`; those of another `origin` are not gone on from. What is returned is whole on every
+    rank.
     """
+    training = training.of(denoiser.card)
     with computing(device, threads) as chosen:
         learner = learner_of(denoiser.network, group or Group(), parallel, chosen)
         prepare(denoiser, training, chosen)

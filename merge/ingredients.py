@@ -21,7 +21,7 @@ from atoll.merge.tensors import Weights
 CONFIG_NAME = "config.json"
 # What diffusers notes about the writer; no part of the network.
 _CONFIG_NOTES = ("_diffusers_version", "_name_or_path")
-_CARD_FIELDS = ("base_sha256", "family", "prediction", "latent_space")
+_CARD_FIELDS = ("base_sha256", "family", "prediction", "schedule", "latent_space")
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
         base_sha256=recipe.base_sha256,
         family=first.card.family,
         prediction=first.card.prediction,
+        schedule=first.card.schedule,
         latent_space=first.card.latent_space,
         images_seen=sum(one.card.images_seen for one in opened),
     )
@@ -119,7 +120,7 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     return {
         CONFIG_NAME: canonical_json(config),
         RECIPE_NAME: recipe.to_bytes(),
-        CARD_NAME: canonical_json(card.model_dump(mode="json")),
+        CARD_NAME: card.to_bytes(),
     }
 
 

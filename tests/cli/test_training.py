@@ -180,7 +180,12 @@ def test_experts_predict_what_their_base_does(based, tmp_path) -> None:
     shutil.copytree(based, run)
     said = atoll("train", run, *TRAIN, "--set=training.prediction=epsilon", "--json")
     assert said.code == 3
-    assert "The base predicts velocity" in said.error["what"]
+    assert "The prediction of the base, as of its experts, is velocity" in said.error["what"]
+    cosine = "--set=training.schedule.beta_schedule=squaredcos_cap_v2"
+    said = atoll("train", run, *TRAIN, cosine, "--json")
+    assert said.code == 3
+    assert "The path of the base, as of its experts, is our linear one" in said.error["what"]
+    assert "beta_schedule squaredcos_cap_v2" in said.error["what"]
     assert not (run / "islands" / SHARD).exists()
     assert set(plans(run).values()) == {None}
 

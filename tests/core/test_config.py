@@ -32,6 +32,7 @@ class Inner(Config):
 class Middle(Config):
     inner: Inner = Inner()
     steps: int = Field(default=3, ge=1)
+    maybe: Inner | None = None
 
 
 class Outer(Config):
@@ -55,6 +56,17 @@ def test_override_changes_one_field_and_nothing_else() -> None:
     assert after == Outer(seed=5, training=Middle(steps=9, inner=Inner(rate=0.5)))
     assert before == Outer(seed=5, training=Middle(steps=9))
     assert apply_overrides(before, []) == before
+
+
+def test_a_part_that_may_be_absent_is_begun_by_its_first_key() -> None:
+    after = apply_overrides(Outer(), ["training.maybe.rate=0.5", "training.maybe.name=x"])
+    assert after.training.maybe == Inner(rate=0.5, name="x")
+    assert apply_overrides(after, ["training.maybe=null"]) == Outer()
+    assert apply_overrides(Outer(), ['training.maybe={"kind": "b"}']).training.maybe == Inner(
+        kind="b"
+    )
+    assert "training.maybe.rate" in refusal(["training.maybe.rat=0.5"])
+    assert "training.maybe.rate" in refusal(['training.maybe={"rat": 0.5}'])
 
 
 def test_values_are_json_where_they_parse_else_text() -> None:

@@ -32,9 +32,11 @@ from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
 from atoll.core.recipes import RECIPES, build, network_config
+from atoll.core.schedule import NoiseSchedule, alphas_cumprod
 from atoll.core.storage import sha256_folder
 from atoll.core.uvit import UViT
 
+SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 TINY = {family: f"{family}-tiny" for family in FAMILIES}
 MakeCond = Callable[..., Conditioning]
@@ -146,34 +148,36 @@ def test_unet_adapter_is_the_bare_diffusers_call(cond: MakeCond) -> None:
         seed=0,
     ).eval()
     x_t, t = batch()
+    told = 1000 * t
     c = cond(3)
     with torch.no_grad():
-        ours = FAMILIES["unet"].adapter(network, x_t, t, c)
+        ours = FAMILIES["unet"].adapter(network, x_t, told, c)
         theirs = network(
-            x_t, t * 1000, encoder_hidden_states=c.tokens, encoder_attention_mask=c.mask
+            x_t, told, encoder_hidden_states=c.tokens, encoder_attention_mask=c.mask
         ).sample
         assert torch.equal(ours, theirs)
         # The mask is heeded: what stands in masked tokens changes nothing ...
         noisy = Conditioning(
             torch.where(c.mask[:, :, None], c.tokens, 9.0), c.mask, c.pooled, c.is_null
         )
-        torch.testing.assert_close(FAMILIES["unet"].adapter(network, x_t, t, noisy), ours)
+        torch.testing.assert_close(FAMILIES["unet"].adapter(network, x_t, told, noisy), ours)
         # ... and what stands in the others does, as does time.
-        assert not torch.equal(FAMILIES["unet"].adapter(network, x_t, t, cond(4)[1:]), ours)
-        assert not torch.equal(FAMILIES["unet"].adapter(network, x_t, t.flip(0), c), ours)
+        assert not torch.equal(FAMILIES["unet"].adapter(network, x_t, told, cond(4)[1:]), ours)
+        assert not torch.equal(FAMILIES["unet"].adapter(network, x_t, told.flip(0), c), ours)
 
 
 def test_pixart_adapter_is_the_bare_diffusers_call(cond: MakeCond) -> None:
     network = denoiser("pixart").network
     assert isinstance(network, PixArtTransformer2DModel)
     x_t, t = batch()
+    told = 1000 * t
     c = cond(3)
     with torch.no_grad():
-        ours = FAMILIES["pixart"].adapter(network, x_t, t, c)
+        ours = FAMILIES["pixart"].adapter(network, x_t, told, c)
         theirs = network(
             x_t,
             encoder_hidden_states=c.tokens,
-            timestep=t * 1000,
+            timestep=told,
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
             encoder_attention_mask=c.mask.long(),
         ).sample
@@ -181,35 +185,36 @@ def test_pixart_adapter_is_the_bare_diffusers_call(cond: MakeCond) -> None:
         noisy = Conditioning(
             torch.where(c.mask[:, :, None], c.tokens, 9.0), c.mask, c.pooled, c.is_null
         )
-        torch.testing.assert_close(FAMILIES["pixart"].adapter(network, x_t, t, noisy), ours)
-        assert not torch.equal(FAMILIES["pixart"].adapter(network, x_t, t, cond(4)[1:]), ours)
-        assert not torch.equal(FAMILIES["pixart"].adapter(network, x_t, t.flip(0), c), ours)
+        torch.testing.assert_close(FAMILIES["pixart"].adapter(network, x_t, told, noisy), ours)
+        assert not torch.equal(FAMILIES["pixart"].adapter(network, x_t, told, cond(4)[1:]), ours)
+        assert not torch.equal(FAMILIES["pixart"].adapter(network, x_t, told.flip(0), c), ours)
 
 
 def test_sd3_adapter_is_the_diffusers_call_with_silent_padding(cond: MakeCond) -> None:
     network = denoiser("sd3").network
     assert isinstance(network, SD3Transformer2DModel)
     x_t, t = batch()
+    told = 1000 * t
     c = cond(3)
     with torch.no_grad():
-        ours = FAMILIES["sd3"].adapter(network, x_t, t, c)
+        ours = FAMILIES["sd3"].adapter(network, x_t, told, c)
         theirs = network(
             x_t,
             encoder_hidden_states=c.tokens,
             pooled_projections=c.pooled * 8**0.5,
-            timestep=t * 1000,
+            timestep=told,
         ).sample
         torch.testing.assert_close(ours, theirs)
         noisy = Conditioning(
             torch.where(c.mask[:, :, None], c.tokens, 9.0), c.mask, c.pooled, c.is_null
         )
-        assert torch.equal(FAMILIES["sd3"].adapter(network, x_t, t, noisy), ours)
+        assert torch.equal(FAMILIES["sd3"].adapter(network, x_t, told, noisy), ours)
         for other in (
             Conditioning(cond(4).tokens[1:], c.mask, c.pooled, c.is_null),
             Conditioning(c.tokens, c.mask, c.pooled.flip(0), c.is_null),
         ):
-            assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, t, other), ours)
-        assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, t.flip(0), c), ours)
+            assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, told, other), ours)
+        assert not torch.equal(FAMILIES["sd3"].adapter(network, x_t, told.flip(0), c), ours)
 
 
 def test_pixart_that_puts_out_a_variance_too_is_read_without_it(cond: MakeCond) -> None:
@@ -265,17 +270,38 @@ def test_velocity_is_converted_by_what_the_card_says(
         assert torch.equal(made.velocity(x_t, t, cond(3)), wanted)
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_network_of_a_schedule_is_asked_as_its_pipeline_would(family: str, cond: MakeCond) -> None:
+    """At a timestep k with the variance-preserving point, to the last bit but those of the time."""
+    made = denoiser(family, prediction="epsilon", schedule=SCHEDULE)
+    alpha = alphas_cumprod(SCHEDULE)[[40, 500, 960]].sqrt()
+    sigma = (1 - alphas_cumprod(SCHEDULE)[[40, 500, 960]]).sqrt()
+    x_t, _ = batch()
+    with torch.no_grad():
+        theirs = FAMILIES[family].adapter(
+            made.network, x_t * flow.expand(alpha + sigma, x_t), torch.tensor([40, 500, 960]),
+            cond(3),
+        )  # fmt: skip
+        ours = made.output(x_t, sigma / (alpha + sigma), cond(3))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
 # -- the card ------------------------------------------------------------------------------------
 
 
 def test_card_round_trip(tmp_path: Path) -> None:
-    for made in (card(), card(kind="base", shard=None, base_sha256=None, prediction="epsilon")):
+    for made in (
+        card(schedule=SCHEDULE),
+        card(kind="base", shard=None, base_sha256=None, prediction="epsilon"),
+        card(),
+    ):
         write_card(tmp_path, made)
         assert read_card(tmp_path) == made
     keys = set(json.loads((tmp_path / CARD_NAME).read_text()))
     # ARCHITECTURE: "Every expert, base and soup folder carries atoll.json".
     assert keys >= {"schema_version", "name", "shard", "base_sha256", "family", "prediction"}
     assert keys >= {"latent_space", "images_seen"}
+    assert "schedule" not in keys  # of our own path, as it was before there were others
 
 
 def test_no_card_is_no_denoiser(tmp_path: Path) -> None:
@@ -292,6 +318,8 @@ def test_no_card_is_no_denoiser(tmp_path: Path) -> None:
         {"surprise": 1},
         {"kind": "monolith"},
         {"prediction": "noise"},
+        {"schedule": {"beta_schedule": "noise"}},
+        {"schedule": "own"},
         {"images_seen": "many"},
         {"name": None},
         {"family": "dit"},  # a family, and not this one

@@ -43,14 +43,30 @@ def test_epsilon_round_trip_is_within_ulp_over_1_minus_t(
     assert abs(float(back - v)) <= 2 * ulp / (1 - t)
 
 
+@given(velocity=numbers, x_t=numbers, t=st.floats(0, 1, width=32))
+def test_v_prediction_round_trip_is_within_ulp_at_every_t(
+    velocity: float, x_t: float, t: float
+) -> None:
+    v, x = _f32(velocity, x_t)
+    times = torch.tensor([t])
+    back = flow.v_prediction_to_velocity(flow.velocity_to_v_prediction(v, x, times), x, times)
+    # 1 / norm is at most the root of 2.
+    assert abs(float(back - v)) <= 8 * EPS * (abs(x_t) + abs(velocity))
+
+
 @given(x_data=numbers, x_noise=numbers, t=st.floats(0, 1, width=32))
 def test_conversions_recover_both_ends_of_the_path(x_data: float, x_noise: float, t: float) -> None:
     data, noise = (value.double() for value in _f32(x_data, x_noise))
     times = torch.tensor([t], dtype=torch.float64)
     x_t = flow.interpolate(data, noise, times)
-    velocity = flow.target(data, noise, Prediction.VELOCITY)
+    velocity = flow.target(data, noise, times, Prediction.VELOCITY)
     torch.testing.assert_close(flow.velocity_to_x_data(velocity, x_t, times), data)
     torch.testing.assert_close(flow.velocity_to_epsilon(velocity, x_t, times), noise)
+    v = flow.target(data, noise, times, Prediction.V_PREDICTION)
+    torch.testing.assert_close(flow.velocity_to_v_prediction(velocity, x_t, times), v)
+    # x = alpha z - sigma v of the variance-preserving point z = x_t / norm (Salimans & Ho 2022).
+    length = flow.norm(times)
+    torch.testing.assert_close(((1 - times) * x_t / length - times * v) / length, data)
 
 
 def test_path_begins_at_data_and_ends_at_noise_bitwise() -> None:
@@ -73,7 +89,7 @@ def test_velocity_is_the_derivative_of_the_path() -> None:
     _, slope = torch.func.jvp(
         lambda times: flow.interpolate(x[0], x[1], times), (t,), (torch.ones_like(t),)
     )
-    torch.testing.assert_close(slope, flow.target(x[0], x[1], Prediction.VELOCITY))
+    torch.testing.assert_close(slope, flow.target(x[0], x[1], t, Prediction.VELOCITY))
 
 
 def _gaussian(x_t: Tensor, t: Tensor, *, mean: float, std: float) -> dict[Prediction, Tensor]:
@@ -86,6 +102,7 @@ def _gaussian(x_t: Tensor, t: Tensor, *, mean: float, std: float) -> dict[Predic
         Prediction.X_DATA: x_data,
         Prediction.EPSILON: epsilon,
         Prediction.VELOCITY: epsilon - x_data,
+        Prediction.V_PREDICTION: ((1 - t) * epsilon - t * x_data) / torch.hypot(1 - t, t),
     }
 
 
@@ -93,9 +110,7 @@ def _gaussian(x_t: Tensor, t: Tensor, *, mean: float, std: float) -> dict[Predic
 def test_every_prediction_of_a_gaussian_gives_its_closed_form_velocity(
     prediction: Prediction,
 ) -> None:
-    # Nearer to noise, an error of epsilon would be magnified without bound: t is held at 0.98.
-    last = 0.98 if prediction is Prediction.EPSILON else 0.999
-    t = torch.linspace(0.001, last, 200, dtype=torch.float64)
+    t = torch.linspace(0.001, 0.999, 200, dtype=torch.float64)
     x_t = seeds.normal(2, "x", first=0, count=200, shape=(3,)).double()
     best = _gaussian(x_t, t, mean=0.4, std=0.3)
     torch.testing.assert_close(
@@ -111,23 +126,26 @@ def test_target_is_what_the_conversion_expects(prediction: Prediction) -> None:
     x = seeds.normal(3, "x", first=0, count=2, shape=(9, 4)).double()
     t = torch.linspace(0.1, 0.9, 9, dtype=torch.float64)
     x_t = flow.interpolate(x[0], x[1], t)
-    wanted = flow.target(x[0], x[1], prediction)
+    wanted = flow.target(x[0], x[1], t, prediction)
     torch.testing.assert_close(flow.to_velocity(wanted, x_t, t, prediction), x[1] - x[0])
 
 
 @pytest.mark.parametrize("prediction", list(Prediction))
 @pytest.mark.parametrize("end", [0.0, 1.0])
 def test_velocity_is_finite_at_both_ends(prediction: Prediction, end: float) -> None:
-    output, x_t = torch.full((1, 4), 1.5), torch.full((1, 4), 0.5)
-    velocity = flow.to_velocity(output, x_t, torch.tensor([end]), prediction)
-    # Where the kind says nothing, a time a little away from the end is used instead.
+    output, x_t, t = torch.full((1, 4), 1.5), torch.full((1, 4), 0.5), torch.tensor([end])
+    asked = flow.ask(x_t, t, prediction)
+    velocity = flow.answer(output, asked, x_t, t, prediction)
+    # Where the kind says nothing, its x_data a little away from the end is used instead.
     wanted = {
         (Prediction.EPSILON, 0.0): 1.0,
-        (Prediction.EPSILON, 1.0): 1.0 / 0.02,
+        (Prediction.EPSILON, 1.0): 0.5 - (0.5 * math.hypot(0.02, 0.98) - 0.98 * 1.5) / 0.02,
         (Prediction.X_DATA, 0.0): -1.0 / 5e-4,
         (Prediction.X_DATA, 1.0): -1.0,
+        (Prediction.V_PREDICTION, 0.0): 1.0,
+        (Prediction.V_PREDICTION, 1.0): 2.0,
     }.get((prediction, end), 1.5)
-    torch.testing.assert_close(velocity, torch.full((1, 4), wanted), rtol=1e-3, atol=0)
+    torch.testing.assert_close(velocity, torch.full((1, 4), wanted), rtol=1e-4, atol=0)
 
 
 @given(t=st.floats(0, 1), shift=st.floats(0.125, 8))

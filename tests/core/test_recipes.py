@@ -159,7 +159,7 @@ def test_every_tiny_recipe_learns_a_small_batch_by_heart(name: str, cond: MakeCo
     x_noise = seeds.normal(0, "x_noise", first=0, count=4, shape=DIGIT.shape)
     t = torch.tensor([0.2, 0.4, 0.6, 0.8])
     x_t = flow.interpolate(x_data, x_noise, t)
-    wanted = flow.target(x_data, x_noise, flow.Prediction.VELOCITY)
+    wanted = flow.target(x_data, x_noise, t, flow.Prediction.VELOCITY)
     optimizer = torch.optim.AdamW(network.parameters(), lr=3 * recipe.base_learning_rate)
     losses = []
     for _ in range(80):

@@ -22,12 +22,15 @@ from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
 from atoll.core.recipes import RECIPES, build, network_config
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.starts import Start, load_start
 from atoll.core.storage import sha256_folder
 
 MakeCond = Callable[..., Conditioning]
 WEIGHTS = "diffusion_pytorch_model.safetensors"
 PICTURE = Picture(channels=1, height=8, width=8)
+COSINE = NoiseSchedule(beta_schedule="squaredcos_cap_v2")
+OTHER = NoiseSchedule(num_train_timesteps=500)
 PARTS = {"unet": "unet"}  # every other family's network is called transformer
 
 
@@ -111,6 +114,7 @@ def test_pipeline_folder_by_its_network(family: str, tmp_path: Path) -> None:
         ({"_class_name": "DDPMScheduler", "prediction_type": "epsilon"}, "epsilon"),
         ({"_class_name": "PNDMScheduler"}, "epsilon"),
         ({"_class_name": "DDPMScheduler", "prediction_type": "sample"}, "x_data"),
+        ({"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"}, "v_prediction"),
         (
             {"_class_name": "DPMSolverMultistepScheduler", "prediction_type": "flow_prediction"},
             "velocity",
@@ -122,6 +126,41 @@ def test_prediction_is_what_the_scheduler_says(
     scheduler: dict[str, Any], prediction: str, tmp_path: Path
 ) -> None:
     assert load(pipeline(tmp_path, scheduler)).prediction == prediction
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "schedule"),
+    [
+        ({"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 3.0}, None),
+        ({"_class_name": "UniPCMultistepScheduler", "prediction_type": "flow_prediction"}, None),
+        ({"_class_name": "PNDMScheduler", "beta_schedule": "squaredcos_cap_v2"}, COSINE),
+        (
+            {"_class_name": "DDIMScheduler", "beta_end": 0.01, "trained_betas": None, "eta": 0},
+            NoiseSchedule(beta_end=0.01),
+        ),
+    ],
+)
+def test_path_is_kept_where_that_is_asked_for(
+    scheduler: dict[str, Any], schedule: NoiseSchedule | None, tmp_path: Path
+) -> None:
+    folder = pipeline(tmp_path, scheduler)
+    assert load(folder, keep_path=True).schedule == schedule
+    assert load(folder).schedule is None
+    assert load(folder, keep_path=True, schedule=OTHER).schedule == OTHER
+    assert load(folder, schedule=OTHER).schedule == OTHER
+
+
+@pytest.mark.parametrize("schedule", [None, COSINE])
+def test_path_of_a_denoiser_of_ours_is_kept_too(
+    schedule: NoiseSchedule | None, tmp_path: Path
+) -> None:
+    card = Card(
+        name="base", kind="base", shard=None, base_sha256=None, family="unet", schedule=schedule,
+        prediction=Prediction.V_PREDICTION, latent_space="pixels", images_seen=5,
+    )  # fmt: skip
+    Denoiser(network(), card).save(tmp_path)
+    assert load(tmp_path, keep_path=True).schedule == schedule
+    assert load(tmp_path).schedule is None
 
 
 def test_sharded_weights(tmp_path: Path) -> None:
@@ -153,12 +192,12 @@ def _learn(start: Start, cond: Conditioning, steps: int = 40) -> list[float]:
     x_noise = seeds.normal(0, "x_noise", first=0, count=4, shape=PICTURE.shape)
     t = torch.tensor([0.2, 0.4, 0.6, 0.8])
     x_t = flow.interpolate(x_data, x_noise, t)
-    wanted = flow.target(x_data, x_noise, start.prediction)
+    wanted = flow.target(x_data, x_noise, t, start.prediction)
     optimizer = torch.optim.AdamW(start.network.parameters(), lr=6e-3)
     losses = []
     for _ in range(steps):
         optimizer.zero_grad()
-        output = FAMILIES[start.family].adapter(start.network, x_t, t, cond)
+        output = FAMILIES[start.family].adapter(start.network, x_t, 1000 * t, cond)
         loss = (output - wanted).square().mean()
         loss.backward()
         optimizer.step()
@@ -193,12 +232,29 @@ def test_other_picture_size_is_taken_where_the_network_can(tmp_path: Path, cond:
 # -- what is refused -----------------------------------------------------------------------------
 
 
-def test_v_prediction_is_refused_unless_it_is_to_become_another(tmp_path: Path) -> None:
-    v = pipeline(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": "v_prediction"})
-    with pytest.raises(Refused, match=r"predicts v_prediction.*choose the prediction"):
-        load(v)
-    start = load(v, prediction=Prediction.VELOCITY)
-    assert (start.declared, start.prediction) == ("v_prediction", "velocity")
+def test_unknown_prediction_is_refused_unless_it_is_to_become_another(tmp_path: Path) -> None:
+    odd = pipeline(tmp_path, {"_class_name": "DDIMScheduler", "prediction_type": "score"})
+    with pytest.raises(Refused, match=r"predicts score.*v_prediction.*choose the prediction"):
+        load(odd)
+    start = load(odd, prediction=Prediction.VELOCITY)
+    assert (start.declared, start.prediction) == ("score", "velocity")
+
+
+def test_path_that_nothing_says_is_refused_unless_it_is_given(tmp_path: Path) -> None:
+    network().save_pretrained(tmp_path)
+    kept: dict[str, Any] = {"prediction": Prediction.EPSILON, "keep_path": True}
+    with pytest.raises(UsageError, match=r"Nothing at .* says on which path") as caught:
+        load(tmp_path, **kept)
+    assert "training.schedule" in caught.value.cure
+    assert load(tmp_path, **kept, schedule=COSINE).schedule == COSINE
+
+
+def test_path_that_is_not_known_is_a_start_for_ours(tmp_path: Path) -> None:
+    scheduler = {"_class_name": "EDMEulerScheduler", "prediction_type": "epsilon"}
+    edm = pipeline(tmp_path, scheduler)
+    with pytest.raises(Refused, match="scheduler is EDMEulerScheduler"):
+        load(edm, keep_path=True)
+    assert load(edm).schedule is None
 
 
 def test_component_that_does_not_say_what_it_predicts(tmp_path: Path) -> None:

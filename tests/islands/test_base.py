@@ -7,17 +7,22 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import DDIMScheduler, UNet2DConditionModel
 
-from atoll.core import recipes
+from atoll.core import recipes, sampler, seeds
 from atoll.core.denoiser import Denoiser
 from atoll.core.errors import ConfigError, Refused
 from atoll.core.flow import Prediction
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import Storage
 from atoll.islands.base import WORK, train_base
+from atoll.islands.island import run_island
 from atoll.islands.settings import BaseConfig, DenoiserTraining
+from tests.islands.conftest import TRAIN
+from tests.islands.test_job import order
 
 
 @pytest.fixture
@@ -41,16 +46,19 @@ def test_a_far_base_is_the_near_one(unbased) -> None:
     far.remove("")
 
 
-def _published(folder: Path, manifest: Manifest, text_width: int) -> Path:
+def _published(
+    folder: Path,
+    manifest: Manifest,
+    text_width: int,
+    scheduler: DDIMScheduler | None = None,
+) -> Path:
     """A pipeline folder as somebody else saved it, whose network predicts epsilon."""
     picture = manifest.picture
     network = recipes.build(recipes.recipe_of("unet-tiny"), picture, text_width, seed=9)
     network.save_pretrained(folder / "unet")  # type: ignore[operator]
     index = {"_class_name": "StableDiffusionPipeline", "unet": ["diffusers", "X"]}
     (folder / "model_index.json").write_text(json.dumps(index))
-    (folder / "scheduler").mkdir()
-    scheduler = {"_class_name": "DDPMScheduler", "prediction_type": "epsilon"}
-    (folder / "scheduler/scheduler_config.json").write_text(json.dumps(scheduler))
+    (scheduler or DDIMScheduler()).save_pretrained(folder / "scheduler")
     return folder
 
 
@@ -92,3 +100,70 @@ def test_a_start_that_does_not_fit_is_refused(unbased, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="is of family unet, the recipe pixart-tiny is not"):
         train_base(run, manifest, BaseConfig(start=fits, recipe="pixart-tiny"))
     assert not run.exists("base")
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction"])
+def test_an_expert_that_kept_its_path_is_what_its_scheduler_expects(
+    unbased, tmp_path: Path, prediction: str
+) -> None:
+    """Base and expert go on as they are, and diffusers draws the pictures that we draw."""
+    run, manifest = unbased
+    pack = Pack(run.local("commons"))
+    theirs = DDIMScheduler(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+        prediction_type=prediction, clip_sample=False,
+    )  # fmt: skip
+    start = _published(tmp_path / "published", manifest, pack.text_width, theirs)
+    training = DenoiserTraining(passes=1, checkpoints=1, keep_path=True)
+    train_base(run, manifest, BaseConfig(start=str(start), training=training))
+    order(run, manifest, "shard-00", TRAIN)
+    run_island(run.uri, "shard-00")
+
+    folder = Path(run.local("islands/shard-00/expert"))
+    expert = Denoiser.load(folder)
+    assert expert.card.prediction == prediction
+    assert expert.card.schedule == NoiseSchedule(
+        beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear"
+    )
+    unet = UNet2DConditionModel.from_pretrained(folder)
+    scheduler = DDIMScheduler.from_pretrained(start / "scheduler")
+    cond = pack.cond(torch.arange(3))
+    x_noise = seeds.normal(0, "x", first=0, count=3, shape=manifest.picture.shape)
+    scheduler.set_timesteps(8)
+    picture = x_noise
+    with torch.no_grad():
+        for timestep in scheduler.timesteps:
+            output = unet(
+                picture, timestep,
+                encoder_hidden_states=cond.tokens, encoder_attention_mask=cond.mask,
+            ).sample  # fmt: skip
+            picture = scheduler.step(output, timestep, picture).prev_sample
+        share = scheduler.alphas_cumprod[scheduler.timesteps]
+        data, noise = share.sqrt(), (1 - share).sqrt()
+        # Euler's step along our path is DDIM's, of a point that is divided by alpha + sigma; its
+        # last one ends at alpha = 1, where `set_alpha_to_one` does.
+        grid = torch.cat([noise / (data + noise), torch.zeros(1)])
+        ours = sampler.euler(
+            lambda x_t, t: expert.velocity(x_t, t, cond), x_noise / (data + noise)[0], grid
+        )
+    torch.testing.assert_close(ours, picture, rtol=1e-4, atol=1e-4)
+
+
+def test_a_path_that_is_to_be_kept_must_be_there(unbased) -> None:
+    run, manifest = unbased
+    with pytest.raises(ConfigError, match="There is no path to keep") as caught:
+        train_base(run, manifest, BaseConfig(training=DenoiserTraining(keep_path=True)))
+    assert "--start" in caught.value.cure
+
+
+def test_random_weights_learn_on_a_schedule_that_is_named(unbased) -> None:
+    run, manifest = unbased
+    schedule = NoiseSchedule(beta_schedule="squaredcos_cap_v2")
+    training = DenoiserTraining(
+        passes=1, checkpoints=1, prediction=Prediction.X_DATA, schedule=schedule
+    )
+    train_base(run, manifest, BaseConfig(training=training))
+    card = Denoiser.load(run.local("base")).card
+    assert (card.prediction, card.schedule) == (Prediction.X_DATA, schedule)
+    with pytest.raises(ConfigError, match="schedule"):
+        train_base(run, manifest, BaseConfig(training=DenoiserTraining(passes=1, checkpoints=1)))

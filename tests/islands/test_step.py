@@ -5,15 +5,19 @@ from __future__ import annotations
 import copy
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from diffusers import DDIMScheduler
 
 from atoll.core import flow, seeds
 from atoll.core.denoiser import Denoiser
+from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Plan
 from atoll.core.pack import Pack
 from atoll.core.recipes import RECIPES
+from atoll.core.schedule import NoiseSchedule
 from atoll.islands.data import Ahead, Batches, times
 from atoll.islands.ema import Averages
 from atoll.islands.guard import Guard
@@ -73,6 +77,7 @@ def test_loss_is_the_mean_square_of_what_the_network_missed(
             Prediction.VELOCITY: x_noise - x_data,
             Prediction.EPSILON: x_noise,
             Prediction.X_DATA: x_data,
+            Prediction.V_PREDICTION: ((1 - t) * x_noise - t * x_data) / torch.hypot(1 - t, t),
         }[prediction]
         with torch.no_grad():
             output = denoiser.output((1 - t) * x_data + t * x_noise, t, cond)
@@ -83,6 +88,67 @@ def test_loss_is_the_mean_square_of_what_the_network_missed(
     assert float(errors.loss.detach()) == pytest.approx(
         float((weights * torch.tensor(expected)).mean()), rel=1e-5
     )
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+def test_loss_on_a_schedule_is_that_of_its_own_path(
+    base: tuple[Denoiser, Pack], prediction: Prediction
+) -> None:
+    """From alpha, sigma and the papers' own weights; times beyond the schedule are held at it."""
+    denoiser, pack = base
+    keys = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    schedule = NoiseSchedule(**keys)
+    denoiser = Denoiser(denoiser.network, denoiser.card.model_copy(update={"schedule": schedule}))
+    config = DenoiserTraining(
+        prediction=prediction,
+        schedule=schedule,
+        condition_dropout=0.0,
+        time=TimeConfig(std=4.0),
+        weight=WeightConfig(kind="min-snr", gamma=5.0),
+    )
+    errors = loss_of(denoiser, pack, config, seed=3)(40, 16)
+
+    share = DDIMScheduler(**keys).alphas_cumprod.double()
+    sigmas = ((1 - share) / share).sqrt()
+    rows = torch.from_numpy(seeds.order(3, "s", "order", first=40, count=16, n=pack.card.records))
+    x_data = pack.x_data(rows)
+    x_noise = seeds.normal(3, "s", "x_noise", first=40, count=16, shape=x_data.shape[1:])
+    # sigma / alpha = t / (1 - t) = exp(4 z) for t = sigmoid(4 z).
+    drawn = (4 * seeds.normal(3, "s", "time", first=40, count=16)).double().exp()
+    ratio = drawn.clamp(sigmas[0], sigmas[-1])
+    assert bool((drawn < ratio).any())
+    assert bool((drawn > ratio).any())
+    # Linear in t between the timesteps, as in `flow.timestep`.
+    timestep = np.interp(ratio / (1 + ratio), sigmas / (1 + sigmas), np.arange(1000))
+    alpha = (1 / (1 + ratio**2).sqrt()).float()[:, None, None, None]
+    sigma = (ratio / (1 + ratio**2).sqrt()).float()[:, None, None, None]
+    wanted = {
+        Prediction.VELOCITY: x_noise - x_data,
+        Prediction.EPSILON: x_noise,
+        Prediction.X_DATA: x_data,
+        Prediction.V_PREDICTION: alpha * x_noise - sigma * x_data,
+    }[prediction]
+    with torch.no_grad():
+        output = FAMILIES["unet"].adapter(
+            denoiser.network,
+            alpha * x_data + sigma * x_noise,
+            torch.tensor(timestep).float(),
+            pack.cond(rows),
+        )
+    expected = (output - wanted).square().flatten(1).mean(1)
+    torch.testing.assert_close(errors.each, expected, rtol=1e-3, atol=1e-5)
+    snr = ratio**-2
+    weight = (
+        snr.clamp(max=5.0)
+        * {
+            Prediction.VELOCITY: (sigma / (alpha + sigma)).flatten().double() ** 2,
+            Prediction.EPSILON: 1 / snr,
+            Prediction.X_DATA: 1,
+            Prediction.V_PREDICTION: 1 / (snr + 1),
+        }[prediction]
+    )
+    torch.testing.assert_close(weigh(config.weight, errors.t, prediction).double(), weight)
+    assert float(errors.loss.detach()) == pytest.approx(float((weight * expected).mean()), rel=1e-3)
 
 
 def test_a_batch_is_the_same_however_it_was_reached(base: tuple[Denoiser, Pack]) -> None:
@@ -105,6 +171,7 @@ def test_min_snr_weighs_the_error_of_x_data_whatever_is_predicted(prediction: Pr
         Prediction.VELOCITY: lambda v: v,
         Prediction.EPSILON: lambda v: flow.velocity_to_epsilon(v, x_t, t),
         Prediction.X_DATA: lambda v: flow.velocity_to_x_data(v, x_t, t),
+        Prediction.V_PREDICTION: lambda v: flow.velocity_to_v_prediction(v, x_t, t),
     }[prediction]
     x_data_error = (t * (wrong - v)).square()
     expected = (((1 - t) / t) ** 2).clamp(max=5) * x_data_error

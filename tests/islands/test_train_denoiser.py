@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import Storage
 from atoll.islands.base import new_base
 from atoll.islands.data import Batches
@@ -30,9 +32,16 @@ from atoll.islands.step import held_out_loss
 from atoll.islands.train_denoiser import course_of, train_here
 
 CPU = torch.device("cpu")
+STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULES: dict[str, dict[str, Any]] = {
+    "scaled linear": STABLE_DIFFUSION,
+    "cosine": {"beta_schedule": "squaredcos_cap_v2"},
+    "zero snr": {**STABLE_DIFFUSION, "rescale_betas_zero_snr": True},
+}
 # Another value of every key that decides the bits of a training.
 OTHERWISE = DenoiserTraining(
     prediction=Prediction.EPSILON,
+    schedule=NoiseSchedule(),
     condition_dropout=0.5,
     time=TimeConfig(mean=1.0),
     weight=WeightConfig(kind="cosmap"),
@@ -43,8 +52,9 @@ OTHERWISE = DenoiserTraining(
     gradient_checkpointing=True,
     compile=True,
 )
-# Those of the plan, those that make it another training, and those that alter nothing.
-ASIDE = {"batch", "passes", "ema_decays", "lora", "checkpoints", "checkpoint_seconds"}
+# Those of the plan, those that make it another training, and those that alter nothing; what
+# `keep_path` keeps is the prediction and the schedule.
+ASIDE = {"batch", "passes", "ema_decays", "lora", "checkpoints", "checkpoint_seconds", "keep_path"}
 
 
 @pytest.mark.parametrize("key", sorted(DenoiserTraining.model_fields.keys() - ASIDE))
@@ -71,6 +81,30 @@ def test_every_family_and_objective_learns(made: Path, tmp_path, family: str, pr
         threads=1, device="cpu",
     )  # fmt: skip
     assert measured() < 0.9 * before
+
+
+@pytest.mark.parametrize("prediction", list(Prediction))
+@pytest.mark.parametrize("keys", SCHEDULES.values(), ids=SCHEDULES)
+def test_every_objective_learns_on_every_schedule(
+    made: Path, tmp_path: Path, keys: dict[str, Any], prediction: Prediction
+) -> None:
+    pack = Pack(made / "shards" / "shard-00")
+    training = DenoiserTraining(
+        prediction=prediction, schedule=NoiseSchedule(**keys), ema_decays=(0.9,), checkpoints=1
+    )
+    config = BaseConfig(recipe="dit-tiny", training=training)
+    base = new_base(Manifest.load(Storage(made)), pack, config)
+    others = Batches(pack, training, rows=pack.held_out, seed=0, stream="held-out", device=CPU)
+    measured = held_out_loss(base.denoiser, others, training)
+    before = measured()
+    untold = DenoiserTraining(ema_decays=(0.9,), checkpoints=1)  # what the card says
+    trained = train_here(
+        Storage(tmp_path), "x", base.denoiser, pack, untold,
+        learning_rate=5e-3, plan=Plan(batch=16, images_seen=16 * 20), seed=0, stream="x",
+        threads=1, device="cpu",
+    )  # fmt: skip
+    assert measured() < 0.95 * before
+    assert (trained.card.prediction, trained.card.schedule) == (prediction, training.schedule)
 
 
 def test_moments_decay_as_they_are_told(made: Path, tmp_path: Path) -> None:

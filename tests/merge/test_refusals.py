@@ -46,6 +46,7 @@ def refused(kind: type[AtollError], folder: Path, call, *words: str) -> AtollErr
         ({"base_sha256": "c" * 64}, "base_sha256"),
         ({"family": "pixart"}, "family"),
         ({"prediction": "epsilon"}, "prediction"),
+        ({"schedule": {"beta_schedule": "squaredcos_cap_v2"}}, "schedule: None and beta_schedule"),
         ({"latent_space": "sd-vae"}, "latent_space"),
     ],
 )

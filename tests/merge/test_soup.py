@@ -16,6 +16,7 @@ from diffusers import UNet2DConditionModel
 from safetensors.torch import load_file, save_file
 
 from atoll.core.denoiser import Denoiser, read_card
+from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup, tensors
 from atoll.merge.ledger_entry import ledger_entry
@@ -46,6 +47,13 @@ def test_a_soup_is_an_ordinary_expert_on_disk(make_expert, tmp_path):
     one = parts[0]["conv_in.bias"][0], parts[1]["conv_in.bias"][0]
     mean = (Fraction(float(one[0])) + 2 * Fraction(float(one[1]))) / 3
     assert float(ours["conv_in.bias"][0]) == torch.tensor(float(mean)).item()
+
+
+def test_a_soup_works_on_the_schedule_of_its_ingredients(make_expert, tmp_path):
+    card = {"prediction": "epsilon", "schedule": NoiseSchedule(beta_end=0.012)}
+    made = soup.create(tmp_path / "soup", {make_expert(name, **card): 1 for name in "ab"})
+    assert (made.card.prediction, made.card.schedule) == ("epsilon", card["schedule"])
+    assert verify(made.path).holds
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
