@@ -50,7 +50,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.stock: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/stock transformers tokenizers
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/stock 'transformers>=5.23' tokenizers
 	touch $@
 
 clean:
