@@ -8,7 +8,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 OUT ?= out/demo
 
-.PHONY: demo smallest test check evidence format clean
+.PHONY: demo smallest test stock check evidence format clean
 
 demo: $(VENV)/.demo
 	$(BIN)/atoll demo --out $(OUT)
@@ -18,6 +18,11 @@ smallest: $(VENV)/.demo
 
 test: $(VENV)/.dev
 	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+
+# diffusers imports transformers, where it is, into every process: half a second to a second for
+# each that the tests start. So it lies apart, where these tests alone see it.
+stock: $(VENV)/.stock
+	PYTHONPATH=$(VENV)/stock $(BIN)/python -m pytest tests/router/test_stock.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .
@@ -43,6 +48,10 @@ $(VENV)/.demo: $(VENV)/bin/python pyproject.toml
 $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	$(BIN)/python -m pip install --quiet --editable '.[dev]'
 	touch $@ $(VENV)/.demo
+
+$(VENV)/.stock: $(VENV)/.dev
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/stock 'transformers>=5.23' tokenizers
+	touch $@
 
 clean:
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis

@@ -183,7 +183,7 @@ def _ensemble(folder: Path, device: torch.device) -> Model:
         name=folder.name,
         kind="ensemble",
         experts=model.velocities,
-        gate=model.gate,
+        gate=model.gate_weights,
         shards=model.shards,
         encoder=load_encoder(folder / "text_encoder"),
         picture=model.ensemble_config.picture,

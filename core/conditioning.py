@@ -55,6 +55,14 @@ class Conditioning:
         return concatenate([null, self])[rows]
 
 
+def is_empty(mask: Tensor) -> Tensor:
+    """Which captions are the empty one, `(batch,)`, by the masks of their tokens.
+
+    Start and end of text alone: "" and whatever the tokenizer takes for it, such as blanks.
+    """
+    return mask.sum(dim=1) <= 2
+
+
 def concatenate(parts: Sequence[Conditioning]) -> Conditioning:
     """Batches one after another."""
     return Conditioning(

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,17 +19,19 @@ import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from PIL import Image
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional
 
 from atoll.core import seeds
-from atoll.core.conditioning import Conditioning
+from atoll.core.conditioning import Conditioning, is_empty
 from atoll.core.config import Config
 from atoll.core.errors import ConfigError, MissingError, Refused, UsageError, did_you_mean
 from atoll.core.fingerprint import fingerprint
 from atoll.core.journal import progress
 
 _BATCH = 256
+_TEXT_PROJECTION = re.compile(r"clip\.(text\.)?text_projection(?:\.(weight|bias))?")
 
 
 class FitConfig(Config):
@@ -112,8 +115,7 @@ class Encoder(ModelMixin, ConfigMixin):  # type: ignore[misc]
             for start in range(0, len(captions), _BATCH)
         ]
         tokens, mask, pooled = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        # Start and end of text alone: "" and whatever the tokenizer takes for it, such as blanks.
-        return Conditioning(tokens, mask, pooled, mask.sum(dim=1) <= 2)
+        return Conditioning(tokens, mask, pooled, is_empty(mask))
 
     def _condition(self, captions: Sequence[str]) -> tuple[Tensor, Tensor, Tensor]:
         ids = self._tokenize(list(captions)).to(self.device)
@@ -171,6 +173,26 @@ def load_encoder(folder: Path) -> Encoder:
         raise Refused(f"The weights in {folder} are not those of its config.json: {found}")
     loaded: Encoder = encoder.eval()
     return loaded
+
+
+def text_projection(folder: Path) -> dict[str, Tensor]:
+    """What takes the state of the end of text to the pooled vector, before it is made a unit one.
+
+    `weight` `(width, dim)` and `bias` `(dim,)`, float32, each where the encoder has one. Read from
+    the weights' files alone: neither open_clip nor the encoder is loaded.
+    """
+    found: dict[str, Tensor] = {}
+    try:
+        for path in sorted(folder.glob("*.safetensors")):
+            with safe_open(path, framework="pt") as file:
+                for key in file.keys():  # noqa: SIM118  it is no mapping
+                    if match := _TEXT_PROJECTION.fullmatch(key):
+                        # A layer keeps its matrix the other way round than a bare parameter.
+                        matrix = file.get_tensor(key).float()
+                        found[match[2] or "weight"] = matrix.T if match[2] == "weight" else matrix
+    except (OSError, SafetensorError) as error:
+        raise Refused(f"The encoder at {folder} is damaged ({error})") from error
+    return found
 
 
 def encoder_from_spec(spec: str) -> Encoder:

@@ -1,9 +1,10 @@
 """The training step on one page: batch, loss, gradient, guard, optimiser, averages.
 
 Flow matching on the linear path (Lipman et al. 2022, arXiv 2210.02747, eq. 23): the network learns
-E[x_noise - x_data | x_t, t, cond], or the epsilon or x_data of the same path. Everything random is
-a function of (seed, stream, images_seen), so a resumed training sees the very batches that an
-uninterrupted one would have seen. Imports nothing heavier than torch, diffusers and safetensors.
+E[x_noise - x_data | x_t, t, cond], or another prediction of the same two ends; on a noise schedule
+it is given that path's point in the place of x_t (`core/flow.py`). Everything random is a function
+of (seed, stream, images_seen), so a resumed training sees the very batches that an uninterrupted
+one would have seen. Imports nothing heavier than torch, diffusers and safetensors.
 """
 
 from __future__ import annotations

@@ -14,10 +14,12 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from atoll.core.embedding import text_projection
 from atoll.core.errors import DataError, Refused
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact, require
 from atoll.core.storage import Storage, canonical_json
+from atoll.router.forward import TextProjection
 from atoll.router.model import (
     EnsembleConfig,
     GateKind,
@@ -121,7 +123,9 @@ def build(run: Storage, manifest: Manifest, folder: Path, *, gate: GateKind = "p
     )
     version = _diffusers_version(run.local(manifest.experts[present[0]].path))
     write_ensemble_config(transformer, config, version=version)
-    shutil.copytree(run.local(manifest.encoder.path), folder / "text_encoder")
+    encoder = run.local(manifest.encoder.path)
+    TextProjection(text_projection(encoder)).save(transformer)
+    shutil.copytree(encoder, folder / "text_encoder")
     if manifest.vae is not None:
         shutil.copytree(run.local(manifest.vae.path), folder / "vae")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")

@@ -49,6 +49,11 @@ class Gate(_InFloat32):
         self.records = {shard: records[shard] for shard in self.shards}
 
     @property
+    def pooled(self) -> int:
+        """Width of the pooled caption that it takes."""
+        return self.trunk.config.pooled
+
+    @property
     def configs(self) -> dict[str, HeadConfig]:
         """Every head's configuration, its calibration among it, by shard."""
         found = {}
@@ -84,6 +89,11 @@ class JointGate(_InFloat32):
         self.records = dict(records)
         labels = list(classifier.config.labels)
         self._columns = [labels.index(shard) for shard in records]
+
+    @property
+    def pooled(self) -> int:
+        """Width of the pooled caption that it takes."""
+        return self.classifier.config.pooled
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
         """gate_weights, `(batch, shard)`, each row summing to 1."""

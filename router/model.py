@@ -1,7 +1,8 @@
 """The ensemble as a diffusers component: `config.json`, `experts/SHARD/`, `trunk/`, `gate/SHARD/`.
 
 Every expert and gate head stands there as its island published it, byte for byte; `config.json`
-adds the shards' record counts, which are the gate's priors, and the shape of the pictures.
+adds the shards' record counts, which are the gate's priors, and the shape of the pictures, and
+`text_projection.safetensors` is the encoder's.
 """
 
 from __future__ import annotations
@@ -16,17 +17,20 @@ from typing import Annotated, Any, Literal
 import diffusers
 import torch
 from diffusers import ModelMixin
+from diffusers.configuration_utils import FrozenDict
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from torch import Tensor
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser, read_card
-from atoll.core.errors import MissingError, Refused
+from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.head import GateHead, HeadConfig, read_head_config
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json, sha256_folder
 from atoll.core.trunk import Trunk, TrunkConfig
-from atoll.router.chooser import SampleSettings
-from atoll.router.ensemble import ExpertVelocity, Trajectory
+from atoll.router.chooser import Chooser, SampleSettings, sample_settings
+from atoll.router.ensemble import ExpertVelocity, Trajectory, mix
+from atoll.router.forward import TextProjection, read_call, stateless
 from atoll.router.gate import Gate, JointGate
 
 SCHEMA_VERSION = 2  # 1: heads without a trunk
@@ -51,21 +55,54 @@ class EnsembleConfig(BaseModel):
     records: Annotated[dict[ShardName, Annotated[int, Field(ge=1, le=2**53)]], Field(min_length=1)]
     gate: GateKind = "per-shard"
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
+    family: str | None = None  # whose forward it has, where that is not the first expert's
+
+
+# Solvers in log-SNR cannot begin at 1, where that is infinite, and begin with noise a little below:
+# DPM-Solver++ at .999, UniPC at 1 - 1e-6. Of noise a head can say nothing but from the caption.
+_START = 0.999
 
 
 class EnsembleModel(ModelMixin):  # type: ignore[misc]
-    """All experts and the gate, resident."""
+    """All experts and the gate, resident; in a stock pipeline, its `transformer` or `unet`.
+
+    There it answers as one network of `family` would, with a velocity, under the routing of
+    `set_routing`. `config` is that of an expert of the family.
+    """
 
     def __init__(
-        self, config: EnsembleConfig, experts: Mapping[str, Denoiser], gate: Gate | JointGate
+        self,
+        config: EnsembleConfig,
+        experts: Mapping[str, Denoiser],
+        gate: Gate | JointGate,
+        text_projection: TextProjection | None = None,
     ) -> None:
         super().__init__()
-        self.ensemble_config = config
+        families = list(dict.fromkeys(expert.card.family for expert in experts.values()))
+        if config.family is not None and config.family not in families:
+            raise UsageError(
+                f"No expert of this ensemble is of the family '{config.family}'",
+                allowed=", ".join(families),
+            )
+        self.family = config.family or families[0]
+        # Nothing is written that goes without saying: the folder stays as it was assembled.
+        named = None if self.family == families[0] else self.family
+        self.ensemble_config = config.model_copy(update={"family": named})
         self.cards = {shard: expert.card for shard, expert in experts.items()}
         self.networks = torch.nn.ModuleList(expert.network for expert in experts.values())
         self.gate = gate
         self.shards = list(experts)
         self._experts = list(experts.values())
+        self.text_projection = text_projection
+        self.set_routing("full")
+
+    @property
+    def config(self) -> FrozenDict:
+        """What pipelines read of a network: that of an expert, for the ensemble's pictures."""
+        networks: list[Any] = [e.network for e in self._experts if e.card.family == self.family]
+        # Published PixArts put out a variance too, which an ensemble drops.
+        channels = self.ensemble_config.picture.channels
+        return FrozenDict({**networks[0].config, "out_channels": channels})
 
     @property
     def latent_space(self) -> str:
@@ -92,7 +129,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         """A velocity for one batch's way from noise to data; options as `Trajectory`'s."""
         return Trajectory(
             self.velocities,
-            self.gate,
+            self.gate_weights,
             shards=self.shards,
             settings=settings,
             cond=cond,
@@ -100,11 +137,76 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             **options,
         )
 
+    def gate_weights(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        """p(k | x_t, t, cond), `(batch, shard)`, of cond alone where a solver begins."""
+        weights: Tensor = self.gate(x_t, torch.where(t >= _START, 1, t), cond)
+        return weights
+
+    @torch.no_grad()
+    def draw(self, cond: Conditioning, *, seed: int | Sequence[int] = 0, first: int = 0) -> Tensor:
+        """Experts drawn from p(k | cond), int64 `(batch,)`, for `set_routing("once", experts=...)`.
+
+        Those of `AtollPipeline` for the same captions, seeds and numbers of pictures.
+        """
+        x_t = torch.zeros(len(cond), *self.ensemble_config.picture.shape, device=self.device)
+        t = torch.ones(len(cond), device=self.device)
+        p = self._posterior(x_t, t, cond.to(x_t))
+        chooser = Chooser(
+            sample_settings(len(cond), self.shards, routing="once", seed=seed, first=first),
+            self.shards,
+        )
+        chooser.begin(t, 0)
+        return chooser.choose(p, p)[0].argmax(dim=1)
+
+    def set_routing(
+        self,
+        routing: str,
+        *,
+        experts: Tensor | Sequence[int] | None = None,
+        paired: bool = False,
+    ) -> None:
+        """Which experts `forward` runs, `full` until told otherwise.
+
+        `paired` says that batches are guidance's, [without the prompt, with it], of which both
+        halves then run the union of their two sets, as `AtollPipeline` does; else every row has the
+        set of its own posterior. `once` wants the `experts` `(pictures,)` that were drawn;
+        `sample` needs a memory of steps and is refused. Raises `UsageError`.
+        """
+        self._stateless = stateless(routing, self.shards, experts=experts, paired=paired)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The velocity, as `family`'s own forward would return it for the same arguments.
+
+        Pictures `(batch, channel, height, width)`, timesteps from 0 to 1000, and token states of
+        the ensemble's own encoder; see `atoll.router.forward`. Raises `UsageError`.
+        """
+        families = {card.family for card in self.cards.values()}
+        call = read_call(self.family, families, self.text_projection, args, kwargs)
+        weights = self._stateless.weights(self._posterior, call.x_t, call.t, call.cond, self.shards)
+        return call.output(mix(self.velocities, weights, call.x_t, call.t, call.cond))
+
+    def _posterior(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        if len(self.shards) == 1:
+            return x_t.new_ones(len(x_t), 1)
+        return self.gate_weights(x_t, t, cond)
+
     @classmethod
-    def from_pretrained(cls, folder: str | Path, **options: Any) -> EnsembleModel:
-        """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts."""
-        folder = Path(folder)
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        subfolder: str = "",
+        family: str | None = None,
+        **options: Any,
+    ) -> EnsembleModel:
+        """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts.
+
+        `family` names whose forward the ensemble has, the first expert's by default.
+        """
+        folder = Path(folder) / subfolder
         config = read_ensemble_config(folder)
+        if family is not None:
+            config = config.model_copy(update={"family": family})
         experts = {}
         for shard in config.records:
             place = folder / "experts" / shard
@@ -125,7 +227,9 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                 len(config.records) + len(config.missing),
                 ", ".join(config.missing),
             )
-        model = cls(config, experts, _load_gate(folder, config))
+        gate = _load_gate(folder, config)
+        projection = TextProjection.load(folder, pooled=gate.pooled)
+        model = cls(config, experts, gate, projection)
         dtype = options.get("torch_dtype") or options.get("dtype")
         if isinstance(dtype, torch.dtype):
             model.networks.to(dtype)
@@ -144,6 +248,8 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             for shard, head in zip(self.shards, self.gate.heads, strict=True):
                 assert isinstance(head, GateHead)
                 head.save(folder / "gate" / shard)
+        if self.text_projection is not None:
+            self.text_projection.save(folder)
         write_ensemble_config(folder, self.ensemble_config)
 
 
@@ -234,7 +340,7 @@ def write_ensemble_config(
     values = {
         "_class_name": "EnsembleModel",
         "_diffusers_version": version,
-        **config.model_dump(mode="json"),
+        **config.model_dump(mode="json", exclude_none=True),
     }
     (folder / "config.json").write_bytes(canonical_json(values))
 

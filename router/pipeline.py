@@ -10,6 +10,7 @@ Importing this module sets `diffusers.AtollPipeline`, where diffusers looks for 
 from __future__ import annotations
 
 import copy
+import inspect
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -19,23 +20,25 @@ from typing import Any, ClassVar
 import diffusers
 import numpy as np
 import torch
-from diffusers import AutoencoderKL, DiffusionPipeline, FlowMatchEulerDiscreteScheduler
+from diffusers import AutoencoderKL, DiffusionPipeline, SchedulerMixin
 from diffusers.utils import BaseOutput
 from PIL import Image
 from torch import Tensor
 
-from atoll.core import sampler
+from atoll.core import seeds
 from atoll.core.embedding import Encoder
 from atoll.core.errors import Refused, UsageError
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.storage import canonical_json
-from atoll.router.chooser import sample_settings, x_noise
+from atoll.router.chooser import SampleSettings, sample_settings, x_noise
 from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel
+from atoll.router.schedulers import set_times
 
 CARD_NAME = "atoll.json"
-Progress = Callable[[int], None]
+StepEnd = Callable[[Any, int, Tensor, dict[str, Any]], dict[str, Any]]
+"""diffusers' `callback_on_step_end`: (pipeline, step, timestep, {"latents": x_t}) -> changes."""
 
 
 @dataclass
@@ -54,15 +57,17 @@ class AtollOutput(BaseOutput):  # type: ignore[misc]
 class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
     """Samples an ensemble under any routing, unguided unless told otherwise.
 
-    One of latents has a `vae`, which makes pictures of them.
+    One of latents has a `vae`, which makes pictures of them. `scheduler` is a flow scheduler of
+    diffusers: FlowMatch Euler or Heun, DPM-Solver++ or UniPC.
     """
 
+    _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _optional_components: ClassVar[list[str]] = ["vae"]
 
     def __init__(
         self,
         transformer: EnsembleModel,
-        scheduler: FlowMatchEulerDiscreteScheduler,
+        scheduler: SchedulerMixin,
         text_encoder: Encoder,
         vae: AutoencoderKL | None = None,
     ) -> None:
@@ -93,7 +98,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         one_posterior: bool = False,
         output_type: str = "pil",
         trace: bool = False,
-        callback: Progress | None = None,
+        callback_on_step_end: StepEnd | None = None,
+        callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
     ) -> AtollOutput:
         """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
 
@@ -101,10 +107,13 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         was trained on pictures are made as well, and look it. `routing` is as `parse_routing`
         reads it; `guidance_scale` 1 runs no null branch. Both, and `seed`, may be one for each
         picture; with a seed of its own a picture is number `first` of that seed, as it would be
-        alone. `one_posterior` is as of `Trajectory`.
+        alone. `one_posterior` is as of `Trajectory`. A scheduler of two evaluations a step is
+        followed by trace and callback at each, and draws once.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
+        if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
+            raise UsageError(f"A callback asks for {sorted(unknown)}", allowed="latents")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts:
@@ -130,14 +139,16 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         x_t = x_noise(settings, picture.shape).to(self.device)
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
-        grid = sampler.times(num_inference_steps)
-        scheduler.set_timesteps(sigmas=grid[:-1].tolist(), device=self.device)
-        for step, timestep in enumerate(scheduler.timesteps):
-            t = scheduler.sigmas[step].expand(len(x_t)).to(x_t)
-            velocity = trajectory(x_t, t)
-            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False)[0]
-            if callback is not None:
-                callback(step)
+        set_times(scheduler, num_inference_steps, self.device)
+        noise = _own_noise(scheduler, settings)
+        for i, timestep in enumerate(scheduler.timesteps):
+            # Not the timestep, which multistep schedulers round.
+            t = scheduler.sigmas[i].expand(len(x_t)).to(x_t)
+            velocity = trajectory(x_t, t, i // scheduler.order)
+            x_t = scheduler.step(velocity, timestep, x_t, return_dict=False, **noise)[0]
+            if callback_on_step_end is not None:
+                told = dict.fromkeys(callback_on_step_end_tensor_inputs, x_t)
+                x_t = callback_on_step_end(self, i, timestep, told).pop("latents", x_t)
         if self.vae is not None and output_type != "latent":
             x_t = Autoencoder(self.vae).decode(x_t)
         images = to_pil(x_t) if output_type == "pil" else x_t
@@ -179,6 +190,14 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         (folder / CARD_NAME).write_bytes(
             canonical_json(ensemble_card(list(config.records), config.missing))
         )
+
+
+def _own_noise(scheduler: Any, settings: Sequence[SampleSettings]) -> dict[str, Any]:
+    """For stochastic schedulers: noise of each picture's seed and number, as everything here."""
+    if "generator" not in inspect.signature(scheduler.step).parameters:
+        return {}
+    own = [seeds.generator(each.seed, "solver", each.number) for each in settings]
+    return {"generator": own}
 
 
 def _forget_place(path: Path) -> None:

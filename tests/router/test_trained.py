@@ -234,11 +234,7 @@ def test_concurrent_calls_do_not_disturb_one_another(pipeline: Any) -> None:
 
 
 def test_pictures(pipeline: Any) -> None:
-    told: list[int] = []
-    made = pipeline(
-        "a bright dot", num_images_per_prompt=3, num_inference_steps=2, callback=told.append
-    )
-    assert told == [0, 1]
+    made = pipeline("a bright dot", num_images_per_prompt=3, num_inference_steps=2)
     assert made.trace is None
     assert [type(image) for image in made.images] == [Image.Image] * 3
     x_data = pipeline(["a bright dot"] * 3, num_inference_steps=2, output_type="pt", trace=True)
