@@ -17,7 +17,7 @@ smallest: $(VENV)/.demo
 	$(BIN)/atoll demo --smallest --out out/smallest
 
 test: $(VENV)/.dev
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # diffusers imports transformers, where it is, into every process: half a second to a second for
 # each that the tests start. So it lies apart, where these tests alone see it.

@@ -53,6 +53,10 @@ def register(app: typer.Typer) -> None:
             str | None, typer.Option(help="Encoder folder, for a denoiser outside a run.")
         ] = None,
         device: DeviceOption = "auto",
+        expert_gib: Annotated[
+            float | None,
+            typer.Option(help="Most memory for experts, which are paged from disk [all of them]"),
+        ] = None,
         trace: Annotated[
             bool, typer.Option("--trace", help="Also write trace.json and a heat strip.")
         ] = False,
@@ -64,7 +68,8 @@ def register(app: typer.Typer) -> None:
         from atoll.core.storage import Storage
         from atoll.router.pipeline import to_pil
 
-        loaded = load_model(model, encoder=encoder, device=device)
+        room = None if expert_gib is None else int(expert_gib * 2**30)
+        loaded = load_model(model, encoder=encoder, device=device, expert_bytes=room)
         loaded = loaded if size is None else of_size(loaded, size)
         routing = str(loaded.routing(routing))  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]

@@ -155,8 +155,13 @@ def device_of(name: str) -> torch.device:
     return torch.device("cuda" if there and name != "cpu" else "cpu")
 
 
-def load_model(path: str, *, encoder: str | None = None, device: str = "cpu") -> Model:
-    """What lies at a path, with the encoder that its captions and the vae that its latents need."""
+def load_model(
+    path: str, *, encoder: str | None = None, device: str = "cpu", expert_bytes: int | None = None
+) -> Model:
+    """What lies at a path, with the encoder that its captions and the vae that its latents need.
+
+    `expert_bytes` is as of `EnsembleModel.from_pretrained`, and of an ensemble alone.
+    """
     place = device_of(device)
     folder = Path(path)
     if (folder / MANIFEST_NAME).is_file():
@@ -165,7 +170,7 @@ def load_model(path: str, *, encoder: str | None = None, device: str = "cpu") ->
         folder = folder / "ensemble"
     check_recorded(folder)
     if (folder / "model_index.json").is_file():
-        return _ensemble(folder, place)
+        return _ensemble(folder, place, expert_bytes)
     if (folder / CARD_NAME).is_file():
         return _denoiser(folder, encoder, place)
     raise UsageError(
@@ -174,10 +179,11 @@ def load_model(path: str, *, encoder: str | None = None, device: str = "cpu") ->
     )
 
 
-def _ensemble(folder: Path, device: torch.device) -> Model:
+def _ensemble(folder: Path, device: torch.device, expert_bytes: int | None) -> Model:
     from atoll.router.model import EnsembleModel
 
-    model = EnsembleModel.from_pretrained(folder / "transformer").to(device)
+    model = EnsembleModel.from_pretrained(folder / "transformer", expert_bytes=expert_bytes)
+    model.to(device)
     sha256, auto = _own(folder)
     return Model(
         name=folder.name,

@@ -20,13 +20,13 @@ from diffusers.models.modeling_outputs import Transformer2DModelOutput
 from diffusers.models.unets.unet_2d_condition import UNet2DConditionOutput
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from atoll.core.conditioning import Conditioning, is_empty
 from atoll.core.errors import Refused, UsageError
 from atoll.core.families import FAMILIES
-from atoll.router.gate import GateWeights
+from atoll.router.gate import GateWeights, InFloat32
 from atoll.router.routing import (
     Routing,
     Rule,
@@ -44,7 +44,7 @@ _TIMESTEPS = 1000.0
 # -- conditioning from token states ----------------------------------------------------------------
 
 
-class TextProjection(nn.Module):
+class TextProjection(InFloat32):
     """The encoder's pooled vector from its token states; stays in float32 in any ensemble."""
 
     weight: Tensor | None
@@ -93,12 +93,6 @@ class TextProjection(nn.Module):
                 cure="assemble the ensemble again",
             )
         return cls(tensors)
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
-        def moved(tensor: Tensor) -> Tensor:
-            return tensor.to(fn(tensor.new_empty(0)).device)
-
-        return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
 # -- calls -----------------------------------------------------------------------------------------

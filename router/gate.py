@@ -25,7 +25,7 @@ class GateWeights(Protocol):
     def __call__(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor: ...
 
 
-class _InFloat32(nn.Module):
+class InFloat32(nn.Module):
     """Moves to another device as any module, but keeps its dtype: 16 bits are no odds."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
@@ -35,7 +35,7 @@ class _InFloat32(nn.Module):
         return super()._apply(moved, recurse)  # type: ignore[no-untyped-call]
 
 
-class Gate(_InFloat32):
+class Gate(InFloat32):
     """The trunk, gate heads and record counts, in the order of the ensemble's shards."""
 
     def __init__(
@@ -50,7 +50,7 @@ class Gate(_InFloat32):
 
     @property
     def pooled(self) -> int:
-        """Width of the pooled caption that it takes."""
+        """The dimension of the pooled caption that it reads."""
         return self.trunk.config.pooled
 
     @property
@@ -76,7 +76,7 @@ class Gate(_InFloat32):
         return self.log_weights(x_t, t, cond).exp()
 
 
-class JointGate(_InFloat32):
+class JointGate(InFloat32):
     """One classifier that was trained on the records of all shards (DDM, section 3.3).
 
     Of shards that left, or are missing, the others are renormalised: it is the exact law over them
@@ -92,7 +92,7 @@ class JointGate(_InFloat32):
 
     @property
     def pooled(self) -> int:
-        """Width of the pooled caption that it takes."""
+        """The dimension of the pooled caption that it reads."""
         return self.classifier.config.pooled
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

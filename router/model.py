@@ -22,8 +22,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from torch import Tensor
 
 from atoll.core.conditioning import Conditioning
-from atoll.core.denoiser import Denoiser, read_card
+from atoll.core.denoiser import Card, Denoiser, read_card
 from atoll.core.errors import MissingError, Refused, UsageError
+from atoll.core.families import check_shapes
 from atoll.core.head import GateHead, HeadConfig, read_head_config
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json, sha256_folder
@@ -32,6 +33,7 @@ from atoll.router.chooser import Chooser, SampleSettings, sample_settings
 from atoll.router.ensemble import ExpertVelocity, Trajectory, mix
 from atoll.router.forward import TextProjection, read_call, stateless
 from atoll.router.gate import Gate, JointGate
+from atoll.router.paging import PagedExperts
 
 SCHEMA_VERSION = 2  # 1: heads without a trunk
 TRUNK, JOINT = "trunk", "joint"
@@ -73,12 +75,18 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
     def __init__(
         self,
         config: EnsembleConfig,
-        experts: Mapping[str, Denoiser],
+        experts: Sequence[Denoiser] | PagedExperts,
         gate: Gate | JointGate,
         text_projection: TextProjection | None = None,
     ) -> None:
         super().__init__()
-        families = list(dict.fromkeys(expert.card.family for expert in experts.values()))
+        self.shards = list(config.records)
+        self._paged = experts if isinstance(experts, PagedExperts) else None
+        self._resident = [] if isinstance(experts, PagedExperts) else list(experts)
+        cards = self._paged.cards if self._paged else [each.card for each in self._resident]
+        self.cards = dict(zip(self.shards, cards, strict=True))
+        self.networks = torch.nn.ModuleList(each.network for each in self._resident)
+        families = list(dict.fromkeys(card.family for card in cards))
         if config.family is not None and config.family not in families:
             raise UsageError(
                 f"No expert of this ensemble is of the family '{config.family}'",
@@ -88,21 +96,26 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         # Nothing is written that goes without saying: the folder stays as it was assembled.
         named = None if self.family == families[0] else self.family
         self.ensemble_config = config.model_copy(update={"family": named})
-        self.cards = {shard: expert.card for shard, expert in experts.items()}
-        self.networks = torch.nn.ModuleList(expert.network for expert in experts.values())
         self.gate = gate
-        self.shards = list(experts)
-        self._experts = list(experts.values())
         self.text_projection = text_projection
         self.set_routing("full")
 
     @property
+    def configs(self) -> dict[str, Mapping[str, Any]]:
+        """Each expert's network's configuration, by shard."""
+        networks: list[Any] = [each.network for each in self._resident]
+        found = self._paged.configs if self._paged else [network.config for network in networks]
+        return dict(zip(self.shards, found, strict=True))
+
+    @property
     def config(self) -> FrozenDict:
         """What pipelines read of a network: that of an expert, for the ensemble's pictures."""
-        networks: list[Any] = [e.network for e in self._experts if e.card.family == self.family]
+        shard = next(name for name, card in self.cards.items() if card.family == self.family)
         # Published PixArts put out a variance too, which an ensemble drops.
         channels = self.ensemble_config.picture.channels
-        return FrozenDict({**networks[0].config, "out_channels": channels})
+        own = self.configs[shard].items()
+        said = {key: value for key, value in own if key != "_name_or_path"}
+        return FrozenDict({**said, "out_channels": channels})
 
     @property
     def latent_space(self) -> str:
@@ -110,14 +123,14 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         return next(iter(self.cards.values())).latent_space
 
     @property
-    def velocities(self) -> list[ExpertVelocity]:
+    def velocities(self) -> Sequence[ExpertVelocity]:
         """The experts as functions, in the order of `shards`."""
-        return [expert.velocity for expert in self._experts]
+        return self._paged or [expert.velocity for expert in self._resident]
 
     def check_takes(self, picture: Picture) -> None:
         """Refuse a shape of x_data that an expert cannot make, by a `ConfigError`."""
-        for expert in self._experts:
-            expert.check_takes(picture)
+        for shard, config in self.configs.items():
+            check_shapes(self.cards[shard].family, config, [picture])
 
     def trajectory(
         self,
@@ -197,29 +210,34 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         *,
         subfolder: str = "",
         family: str | None = None,
+        expert_bytes: int | None = None,
         **options: Any,
     ) -> EnsembleModel:
         """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts.
 
-        `family` names whose forward the ensemble has, the first expert's by default.
+        `family` names whose forward the ensemble has, the first expert's by default. With
+        `expert_bytes` no more than so many bytes of experts are in memory at once: they are paged
+        from the folder (`PagedExperts`), and saved as they lie there.
         """
         folder = Path(folder) / subfolder
         config = read_ensemble_config(folder)
         if family is not None:
             config = config.model_copy(update={"family": family})
-        experts = {}
-        for shard in config.records:
-            place = folder / "experts" / shard
+        places = [folder / "experts" / shard for shard in config.records]
+        for place in places:
             if not place.is_dir():
                 raise MissingError(
-                    f"The expert of {shard} is not at {place}",
+                    f"The expert of {place.name} is not at {place}",
                     cure="assemble the ensemble again without it, or restore the folder",
                 )
-            experts[shard] = Denoiser.load(place)
-            _check_expert(shard, experts[shard], config.picture)
-        spaces = {expert.card.latent_space for expert in experts.values()}
-        if len(spaces) > 1:
-            raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
+        dtype = options.get("torch_dtype") or options.get("dtype")
+        dtype = dtype if isinstance(dtype, torch.dtype) else None
+        experts: list[Denoiser] | PagedExperts
+        if expert_bytes is None:
+            experts = [Denoiser.load(place) for place in places]
+            torch.nn.ModuleList(each.network for each in experts).to(dtype=dtype)
+        else:
+            experts = PagedExperts(places, budget=expert_bytes, dtype=dtype)
         if config.missing:
             _log.warning(
                 "This is the ensemble of %d of %d shards, renormalised; missing: %s",
@@ -230,17 +248,27 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         gate = _load_gate(folder, config)
         projection = TextProjection.load(folder, pooled=gate.pooled)
         model = cls(config, experts, gate, projection)
-        dtype = options.get("torch_dtype") or options.get("dtype")
-        if isinstance(dtype, torch.dtype):
-            model.networks.to(dtype)
+        model._check()
         model.eval()
         return model
+
+    def _check(self) -> None:
+        """Refuse experts that cannot stand together or here."""
+        for shard, config in self.configs.items():
+            _check_expert(shard, self.cards[shard], config, self.ensemble_config.picture)
+        spaces = {card.latent_space for card in self.cards.values()}
+        if len(spaces) > 1:
+            raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
 
     def save_pretrained(self, folder: str | Path, **_options: Any) -> None:
         """Write the component folder that `from_pretrained` reads."""
         folder = Path(folder)
-        for shard, expert in zip(self.shards, self._experts, strict=True):
+        for shard, expert in zip(self.shards, self._resident, strict=False):
             expert.save(folder / "experts" / shard)
+        for shard, place in zip(
+            self.shards, self._paged.folders if self._paged else [], strict=False
+        ):
+            shutil.copytree(place, folder / "experts" / shard)
         if isinstance(self.gate, JointGate):
             self.gate.classifier.save(folder / JOINT)
         else:
@@ -278,17 +306,16 @@ def _load_gate(folder: Path, config: EnsembleConfig) -> Gate | JointGate:
     return Gate(trunk, heads, config.records)
 
 
-def _check_expert(shard: str, expert: Denoiser, picture: Picture) -> None:
+def _check_expert(shard: str, card: Card, config: Mapping[str, Any], picture: Picture) -> None:
     """Refuse one of another shard, which the priors would misjudge, or for other pictures."""
-    if expert.card.shard != shard:
+    if card.shard != shard:
         raise Refused(
-            f"In the place of {shard} is the expert of {expert.card.shard}",
+            f"In the place of {shard} is the expert of {card.shard}",
             cure="assemble the ensemble again",
         )
-    config: Any = expert.network.config
-    size = config.sample_size
+    size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else tuple(size)
-    made_for = (config.in_channels, height, width)
+    made_for = (config["in_channels"], height, width)
     if made_for != picture.shape:
         raise Refused(
             f"The ensemble is of pictures {picture.shape}; the expert of {shard} is for {made_for}",

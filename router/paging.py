@@ -26,6 +26,7 @@ from atoll.core.errors import ConfigError, Refused
 from atoll.core.starts import weight_files
 from atoll.router.ensemble import ExpertVelocity
 
+CPU = torch.device("cpu")
 _MAPPED = 64 * 2**20  # bytes of a file that are mapped at a time
 
 
@@ -53,8 +54,8 @@ class _Slot:
 class PagedExperts(Sequence[ExpertVelocity]):
     """Experts as functions, at most `budget` bytes of their weights in memory at once.
 
-    The least recently run goes first, of experts with the same network by being written over.
-    `dtype` None keeps that of the files.
+    The least recently run goes first, of experts with the same network by being written over. They
+    are on the device of what they are asked about. `dtype` None keeps that of the files.
     """
 
     def __init__(
@@ -62,10 +63,8 @@ class PagedExperts(Sequence[ExpertVelocity]):
         folders: Sequence[Path],
         *,
         budget: int,
-        device: torch.device | None = None,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._device = device or torch.device("cpu")
         self._dtype = dtype
         self._places = [_place(folder, dtype) for folder in folders]
         self._slots: list[_Slot] = []  # the least recently run first
@@ -84,7 +83,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
 
     def __getitem__(self, k: Any) -> Any:
         def velocity(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-            return self.expert(k).velocity(x_t, t, cond)
+            return self.expert(k, x_t.device).velocity(x_t, t, cond)
 
         return velocity
 
@@ -92,6 +91,16 @@ class PagedExperts(Sequence[ExpertVelocity]):
     def cards(self) -> list[Card]:
         """What each expert is."""
         return [place.card for place in self._places]
+
+    @property
+    def configs(self) -> list[dict[str, Any]]:
+        """Each network's configuration, as diffusers wrote it."""
+        return [json.loads((place.folder / NETWORK_CONFIG).read_text()) for place in self._places]
+
+    @property
+    def folders(self) -> list[Path]:
+        """Where they are read from."""
+        return [place.folder for place in self._places]
 
     @property
     def resident(self) -> list[int]:
@@ -106,7 +115,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
             self._read_ahead(coming[0])
         return here + coming
 
-    def expert(self, k: int) -> Denoiser:
+    def expert(self, k: int, device: torch.device = CPU) -> Denoiser:
         """Expert `k` in memory, brought there if need be; good until the next one is asked for."""
         place = self._places[k]
         slot = next((slot for slot in self._slots if slot.expert == k), None)
@@ -114,6 +123,8 @@ class PagedExperts(Sequence[ExpertVelocity]):
             slot = self._bring(k)
         else:
             self._slots.remove(slot)
+        # Within a list, since diffusers warns of modules that are not there when its own are cast.
+        nn.ModuleList([slot.network]).to(device, self._dtype)
         self._slots.append(slot)
         return Denoiser(slot.network, place.card)
 
@@ -133,8 +144,6 @@ class PagedExperts(Sequence[ExpertVelocity]):
             while room < place.bytes:
                 room += self._slots.pop(0).bytes
         network = Denoiser.load(place.folder).network
-        # Within a list, since diffusers warns of modules that are not there when its own are cast.
-        nn.ModuleList([network]).to(self._device, self._dtype)
         return _Slot(network, place.shape, place.bytes, k)
 
     @torch.no_grad()

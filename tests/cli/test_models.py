@@ -74,6 +74,17 @@ def test_every_routing_and_its_seed(made: Path, tmp_path: Path, routing: str) ->
     assert not (tmp_path / "b/trace.json").exists()
 
 
+def test_paged_experts_make_the_same_pictures(made: Path, tmp_path: Path) -> None:
+    def draw(name: str, *more: object) -> list[bytes]:
+        out = ("--out", tmp_path / name)
+        return pictures(done("sample", made, "a handwritten 3", "--steps=3", *out, *more))
+
+    assert draw("paged", "--expert-gib", 0.05) == draw("resident")
+    little = atoll("sample", made, "--expert-gib", 1e-5, "--json")
+    assert little.code == 3
+    assert "more memory" in json.loads(little.out)["error"]["cure"]
+
+
 def test_an_expert_is_its_oracle(made: Path, tmp_path: Path) -> None:
     """The ensemble under `oracle` and the expert on its own draw the same pictures."""
     common = ("a handwritten 3", "--steps=4", "--count=2", "--seed=3")

@@ -27,16 +27,12 @@ def of_families(*families: str, projection: Mapping[str, Tensor] | None = None) 
     """Tiny experts with random weights, a head each that has opinions."""
     if projection is None:
         projection = {"weight": torch.randn(TEXT, TEXT, generator=seeds.generator(0, "text"))}
-    experts, heads = {}, {}
-    trunk = new_trunk(
-        TrunkConfig(channels=1, pooled=TEXT, width=8, stride=1, labels={"x": 2, "y": 1}), seed=0
-    )
-    with torch.no_grad():
-        for weight in trunk.parameters():
-            weight.add_(0.05 * torch.randn(weight.shape, generator=seeds.generator(0, "trunk")))
+    labels = {"label-00": 4, "label-01": 2}
+    trunk = new_trunk(TrunkConfig(channels=1, pooled=TEXT, width=8, labels=labels), seed=0)
     with tempfile.TemporaryDirectory() as folder:
         trunk.save(Path(folder))
         trunk_sha256 = sha256_folder(Path(folder))
+    experts, heads = {}, {}
     for number, family in enumerate(families):
         name = f"shard-{number:02d}"
         network = build(recipe_of(f"{family}-tiny"), PICTURE, TEXT, seed=number)
@@ -59,6 +55,5 @@ def of_families(*families: str, projection: Mapping[str, Tensor] | None = None) 
         experts[name], heads[name] = Denoiser(network.eval(), card), head.eval()
     records = dict.fromkeys(experts, 5)
     config = EnsembleConfig(picture=PICTURE, records=records, missing=[])
-    return EnsembleModel(
-        config, experts, Gate(trunk.eval(), heads, records), TextProjection(projection)
-    )
+    gate = Gate(trunk.eval(), heads, records)
+    return EnsembleModel(config, list(experts.values()), gate, TextProjection(projection))

@@ -124,7 +124,7 @@ def closed_form(world: World, *, whole: bool = False) -> EnsembleModel:
         )
         for name, k in shards.items()
     }
-    return EnsembleModel(config, experts, _Gate(world), TextProjection({}))
+    return EnsembleModel(config, list(experts.values()), _Gate(world), TextProjection({}))
 
 
 def solution(velocity: Any, x_noise: Tensor, *, start: float = 1.0, steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,14 +11,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.core import seeds
+from atoll.core import sampler, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
+from atoll.core.embedding import load_encoder
 from atoll.core.errors import ConfigError, Refused
 from atoll.core.flow import Prediction
-from atoll.core.manifest import Picture
+from atoll.core.manifest import Manifest, Picture
 from atoll.core.recipes import build, recipe_of
+from atoll.core.storage import Storage, sha256_folder
+from atoll.router.assemble import assemble
+from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.ensemble import mix
+from atoll.router.model import EnsembleModel
 from atoll.router.paging import PagedExperts
 
 PICTURE = Picture(channels=1, height=8, width=8)
@@ -134,8 +140,6 @@ def test_in_16_bits_they_are_what_a_resident_one_is(folders: list[Path]) -> None
 def test_weights_that_were_harmed_are_refused_and_the_others_go_on(
     folders: list[Path], tmp_path: Path, harm: str
 ) -> None:
-    import shutil
-
     here = [Path(shutil.copytree(folders[k], tmp_path / str(k))) for k in (0, 1, 2)]
     paged = PagedExperts(here[:2], budget=bytes_of(here[0]))
     paged.expert(0)
@@ -152,3 +156,31 @@ def test_weights_that_were_harmed_are_refused_and_the_others_go_on(
     alone = Denoiser.load(here[0])
     with torch.no_grad():
         assert torch.equal(paged[0](*batch(2)), alone.velocity(*batch(2)))
+
+
+def test_a_paged_ensemble_makes_the_same_pictures_and_saves_the_same_folder(
+    trained: Path, tmp_path: Path
+) -> None:
+    run = Storage(shutil.copytree(trained, tmp_path / "run"))
+    assemble(run, Manifest.load(run))
+    folder = tmp_path / "run/ensemble"
+    resident, encoder = (
+        EnsembleModel.from_pretrained(folder / "transformer"),
+        load_encoder(folder / "text_encoder"),
+    )
+    room = max(map(bytes_of, (folder / "transformer/experts").iterdir()))
+    paged = EnsembleModel.from_pretrained(folder / "transformer", expert_bytes=room)
+    assert list(paged.networks.parameters()) == []
+    cond, null = encoder.condition(["a bright dot"] * 4), encoder.condition([""])
+    wishes = sample_settings(4, resident.shards, routing=["full", "once", "mass:0.9", "top-k:1"])
+    noise, grid = x_noise(wishes, PICTURE.shape), sampler.times(4)
+    made = [
+        sampler.euler(model.trajectory(cond, null, wishes), noise, grid)
+        for model in (resident, paged)
+    ]
+    assert torch.equal(*made)
+    assert dict(paged.config) == dict(resident.config)
+    paged.save_pretrained(tmp_path / "saved")
+    assert sha256_folder(tmp_path / "saved") == sha256_folder(folder / "transformer")
+    with pytest.raises(ConfigError, match="more than"):
+        EnsembleModel.from_pretrained(folder / "transformer", expert_bytes=room - 1)
