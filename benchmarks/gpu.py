@@ -107,7 +107,7 @@ def _share(case: Case, pack: Pack, speed: float, bar: float) -> Row:
         f"{case.name} share of the matrix-product rate", speed * each / rate, "ratio",
         against=f"{rate / 1e12:.1f} TFLOP/s of {str(dtype).removeprefix('torch.')}, measured here; "
         f"{each / 1e9:.1f} GFLOP an image, three times those of a forward pass",
-        at_least=bar,
+        at_least=bar, digits=6,
     )  # fmt: skip
 
 

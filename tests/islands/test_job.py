@@ -307,7 +307,7 @@ def test_an_island_opens_nothing_of_another_shard(fresh, tmp_path: Path) -> None
         if name.startswith(run.uri)
     }
     assert any(name.startswith(f"shards/{shard}") for name in inside)
-    allowed = (f"shards/{shard}", "commons", "base", f"islands/{shard}")
+    allowed = (f"shards/{shard}", "commons", "base", "trunk", f"islands/{shard}")
     stray = [name for name in inside if name and not name.startswith(allowed)]
     assert stray == []
 
