@@ -71,7 +71,8 @@ def check_alike(opened: Sequence[Opened]) -> None:
         for field in _CARD_FIELDS:
             ours, theirs = getattr(first.card, field), getattr(other.card, field)
             if ours != theirs:
-                raise _strangers(pair, field, ours, theirs)
+                shown = ["our linear path" if each is None else each for each in (ours, theirs)]
+                raise _strangers(pair, field, *shown)
         differing = sorted(
             key
             for key in first.config.keys() | other.config.keys()

@@ -46,7 +46,10 @@ def refused(kind: type[AtollError], folder: Path, call, *words: str) -> AtollErr
         ({"base_sha256": "c" * 64}, "base_sha256"),
         ({"family": "pixart"}, "family"),
         ({"prediction": "epsilon"}, "prediction"),
-        ({"schedule": {"beta_schedule": "squaredcos_cap_v2"}}, "schedule: None and beta_schedule"),
+        (
+            {"schedule": {"beta_schedule": "squaredcos_cap_v2"}},
+            "schedule: our linear path and beta_schedule",
+        ),
         ({"latent_space": "sd-vae"}, "latent_space"),
     ],
 )
