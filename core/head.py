@@ -42,6 +42,22 @@ class Band(BaseModel):
     mean_ratio: float  # mean of exp f over held-out anchor records; 1 for an exact head
 
 
+class HeadCalibration(BaseModel):
+    """Bands in rising order of t, for captions and for the empty one; none is no correction."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    # Apart, since a head may be sure for two reasons: what it sees and what it is told.
+    prompted: list[Band] = Field(default_factory=list)
+    unprompted: list[Band] = Field(default_factory=list)
+    text: Band | None = None  # of the head on cond alone, t = 1
+
+    @property
+    def bands(self) -> list[Band]:
+        """All below t = 1."""
+        return [*self.prompted, *self.unprompted]
+
+
 class HeadConfig(BaseModel):
     """`config.json` of a gate head."""
 
@@ -50,8 +66,7 @@ class HeadConfig(BaseModel):
     schema_version: int = SCHEMA_VERSION
     shard: str
     trunk_sha256: str  # of the folder that it continues from
-    bands: list[Band] = Field(default_factory=list)
-    text: Band | None = None  # the band of the head on cond alone, t = 1
+    calibration: HeadCalibration = Field(default_factory=HeadCalibration)
 
 
 class GateHead(nn.Module):
@@ -73,10 +88,12 @@ class GateHead(nn.Module):
         return _ratio(self.text_only(scaled(cond)))
 
     def forward(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
-        """Calibrated f, `(batch,)`; slope and intercept run linearly between band centres."""
-        slope, intercept = _between(self.config.bands, t)
-        at_noise = _with_band(self.config.text, self.raw_text(cond)) * (~cond.is_null)
-        return torch.where(t >= 1, at_noise, slope * self.raw(features) + intercept)
+        """Calibrated f, `(batch,)`; what corrects it runs linearly between band centres."""
+        told, raw = self.config.calibration, self.raw(features)
+        at_noise = _with_band(told.text, self.raw_text(cond)) * (~cond.is_null)
+        prompted, unprompted = (_corrected(b, raw, t) for b in (told.prompted, told.unprompted))
+        seen = torch.where(cond.is_null, unprompted, prompted)
+        return torch.where(t >= 1, at_noise, seen)
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""
@@ -136,10 +153,10 @@ def _with_band(band: Band | None, f: Tensor) -> Tensor:
     return f if band is None else band.slope * f + band.intercept
 
 
-def _between(bands: list[Band], t: Tensor) -> tuple[Tensor, Tensor]:
-    """Slope and intercept at `t` `(batch,)`, linear between band centres, constant outside."""
+def _corrected(bands: list[Band], f: Tensor, t: Tensor) -> Tensor:
+    """Slope and intercept at `t` `(batch,)`, linear between band centres and constant outside."""
     if not bands:
-        return torch.ones_like(t), torch.zeros_like(t)
+        return f
     centres = t.new_tensor([band.t for band in bands])
     right = torch.searchsorted(centres, t.contiguous()).clamp(1, max(1, len(bands) - 1))
     right = right.clamp(max=len(bands) - 1)
@@ -148,7 +165,5 @@ def _between(bands: list[Band], t: Tensor) -> tuple[Tensor, Tensor]:
     share = ((t - centres[left]) / gap).clamp(0, 1)
     slopes = t.new_tensor([band.slope for band in bands])
     intercepts = t.new_tensor([band.intercept for band in bands])
-    return (
-        torch.lerp(slopes[left], slopes[right], share),
-        torch.lerp(intercepts[left], intercepts[right], share),
-    )
+    slope = torch.lerp(slopes[left], slopes[right], share)
+    return slope * f + torch.lerp(intercepts[left], intercepts[right], share)

@@ -143,7 +143,8 @@ def _panels(data: ReportData) -> list[tuple[str, Markup, list[Curve]]]:
 
 
 def _band_times(data: ReportData) -> list[float]:
-    return sorted({band.t for head in data.gate_heads.values() for band in head.bands})
+    heads = data.gate_heads.values()
+    return sorted({band.t for head in heads for band in head.calibration.bands})
 
 
 def _trust(band: Band) -> float:

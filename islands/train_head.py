@@ -18,7 +18,7 @@ from torch.nn import functional
 
 from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning, concatenate
-from atoll.core.head import Band, GateHead
+from atoll.core.head import Band, GateHead, HeadCalibration
 from atoll.core.journal import log
 from atoll.core.pack import Pack
 from atoll.core.trunk import Trunk
@@ -120,7 +120,7 @@ def head_loss(
     def loss(first: int, count: int) -> Errors:
         t = seeds.uniform(seed, stream, "time", first=2 * first, count=2 * count)[:, 0].float()
         f, is_shard, cond = _raw(
-            head, trunk, pack, pack.train, anchor, t, config,
+            head, trunk, pack, pack.train, anchor, t, config.condition_dropout,
             seed=seed, stream=stream, purpose="train", first=first, count=count,
         )  # fmt: skip
         wanted = is_shard.float().to(device)
@@ -138,7 +138,7 @@ def _raw(
     rows: range,
     anchor: Anchor,
     t: Tensor,
-    config: HeadTraining,
+    dropout: float,
     *,
     seed: int,
     stream: str,
@@ -162,7 +162,7 @@ def _raw(
         other, other_cond = anchor.draw(seed, purpose, **where, batch=turn)
         here = slice(2 * (start - first), 2 * (start - first + length))
         cond = concatenate([pack.cond(picked), other_cond])
-        dropped = drop(cond, pack.null, uniform[here], config.condition_dropout)
+        dropped = drop(cond, pack.null, uniform[here], dropout)
         sides = (pack.x_data(picked), other)
         f.append(_of_sides(head, trunk, sides, t[here], dropped, seed, stream, first=2 * start))
         is_shard.append(torch.arange(2 * length) < length)
@@ -211,52 +211,67 @@ def calibrate(
 ) -> GateHead:
     """Fit slope and intercept per band of t on held-out records, and measure what is left.
 
-    Only this shard and the anchor are needed, so an island does it alone; the prior is never
-    touched. Records are noised several times over until a band has enough of them. Without
-    held-out records a head stays as it was trained.
+    Once with their captions and once without. Only this shard and the anchor are needed, so an
+    island does it alone; the prior is never touched. Records are noised several times over until a
+    band has enough of them. Without held-out records a head stays as it was trained.
     """
     if not (len(pack.held_out) and len(commons.held_out)):
         log.warning("%s has no held-out records: its gate head is not calibrated", pack.card.name)
         return head.eval()
     anchor = anchor_of(commons, config.broad, held_out=True)
-    bands = []
-    for index in range(config.bands):
-        centre = (index + 0.5) / config.bands
-        own, others = _noised_logits(head, trunk, pack, anchor, config, centre, seed=seed)
-        bands.append(_band(centre, own, others))
+    prompted, unprompted = (
+        _noised_bands(head, trunk, pack, anchor, config.bands, dropout, seed=seed)
+        for dropout in (0.0, 1.0)
+    )
     own_text = head.raw_text(pack.cond(torch.tensor(pack.held_out)))
     other_text = head.raw_text(commons.cond(torch.tensor(anchor.rows)))
-    text = _band(1.0, own_text, other_text)
-    told = head.config.model_copy(update={"bands": bands, "text": text})
+    calibration = HeadCalibration(
+        # Where one side has no captions there is nothing to fit them by.
+        prompted=prompted or unprompted,
+        unprompted=unprompted,
+        text=_band(1.0, own_text, other_text),
+    )
+    told = head.config.model_copy(update={"calibration": calibration})
     calibrated = GateHead(told, trunk.config)
     calibrated.load_state_dict(head.state_dict())
     return calibrated.eval()
 
 
-def _noised_logits(
+def _noised_bands(
     head: GateHead,
     trunk: Trunk,
     pack: Pack,
     anchor: Anchor,
-    config: HeadTraining,
-    centre: float,
+    count: int,
+    dropout: float,
     *,
     seed: int,
-) -> tuple[Tensor, Tensor]:
-    """Raw f on held-out shard records and on the anchor, at times within one band."""
-    stream = f"calibrate-{head.config.shard}-{centre:.3f}"
-    offset = seeds.uniform(seed, stream, "time", first=0, count=2 * _DRAWS)[:, 0].float() - 0.5
-    t = centre + offset / config.bands
-    own, others = [], []
-    for first in range(0, _DRAWS, _AT_ONCE):
-        f, is_shard, _ = _raw(
-            head, trunk, pack, pack.held_out, anchor, t[2 * first : 2 * (first + _AT_ONCE)], config,
-            seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}",
-            first=first, count=_AT_ONCE,
-        )  # fmt: skip
-        own.append(f[is_shard])
-        others.append(f[~is_shard])
-    return torch.cat(own), torch.cat(others)
+) -> list[Band]:
+    """Bands of t from held-out records of shard and anchor, with their captions or with none.
+
+    `dropout` is 0 or 1. Records that have no caption are not asked about theirs; a band is left out
+    where that leaves one of the sides without any.
+    """
+    bands = []
+    for index in range(count):
+        centre = (index + 0.5) / count
+        stream = f"calibrate-{head.config.shard}-{centre:.3f}"
+        offset = seeds.uniform(seed, stream, "time", first=0, count=2 * _DRAWS)[:, 0].float() - 0.5
+        t = centre + offset / count
+        own, others = [], []
+        for first in range(0, _DRAWS, _AT_ONCE):
+            f, is_shard, cond = _raw(
+                head, trunk, pack, pack.held_out, anchor, t[2 * first : 2 * (first + _AT_ONCE)],
+                dropout, seed=seed, stream=stream, purpose=f"calibrate-{centre:.3f}",
+                first=first, count=_AT_ONCE,
+            )  # fmt: skip
+            asked = ~cond.is_null | (dropout == 1)
+            own.append(f[is_shard & asked])
+            others.append(f[~is_shard & asked])
+        sides = torch.cat(own), torch.cat(others)
+        if all(len(side) for side in sides):
+            bands.append(_band(centre, *sides))
+    return bands
 
 
 def _band(centre: float, own: Tensor, others: Tensor) -> Band:

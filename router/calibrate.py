@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning
-from atoll.core.head import Band, HeadConfig
+from atoll.core.head import HeadCalibration, HeadConfig
 from atoll.core.pack import Pack
 from atoll.router.gate import GateWeights
 
@@ -55,7 +55,8 @@ class GateCalibration(BaseModel):
     shards: list[str]
     prompted: list[GateBand]
     unprompted: list[GateBand]
-    heads: dict[str, list[Band]] = Field(default_factory=dict)  # as their islands measured them
+    # As their islands measured them.
+    heads: dict[str, HeadCalibration] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
     recommended: str | None = None  # the routing to use where the gate cannot be trusted
 
@@ -123,14 +124,14 @@ def measure_gate(
             truth.append(torch.full((len(x_t),), index))
         for prompted, parts in asked.items():
             found[prompted].append(_band(centre, torch.cat(parts), torch.cat(truth), prior, shards))
-    bands = {shard: head.bands for shard, head in (heads or {}).items()}
-    warnings = [*_of_heads(bands), *_of_gate(found)]
+    alone = {shard: head.calibration for shard, head in (heads or {}).items()}
+    warnings = [*_of_heads(alone), *_of_gate(found)]
     return GateCalibration(
         n=n,
         shards=shards,
         prompted=found[True],
         unprompted=found[False],
-        heads=bands,
+        heads=alone,
         warnings=warnings,
         # Drawn before there is anything to see, and kept: exact whatever the heads say later.
         recommended="once" if warnings else None,
@@ -201,11 +202,11 @@ def _one_against_rest(p: Tensor, is_own: Tensor) -> Tensor:
     return -torch.where(is_own, p, 1 - p).clamp(min=1e-9).log()
 
 
-def _of_heads(heads: Mapping[str, Sequence[Band]]) -> list[str]:
+def _of_heads(heads: Mapping[str, HeadCalibration]) -> list[str]:
     """What islands could see by themselves."""
     said = []
-    for shard, bands in heads.items():
-        far = [band.t for band in bands if band.overlap < LEAST_OVERLAP]
+    for shard, head in heads.items():
+        far = sorted({band.t for band in head.bands if band.overlap < LEAST_OVERLAP})
         if far:
             said.append(f"{shard} has no overlap with the anchor at t = {_times(far)}")
     return said

@@ -15,7 +15,7 @@ from torch import Tensor
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.errors import ExitCode, Refused
-from atoll.core.head import Band, GateHead, HeadConfig, new_head
+from atoll.core.head import Band, GateHead, HeadCalibration, HeadConfig, new_head
 from atoll.core.trunk import Trunk, TrunkConfig, new_trunk
 
 MakeCond = Callable[..., Conditioning]
@@ -38,8 +38,10 @@ def trunk() -> Trunk:
 TRUNK = trunk()
 
 
-def config(**changes: Any) -> HeadConfig:
-    return HeadConfig(**{"shard": "s0", "trunk_sha256": "0" * 64} | changes)
+def config(*, bands: list[Band] | None = None, **calibration: Any) -> HeadConfig:
+    both = {} if bands is None else {"prompted": bands, "unprompted": bands}
+    told = HeadCalibration(**both, **calibration)
+    return HeadConfig(shard="s0", trunk_sha256="0" * 64, calibration=told)
 
 
 def band(t: float, slope: float, intercept: float) -> Band:
@@ -165,6 +167,17 @@ def test_calibration_is_linear_between_centres_and_constant_outside(
 
 
 @torch.no_grad()
+def test_captions_and_the_empty_one_have_bands_of_their_own(cond: MakeCond) -> None:
+    made = head(prompted=[band(0.5, 2.0, 1.0)], unprompted=BANDS)
+    c = cond(N)
+    raw, f = raw_of(made, x_t(), at(0.3), c), f_of(made, x_t(), at(0.3), c)
+    assert f[0] == 2 * raw[0] - 1
+    assert torch.equal(f[1:], 2 * raw[1:] + 1)
+    only = head(unprompted=BANDS)
+    assert torch.equal(f_of(only, x_t(), at(0.3), c)[1:], raw[1:])
+
+
+@torch.no_grad()
 def test_each_row_is_calibrated_at_its_own_time(cond: MakeCond) -> None:
     made, c = head(bands=BANDS, text=band(1.0, 3.0, 1.0)), cond(N)
     t = torch.tensor([0.1, 1.0, 0.3, 0.2, 1.0])
@@ -232,7 +245,7 @@ STRANGE: dict[str, Callable[[Path], Any]] = {
     "other schema": _config(schema_version=1),
     "surprise": _config(surprise=1),
     "no trunk": _config(trunk_sha256=None),
-    "band without slope": _config(bands=[{"t": 0.5}]),
+    "band without slope": _config(calibration={"prompted": [{"t": 0.5}]}),
 }
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atoll.core.head import Band, HeadConfig
+from atoll.core.head import Band, HeadCalibration, HeadConfig
 from atoll.core.ledger import LedgerEntry
 from atoll.core.storage import Storage
 from atoll.evaluate import charts, views
@@ -139,7 +139,11 @@ def everything() -> views.ReportData:
         ),
         gate_traces=views.gate_traces(trace, prompts, x, noise=x),
         gate_heads={
-            SHARDS[0]: HeadConfig(shard=SHARDS[0], trunk_sha256="0", bands=[band], text=band),
+            SHARDS[0]: HeadConfig(
+                shard=SHARDS[0],
+                trunk_sha256="0",
+                calibration=HeadCalibration(prompted=[band], unprompted=[band], text=band),
+            ),
             SHARDS[1]: HeadConfig(shard=SHARDS[1], trunk_sha256="0"),
         },
         removal=views.RemovalView(

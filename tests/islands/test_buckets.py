@@ -338,7 +338,9 @@ def test_the_gate_head_meets_every_shape_of_shard_and_anchor(run: Storage, commo
     loss(20, 28)
     assert {count for count, _ in met} <= {12, 16, 24, 32}
     calibrated = calibrate(head, trunk, shard, commons, settings, seed=0)
-    assert [band.t for band in calibrated.config.bands] == [0.25, 0.75]
+    told = calibrated.config.calibration
+    assert [band.t for band in told.unprompted] == [0.25, 0.75]
+    assert [band.t for band in told.prompted] == [0.25, 0.75]
     whole = [
         commons.x_data(bucket.rows(torch.arange(len(bucket)))).flatten()
         for bucket in commons.buckets(commons.train)

@@ -12,11 +12,11 @@ from torch import Tensor
 
 from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning, concatenate
-from atoll.core.head import HeadConfig, new_head
+from atoll.core.head import GateHead, HeadConfig, new_head
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
-from atoll.core.trunk import Trunk, TrunkConfig
+from atoll.core.trunk import Features, Trunk, TrunkConfig
 from atoll.islands.course import Course
 from atoll.islands.island import _head_course
 from atoll.islands.loop import Loop
@@ -164,12 +164,51 @@ def test_at_noise_text_alone_answers_and_nothing_answers_zero(packs, trunk, head
 
 
 def test_calibration_says_how_far_to_trust(head) -> None:
-    bands = head.config.bands
+    bands = head.config.calibration.unprompted
     assert [band.t for band in bands] == pytest.approx([1 / 6, 1 / 2, 5 / 6])
     assert bands[0].loss < bands[1].loss < bands[2].loss < math.log(2)
     assert bands[0].overlap < bands[2].overlap <= 1
     # Where the shard is nearly out of the anchor's sight, 512 records cannot tell the mean.
     assert 0.7 < bands[2].mean_ratio < 1.4
+
+
+class Exact(Trunk):
+    """Says x_t, t and whether there is a caption."""
+
+    def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Features:
+        return Features(x_t, torch.stack([t, cond.is_null.float()], dim=1))
+
+
+class Distorted(GateHead):
+    """The exact ratio, half as sure without captions, 1.25 times and off centre with them."""
+
+    def raw(self, features: Features) -> Tensor:
+        t, is_null = features.signal.T
+        f = exact_ratio(features.map, t)
+        return torch.where(is_null.bool(), f / 2, 1.25 * f + 1)
+
+
+def test_what_is_off_with_captions_is_mended_apart_from_what_is_off_without(packs, trunk) -> None:
+    shard, commons = packs
+    distorted = Distorted(HEAD, trunk.config)
+    exact = Exact(trunk.config)
+    told = calibrate(distorted, exact, shard, commons, SETTINGS, seed=0).config.calibration
+    # In the first band hardly a record is doubtful, and there is nothing to fit by.
+    for prompted, unprompted in zip(told.prompted[1:], told.unprompted[1:], strict=True):
+        assert unprompted.slope == pytest.approx(2, rel=0.12)
+        assert unprompted.intercept == pytest.approx(0, abs=0.12)
+        assert prompted.slope == pytest.approx(0.8, rel=0.12)
+        assert prompted.intercept == pytest.approx(-0.8, abs=0.12)
+
+
+def test_without_captions_on_one_side_both_kinds_are_calibrated_alike(
+    packs, trunk, tmp_path: Path
+) -> None:
+    commons = packs[1]
+    bare = make_pack(tmp_path / "bare", "a", SHIFT, 0, shared=False)
+    head = Distorted(HEAD, trunk.config)
+    told = calibrate(head, Exact(trunk.config), bare, commons, SETTINGS, seed=0).config.calibration
+    assert told.prompted == told.unprompted != []
 
 
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, 0.0), (2.0, 0.7), (1.0, -1.0)])

@@ -16,7 +16,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.embedding import Encoder, FitConfig, fit
 from atoll.core.flow import Prediction
-from atoll.core.head import Band, HeadConfig, new_head
+from atoll.core.head import Band, HeadCalibration, HeadConfig, new_head
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import (
     Artefact,
@@ -256,15 +256,15 @@ def _trunk(folder: Path, pooled: int) -> Trunk:
 def _head(folder: Path, shard: str, trunk: Trunk, trunk_sha256: str) -> None:
     """A head with opinions, calibrated in two bands."""
     band = {"loss": 0.5, "overlap": 0.5, "mean_ratio": 1.0}
-    config = HeadConfig(
-        shard=shard,
-        trunk_sha256=trunk_sha256,
-        bands=[
+    told = HeadCalibration(
+        prompted=[
             Band(t=0.25, slope=0.8, intercept=0.1, **band),
             Band(t=0.75, slope=1.2, intercept=-0.1, **band),
         ],
+        unprompted=[Band(t=0.5, slope=0.9, intercept=-0.05, **band)],
         text=Band(t=1.0, slope=0.9, intercept=0.05, **band),
     )
+    config = HeadConfig(shard=shard, trunk_sha256=trunk_sha256, calibration=told)
     head = new_head(config, trunk)
     with torch.no_grad():
         for name, weight in head.named_parameters():

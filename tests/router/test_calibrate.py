@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
-from atoll.core.head import Band, HeadConfig
+from atoll.core.head import Band, HeadCalibration, HeadConfig
 from atoll.core.manifest import Picture
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.router.calibrate import calibration_error, measure_gate
@@ -132,13 +132,14 @@ def test_a_gate_that_is_worse_than_its_prior_is_named_with_what_to_do(packs) -> 
 def test_a_head_out_of_sight_is_named(packs) -> None:
     def head(shard: str, overlap: float) -> HeadConfig:
         band = Band(t=0.1, slope=1, intercept=0, loss=0.1, overlap=overlap, mean_ratio=1)
-        return HeadConfig(shard=shard, trunk_sha256="0", bands=[band])
+        told = HeadCalibration(prompted=[band], unprompted=[band])
+        return HeadConfig(shard=shard, trunk_sha256="0", calibration=told)
 
     heads = {"a": head("a", 0.3), "b": head("b", 0.001), "c": head("c", 0.3)}
     found = measure_gate(gate(), packs, heads=heads, seed=0)
     assert found.warnings == ["b has no overlap with the anchor at t = 0.1"]
     assert found.recommended == "once"
-    assert found.heads["b"][0].overlap == 0.001
+    assert found.heads["b"].prompted[0].overlap == 0.001
 
 
 def test_fewer_records_are_a_seeded_choice_of_all(packs) -> None:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
-from atoll.core.head import Band, GateHead, HeadConfig, new_head
+from atoll.core.head import Band, GateHead, HeadCalibration, HeadConfig, new_head
 from atoll.core.trunk import Features, Trunk, TrunkConfig, new_trunk
 from atoll.router.gate import Gate, JointGate
 from atoll.router.routing import renormalise
@@ -24,7 +24,8 @@ TRUNK = new_trunk(SHAPE, seed=0).eval()
 
 
 def head(shard: str) -> GateHead:
-    config = HeadConfig(shard=shard, trunk_sha256="0", bands=[BAND], text=BAND)
+    told = HeadCalibration(prompted=[BAND], unprompted=[BAND], text=BAND)
+    config = HeadConfig(shard=shard, trunk_sha256="0", calibration=told)
     made = new_head(config, TRUNK).eval()
     with torch.no_grad():
         for name, weight in made.named_parameters():
