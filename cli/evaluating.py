@@ -16,7 +16,7 @@ from atoll.core.errors import UsageError
 from atoll.core.head import HeadConfig, read_head_config
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Manifest, check_artefact
+from atoll.core.manifest import Artefact, Manifest, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.evaluate.choice import choose_routing
@@ -46,7 +46,7 @@ from atoll.partitioner.settings import CLUSTERS
 from atoll.partitioner.words import count_words, telling_words
 from atoll.router.assemble import add_export
 from atoll.router.calibrate import GateCalibration, measure_gate
-from atoll.router.gate import Gate
+from atoll.router.model import BASE
 
 _MONTAGE = 24
 _MOST_REFERENCE = 1_000
@@ -125,7 +125,7 @@ def _measure(
     gates = {
         name: gate_of(model, run, manifest)
         for name, model in zip(model_names(list(models)), loaded, strict=True)
-        if model.kind == "ensemble" and set(model.shards) <= set(manifest.shards)
+        if model.kind == "ensemble" and set(model.shards) <= {BASE, *manifest.shards}
     }
     evaluation = evaluate_systems(
         systems,
@@ -289,11 +289,13 @@ def gate_heads(run: Storage, manifest: Manifest) -> dict[str, HeadConfig]:
 
 
 def gate_of(model: Model, run: Storage, manifest: Manifest) -> GateCalibration:
-    """An ensemble's gate on the held-out records of its shards; what it warns of is logged."""
-    packs = {shard: Pack(run.local(manifest.shard(shard).path)) for shard in model.shards}
-    gate = model.gate
-    heads = gate.configs if isinstance(gate, Gate) else {}
-    found = measure_gate(gate, packs, heads=heads, seed=manifest.seed)
+    """An ensemble's gate on the held-out records of its shards; what it warns of is logged.
+
+    Those of the base are the commons'.
+    """
+    parts: dict[str, Artefact] = {BASE: manifest.commons, **manifest.shards}
+    packs = {name: Pack(run.local(parts[name].path)) for name in model.shards}
+    found = measure_gate(model.gate, packs, heads=model.heads, seed=manifest.seed)
     for warning in found.warnings:
         log.warning("%s", warning)
     if found.recommended is not None:

@@ -5,8 +5,8 @@ A denoiser on its own is an ensemble of one: the same trajectory, the same sampl
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
+from atoll.core.head import HeadConfig
 from atoll.core.latents import Autoencoder, autoencoder_beside
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import MANIFEST_NAME, PIXELS, Manifest, Picture, parse_size
@@ -27,7 +28,7 @@ from atoll.evaluate.evaluation import METRICS_NAME, Evaluation
 from atoll.router.chooser import sample_settings
 from atoll.router.chooser import x_noise as noise_of
 from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
-from atoll.router.gate import GateWeights
+from atoll.router.gate import Gate, GateWeights
 from atoll.router.routing import Routing, parse_routing
 
 if TYPE_CHECKING:
@@ -54,6 +55,7 @@ class Model:
     vae: Autoencoder | None = None  # of latents
     sha256: str | None = None  # of an ensemble's folder
     auto: str | None = None  # what its own evaluation chose
+    heads: Mapping[str, HeadConfig] = field(default_factory=dict)  # of the gate, if it has any
 
     def routing(self, text: str) -> Routing:
         """A routing over this model's shards, `auto` among them; `UsageError` lists the choices."""
@@ -199,6 +201,7 @@ def _ensemble(folder: Path, device: torch.device, expert_bytes: int | None) -> M
         vae=_vae(folder, model.latent_space, device),
         sha256=sha256,
         auto=auto,
+        heads=model.gate.configs if isinstance(model.gate, Gate) else {},
     )
 
 

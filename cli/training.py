@@ -146,6 +146,12 @@ def register(app: typer.Typer) -> None:
             Literal["per-shard", "joint"],
             typer.Option(help="The islands' own heads, or one classifier of all shards' records."),
         ] = "per-shard",
+        with_base: Annotated[
+            bool,
+            typer.Option(
+                "--with-base", help="The base as one expert more, for what no shard has seen."
+            ),
+        ] = False,
     ) -> Result:
         """Experts and a gate become an ensemble folder that diffusers loads."""
         from atoll.cli.working import working_on
@@ -156,10 +162,11 @@ def register(app: typer.Typer) -> None:
         from atoll.router.assemble import assemble as do_assemble
 
         with working_on(run) as (storage, manifest):
-            if gate == "joint" and manifest.experts:  # without any it is refused below
+            # What is refused below is not trained for first.
+            if gate == "joint" and manifest.experts and not with_base:
                 config = saved_config(BaseConfig, storage, WORK) or BaseConfig()
                 train_joint(storage, manifest, config)
-            made = do_assemble(storage, manifest, out, gate=gate)
+            made = do_assemble(storage, manifest, out, gate=gate, with_base=with_base)
         missing = [name for name in manifest.shards if name not in manifest.experts]
         return {"run": run, "ensemble": made.path, "sha256": made.sha256, "missing": missing}
 

@@ -185,7 +185,11 @@ def _kind(place: Storage, manifest: Manifest) -> str | None:
     else:
         return "report" if place.exists("metrics.json") else None
     assert manifest.base is not None
-    bases = {Card.model_validate(place.read_json(card)).base_sha256 for card in cards}
+    bases = set()
+    for name in cards:
+        card = Card.model_validate(place.read_json(name))
+        folder = name.removesuffix(f"/{CARD_NAME}")
+        bases.add(place.sha256(folder) if card.kind == "base" else card.base_sha256)
     return kind if manifest.base.sha256 in bases else None
 
 
@@ -267,12 +271,12 @@ def _leave_reports(manifest: Manifest, exports: dict[str, str]) -> None:
 
 
 def _leave_ensemble(run: Storage, manifest: Manifest, exports: dict[str, str]) -> None:
-    """The ensemble and its copies anew; where no expert is left, none."""
-    from atoll.router.assemble import assemble, export
+    """The ensemble and its copies anew; where neither an expert nor the base is left, none."""
+    from atoll.router.assemble import assemble, export, has_base
 
     if manifest.ensemble is not None:
-        if manifest.experts:
-            assemble(run, manifest)
+        if (with_base := has_base(run)) or manifest.experts:
+            assemble(run, manifest, with_base=with_base)
         else:
             run.remove(manifest.ensemble.path)
             manifest.ensemble = None

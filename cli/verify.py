@@ -201,11 +201,11 @@ def _ensemble_check(run: Storage, manifest: Manifest) -> None:
     from atoll.router.assemble import build
     from atoll.router.model import read_ensemble_config
 
-    gate = read_ensemble_config(run.local("ensemble/transformer")).gate
+    config = read_ensemble_config(run.local("ensemble/transformer"))
     assert manifest.ensemble is not None
     with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
         folder = Path(scratch) / "ensemble"
-        build(run, manifest, folder, gate=gate)
+        build(run, manifest, folder, gate=config.gate, with_base=config.base)
         found = sha256_folder(folder)
     if found != manifest.ensemble.sha256:
         raise Refused(f"assembled anew it has sha256 {found}, not {manifest.ensemble.sha256}")

@@ -15,12 +15,13 @@ from pathlib import Path
 from diffusers import FlowMatchEulerDiscreteScheduler
 
 from atoll.core.embedding import text_projection
-from atoll.core.errors import DataError, Refused
+from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact, require
 from atoll.core.storage import Storage, canonical_json
 from atoll.router.forward import TextProjection
 from atoll.router.model import (
+    BASE,
     EnsembleConfig,
     GateKind,
     copy_experts,
@@ -34,16 +35,25 @@ _log = logging.getLogger("atoll")
 
 
 def assemble(
-    run: Storage, manifest: Manifest, out: str | None = None, *, gate: GateKind = "per-shard"
+    run: Storage,
+    manifest: Manifest,
+    out: str | None = None,
+    *,
+    gate: GateKind = "per-shard",
+    with_base: bool = False,
 ) -> Artefact:
     """Write the ensemble of all experts that are there into the run, and a copy of it to `out`.
 
     A copy leaves the run, so the manifest lists it under exports.
 
     Shards whose island is not finished are missing islands: the ensemble is the exact law over
-    those that are there, and its folder says which are not.
+    those that are there, and its folder says which are not. With the base it is that of the commons
+    and the shards together: the base is one expert more, of the commons' records, and answers where
+    no shard does.
     """
-    if not manifest.experts:
+    if with_base:
+        _check_base(manifest, gate)
+    elif not manifest.experts:
         raise DataError("This run has no expert yet", cure="train one with `atoll train RUN`")
     present, missing = _here(manifest)
     for shard in present:
@@ -58,13 +68,20 @@ def assemble(
     if missing:
         _log.warning("Missing shards, left out and renormalised: %s", ", ".join(missing))
     with run.writing_folder("ensemble") as folder:
-        build(run, manifest, folder, gate=gate)
+        build(run, manifest, folder, gate=gate, with_base=with_base)
     manifest.ensemble = Artefact(path="ensemble", sha256=run.sha256("ensemble"))
     if out is not None:
         export(run.local("ensemble"), out)
         add_export(manifest, out)
-    _record(run, manifest, present, gate)
+    _record(run, manifest, present, gate, with_base)
     return manifest.ensemble
+
+
+def has_base(run: Storage) -> bool:
+    """Whether the run's ensemble was assembled with the base, as the ledger says."""
+    made = (ledger := Ledger(run)).latest("ensemble", "ensemble")
+    base = ledger.latest("base", "base")
+    return made is not None and base is not None and base.id in made.parents
 
 
 def export(folder: Path, out: str) -> None:
@@ -88,6 +105,25 @@ def add_export(manifest: Manifest, out: str) -> None:
     manifest.exports = sorted({*manifest.exports, uri})
 
 
+def _check_base(manifest: Manifest, gate: GateKind) -> None:
+    """Refuse the base beside a gate, or a shard, with which it cannot stand."""
+    _base(manifest)
+    if gate == "joint":
+        raise UsageError(
+            "A joint gate has learned to tell shards apart, and has no word for the base",
+            allowed="--with-base with the islands' own heads",
+        )
+    if BASE in manifest.shards:
+        raise UsageError(
+            f"A shard of this run is called '{BASE}', as the base would be in its ensemble",
+            cure="assemble without --with-base",
+        )
+
+
+def _base(manifest: Manifest) -> Artefact:
+    return require(manifest.base, "base", "train it with `atoll base RUN`")
+
+
 def _trunk(manifest: Manifest) -> Artefact:
     return require(manifest.trunk, "trunk of its gate", "train one with `atoll base RUN`")
 
@@ -104,12 +140,24 @@ def _here(manifest: Manifest) -> tuple[list[str], list[str]]:
     return present, sorted(shard for shard in manifest.shards if shard not in manifest.experts)
 
 
-def build(run: Storage, manifest: Manifest, folder: Path, *, gate: GateKind = "per-shard") -> None:
+def build(
+    run: Storage,
+    manifest: Manifest,
+    folder: Path,
+    *,
+    gate: GateKind = "per-shard",
+    with_base: bool = False,
+) -> None:
     """Fill a local folder with the ensemble; its bytes follow from the run's files alone."""
     present, missing = _here(manifest)
     transformer = folder / "transformer"
     experts = {shard: manifest.experts[shard] for shard in present}
-    copy_experts(transformer, {shard: run.local(each.path) for shard, each in experts.items()})
+    places = {shard: run.local(each.path) for shard, each in experts.items()}
+    records = {shard: manifest.shards[shard].records for shard in present}
+    if with_base:
+        places[BASE] = run.local(_base(manifest).path)
+        records = dict(sorted({**records, BASE: manifest.commons.records}.items()))
+    copy_experts(transformer, places)
     if gate == "joint":
         copy_joint(transformer, run.local(_joint(manifest).path), present)
     else:
@@ -117,11 +165,12 @@ def build(run: Storage, manifest: Manifest, folder: Path, *, gate: GateKind = "p
         copy_heads(transformer, run.local(_trunk(manifest).path), heads)
     config = EnsembleConfig(
         picture=manifest.picture,
-        records={shard: manifest.shards[shard].records for shard in present},
+        records=records,
         gate=gate,
+        base=with_base,
         missing=missing,
     )
-    version = _diffusers_version(run.local(manifest.experts[present[0]].path))
+    version = _diffusers_version(next(iter(places.values())))
     write_ensemble_config(transformer, config, version=version)
     encoder = run.local(manifest.encoder.path)
     TextProjection(text_projection(encoder)).save(transformer)
@@ -145,7 +194,7 @@ def build(run: Storage, manifest: Manifest, folder: Path, *, gate: GateKind = "p
     if manifest.vae is not None:
         index["vae"] = ["diffusers", "AutoencoderKL"]
     (folder / "model_index.json").write_bytes(canonical_json(index))
-    (folder / CARD_NAME).write_bytes(canonical_json(ensemble_card(present, missing)))
+    (folder / CARD_NAME).write_bytes(canonical_json(ensemble_card(list(records), missing)))
 
 
 def _diffusers_version(expert: Path) -> str:
@@ -153,7 +202,9 @@ def _diffusers_version(expert: Path) -> str:
     return str(json.loads((expert / "config.json").read_text())["_diffusers_version"])
 
 
-def _record(run: Storage, manifest: Manifest, present: list[str], gate: GateKind) -> None:
+def _record(
+    run: Storage, manifest: Manifest, present: list[str], gate: GateKind, with_base: bool
+) -> None:
     """One ledger entry, descending from every expert and the gate; then the manifest."""
     assert manifest.ensemble is not None
     ledger = Ledger(run)
@@ -163,7 +214,8 @@ def _record(run: Storage, manifest: Manifest, present: list[str], gate: GateKind
         for kind in (("expert",) if gate == "joint" else ("expert", "gate_head"))
         if (entry := ledger.latest(kind, shard)) is not None
     ]
-    for part in ("encoder", "vae", "joint_gate" if gate == "joint" else "trunk"):
+    shared = ["encoder", "vae", "joint_gate" if gate == "joint" else "trunk"]
+    for part in [*shared, "base"] if with_base else shared:
         entry = ledger.latest(part, part)
         parents += [entry] if entry is not None else []
     ledger.append("ensemble", "ensemble", manifest.ensemble.sha256, parents=parents)

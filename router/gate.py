@@ -36,15 +36,21 @@ class InFloat32(nn.Module):
 
 
 class Gate(InFloat32):
-    """The trunk, gate heads and record counts, in the order of the ensemble's shards."""
+    """The trunk, gate heads and record counts, in the order of the ensemble's experts.
+
+    The base has None for a head: trained on the anchor's own records, its f is 0 by definition, and
+    so it answers where every shard's density is far below the anchor's.
+    """
 
     def __init__(
-        self, trunk: Trunk, heads: Mapping[str, GateHead], records: Mapping[str, int]
+        self, trunk: Trunk, heads: Mapping[str, GateHead | None], records: Mapping[str, int]
     ) -> None:
         super().__init__()
         self.trunk = trunk
         self.shards = list(heads)
-        self.heads = nn.ModuleList(heads.values())
+        self.heads = nn.ModuleDict(
+            {str(k): h for k, h in enumerate(heads.values()) if h is not None}
+        )
         # Integer counts, so that a removal changes the others' priors exactly.
         self.records = {shard: records[shard] for shard in self.shards}
 
@@ -56,19 +62,25 @@ class Gate(InFloat32):
     @property
     def configs(self) -> dict[str, HeadConfig]:
         """Every head's configuration, its calibration among it, by shard."""
+        return {shard: head.config for shard, head in self.by_shard().items()}
+
+    def by_shard(self) -> dict[str, GateHead]:
+        """The heads that there are."""
         found = {}
-        for shard, head in zip(self.shards, self.heads, strict=True):
+        for k, head in self.heads.items():
             assert isinstance(head, GateHead)
-            found[shard] = head.config
+            found[self.shards[int(k)]] = head
         return found
 
     def log_weights(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """log p(k | x_t, t, cond), `(batch, shard)`."""
-        weight = next(self.heads.parameters())
+        """log p(k | x_t, t, cond), `(batch, expert)`."""
+        weight = next(self.trunk.parameters())
         x_t, t, cond = x_t.to(weight), t.to(weight), cond.to(weight)
         counts = torch.tensor([float(self.records[shard]) for shard in self.shards])
         features = self.trunk.features(x_t, t, cond)
-        ratios = torch.stack([head(features, t, cond) for head in self.heads], dim=1)
+        ratios = torch.zeros(len(x_t), len(self.shards)).to(x_t)
+        for k, head in self.heads.items():
+            ratios[:, int(k)] = head(features, t, cond)
         return (ratios + counts.log().to(ratios)).log_softmax(dim=1)
 
     def forward(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:

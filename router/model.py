@@ -37,6 +37,7 @@ from atoll.router.paging import PagedExperts
 
 SCHEMA_VERSION = 2  # 1: heads without a trunk
 TRUNK, JOINT = "trunk", "joint"
+BASE = "base"  # its name among the experts
 _log = logging.getLogger("atoll")
 
 
@@ -56,6 +57,7 @@ class EnsembleConfig(BaseModel):
     # Shard -> record count, of the experts that are here. A shard's name is that of a folder.
     records: Annotated[dict[ShardName, Annotated[int, Field(ge=1, le=2**53)]], Field(min_length=1)]
     gate: GateKind = "per-shard"
+    base: bool = False  # whether the expert BASE is the base itself, of the commons' records
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
     family: str | None = None  # whose forward it has, where that is not the first expert's
 
@@ -255,7 +257,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
     def _check(self) -> None:
         """Refuse experts that cannot stand together or here."""
         for shard, config in self.configs.items():
-            _check_expert(shard, self.cards[shard], config, self.ensemble_config.picture)
+            _check_expert(shard, self.cards[shard], config, self.ensemble_config)
         spaces = {card.latent_space for card in self.cards.values()}
         if len(spaces) > 1:
             raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
@@ -273,8 +275,7 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
             self.gate.classifier.save(folder / JOINT)
         else:
             self.gate.trunk.save(folder / TRUNK)
-            for shard, head in zip(self.shards, self.gate.heads, strict=True):
-                assert isinstance(head, GateHead)
+            for shard, head in self.gate.by_shard().items():
                 head.save(folder / "gate" / shard)
         if self.text_projection is not None:
             self.text_projection.save(folder)
@@ -294,8 +295,11 @@ def _load_gate(folder: Path, config: EnsembleConfig) -> Gate | JointGate:
         check_joint(trunk.config, config.records)
         return JointGate(trunk, config.records)
     trunk_sha256 = sha256_folder(place)
-    heads = {}
+    heads: dict[str, GateHead | None] = {}
     for shard in config.records:
+        if config.base and shard == BASE:
+            heads[shard] = None
+            continue
         heads[shard] = head = GateHead.load(folder / "gate" / shard, trunk.config)
         if head.config.shard != shard:
             raise Refused(
@@ -306,13 +310,17 @@ def _load_gate(folder: Path, config: EnsembleConfig) -> Gate | JointGate:
     return Gate(trunk, heads, config.records)
 
 
-def _check_expert(shard: str, card: Card, config: Mapping[str, Any], picture: Picture) -> None:
+def _check_expert(
+    shard: str, card: Card, config: Mapping[str, Any], ensemble: EnsembleConfig
+) -> None:
     """Refuse one of another shard, which the priors would misjudge, or for other pictures."""
-    if card.shard != shard:
+    stands_for = BASE if card.kind == "base" else card.shard
+    if stands_for != shard or (card.kind == "base") != (ensemble.base and shard == BASE):
         raise Refused(
-            f"In the place of {shard} is the expert of {card.shard}",
+            f"In the place of {shard} is the expert of {stands_for}",
             cure="assemble the ensemble again",
         )
+    picture = ensemble.picture
     size = config["sample_size"]
     height, width = (size, size) if isinstance(size, int) else tuple(size)
     made_for = (config["in_channels"], height, width)

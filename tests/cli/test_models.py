@@ -132,6 +132,7 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
         assert json.loads((folder / "metrics.json").read_text()) == said["metrics"]
     [(name, gate)] = said["metrics"]["gates"].items()
     assert (name, gate["shards"]) == ("ensemble", list(SHARDS))
+    assert [len(head["prompted"]) for head in gate["heads"].values()] == [2, 2, 2]
     for bands in (gate["prompted"], gate["unprompted"]):
         assert [band["t"] for band in bands] == [0.1, 0.3, 0.5, 0.7, 0.9, 1.0]
     assert gate["n"] == sum(len(pack.held_out) for pack in packs(run))

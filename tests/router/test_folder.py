@@ -358,7 +358,7 @@ def test_the_priors_of_the_folder_are_the_manifests_counts(run: Storage, folder:
     gate = EnsembleModel.from_pretrained(folder / "transformer").gate
     assert isinstance(gate, Gate)
     assert gate.records == {n: s.records for n, s in Manifest.load(run).shards.items()}
-    assert [head.config.shard for head in gate.heads] == SHARDS
+    assert [head.config.shard for head in gate.by_shard().values()] == SHARDS
 
 
 def test_a_run_is_sampled_by_its_path(run: Storage, folder: Path) -> None:
