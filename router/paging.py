@@ -69,6 +69,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
         self._places = [_place(folder, dtype) for folder in folders]
         self._slots: list[_Slot] = []  # the least recently run first
         self._budget = budget
+        self._coming: list[int] = []  # still to be brought of what was asked for last
         self.loads = 0  # experts brought into memory so far
         largest = max(self._places, key=lambda place: place.bytes)
         if largest.bytes > budget:
@@ -110,10 +111,14 @@ class PagedExperts(Sequence[ExpertVelocity]):
     def order(self, wanted: Sequence[int]) -> list[int]:
         """Those in memory first: they would be written over by the others."""
         here = [k for k in self.resident if k in wanted]
-        coming = [k for k in wanted if k not in here]
-        if coming:
-            self._read_ahead(coming[0])
-        return here + coming
+        self._coming = [k for k in wanted if k not in here]
+        self._announce()
+        return here + self._coming
+
+    def _announce(self) -> None:
+        """Have the next expert read while the one before it is computed with."""
+        if self._coming:
+            self._read_ahead(self._coming[0])
 
     def expert(self, k: int, device: torch.device = CPU) -> Denoiser:
         """Expert `k` in memory, brought there if need be; good until the next one is asked for."""
@@ -121,6 +126,8 @@ class PagedExperts(Sequence[ExpertVelocity]):
         slot = next((slot for slot in self._slots if slot.expert == k), None)
         if slot is None:
             slot = self._bring(k)
+            self._coming = [other for other in self._coming if other != k]
+            self._announce()
         else:
             self._slots.remove(slot)
         # Within a list, since diffusers warns of modules that are not there when its own are cast.

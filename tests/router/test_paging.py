@@ -110,6 +110,27 @@ def test_those_that_are_there_are_run_first(folders: list[Path]) -> None:
         assert paged.loads == 3 + step
 
 
+def test_the_next_one_is_read_while_one_is_computed_with(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[tuple[str, int]] = []
+    bring = PagedExperts._bring
+
+    def brought(self: PagedExperts, k: int) -> object:
+        seen.append(("brought", k))
+        return bring(self, k)
+
+    monkeypatch.setattr(PagedExperts, "_read_ahead", lambda _, k: seen.append(("ahead", k)))
+    monkeypatch.setattr(PagedExperts, "_bring", brought)
+    paged = PagedExperts([folders[k] for k in (0, 1, 3)], budget=bytes_of(folders[0]))
+    weights = torch.full((2, 3), 1 / 3)
+    for steps in ([0, 1, 2], [0, 1], [0, 2]):
+        with torch.no_grad():
+            mix(paged, weights, *batch(2))
+        assert seen == [(what, k) for k in steps for what in ("ahead", "brought")]
+        seen.clear()
+
+
 def test_what_is_in_memory_is_not_read_again(folders: list[Path]) -> None:
     paged = PagedExperts(folders, budget=sum(map(bytes_of, folders)))
     for _ in range(3):
