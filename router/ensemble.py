@@ -70,6 +70,8 @@ class TraceStep:
     t: float  # of the first sample
     gate_weights: Tensor  # (batch, shard), of the conditional branch
     weights: Tensor  # (batch, shard), what was run with, of the conditional branch
+    null_gate_weights: Tensor  # likewise of guidance's null branch, 0 where there is none
+    null_weights: Tensor
     experts_run: int  # forward passes of experts, summed over the batch and both branches
     x_data: Tensor  # (batch, ...), where the velocity points to from here
 
@@ -122,7 +124,7 @@ class Trajectory:
         if len(guided):
             v, null_v = v[:n], v[n:]
             v[guided] = sampler.guide(v[guided], null_v, self._scale(guided, v)).to(v)
-        self._note(x_t, t, v, p, weights, null_weights)
+        self._note(x_t, t, v, (p, weights, q, null_weights))
         return v
 
     def _posteriors(self, x_t: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,13 +156,24 @@ class Trajectory:
         return scales.reshape(-1, *([1] * (v.ndim - 1)))
 
     def _note(
-        self, x_t: Tensor, t: Tensor, v: Tensor, p: Tensor, weights: Tensor, null_weights: Tensor
+        self, x_t: Tensor, t: Tensor, v: Tensor, decided: tuple[Tensor, Tensor, Tensor, Tensor]
     ) -> None:
+        """`decided` are gate_weights and weights of the conditional branch, then of the null."""
+        p, weights, q, null_weights = decided
         run, null_run = int((weights > 0).sum()), int((null_weights > 0).sum())
         self.experts_run += run
         self.null_experts_run += null_run
         if self.trace is not None:
             x_data = flow.velocity_to_x_data(v, x_t, t)
+            guided = self._chooser.guided[:, None].to(p.device)
             self.trace.append(
-                TraceStep(float(t[0]), p.cpu(), weights.cpu(), run + null_run, x_data.cpu())
+                TraceStep(
+                    t=float(t[0]),
+                    gate_weights=p.cpu(),
+                    weights=weights.cpu(),
+                    null_gate_weights=(q * guided).cpu(),
+                    null_weights=null_weights.cpu(),
+                    experts_run=run + null_run,
+                    x_data=x_data.cpu(),
+                )
             )

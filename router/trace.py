@@ -27,6 +27,7 @@ def trace_json(
 ) -> dict[str, Any]:
     """Per step the time, and per picture the gate's weights and the weights it was run with.
 
+    Those of guidance's null branch besides, 0 for pictures without guidance.
     `previews` are the files that show where each step's velocity points to.
     """
     return {
@@ -37,6 +38,8 @@ def trace_json(
                 "t": step.t,
                 "gate_weights": _rounded(step.gate_weights),
                 "weights": _rounded(step.weights),
+                "null_gate_weights": _rounded(step.null_gate_weights),
+                "null_weights": _rounded(step.null_weights),
                 "experts_run": step.experts_run,
                 "x_data": preview,
             }

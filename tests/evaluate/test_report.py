@@ -107,7 +107,9 @@ def everything() -> views.ReportData:
     prompts = ("a red apple", "a red car", EVIL)
     band = Band(t=0.5, slope=1, intercept=0, loss=0.4, overlap=0.3, mean_ratio=1.1)
     trace = [
-        TraceStep(t, torch.tensor([[t, 1 - t]] * 3), torch.zeros(3, 2), 6, torch.zeros(3, 1, 8, 8))
+        TraceStep(
+            t, torch.tensor([[t, 1 - t]] * 3), *[torch.zeros(3, 2)] * 3, 6, torch.zeros(3, 1, 8, 8)
+        )
         for t in (1.0, 0.6, 0.2)
     ]
     entry = LedgerEntry(

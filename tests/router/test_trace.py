@@ -29,9 +29,7 @@ def steps(pictures: int, shards: int, count: int = 3) -> list[TraceStep]:
         return drawn / drawn.sum(dim=1, keepdim=True)
 
     x_data = torch.linspace(-1, 1, 3 * 64).reshape(1, 3, 8, 8).repeat(pictures, 1, 1, 1)
-    return [
-        TraceStep(1 - s / count, weights(s), weights(s), pictures, x_data) for s in range(count)
-    ]
+    return [TraceStep(1 - s / count, *[weights(s)] * 4, pictures, x_data) for s in range(count)]
 
 
 def as_it_is(x_data: torch.Tensor) -> torch.Tensor:
@@ -61,6 +59,12 @@ def test_json_round_trip(make_world: Callable[..., Any], guidance: float) -> Non
             found = torch.tensor(told[name], dtype=torch.float64)
             torch.testing.assert_close(found, getattr(step, name), rtol=0, atol=1e-6)
             assert torch.allclose(found.sum(dim=1), torch.ones(3, dtype=torch.float64), atol=1e-5)
+        for name in ("null_gate_weights", "null_weights"):
+            found = torch.tensor(told[name], dtype=torch.float64)
+            torch.testing.assert_close(found, getattr(step, name), rtol=0, atol=1e-6)
+            # Without guidance there is no such branch.
+            total = torch.full((3,), float(guidance != 1), dtype=torch.float64)
+            assert torch.allclose(found.sum(dim=1), total, atol=1e-5)
         assert told["experts_run"] == step.experts_run
     assert [step["x_data"] for step in read["steps"]] == list("abcd")
 
