@@ -27,6 +27,9 @@ from atoll.core.trunk import Features, Trunk, TrunkConfig, Upper, save_network, 
 
 SCHEMA_VERSION = 2  # 1: a network of its own, without a trunk
 CONFIG_NAME = "config.json"
+# Below this share of the anchor a head says of every record whether it is the shard's: its log
+# density ratio is an extrapolation there, 0/0 among other shards that are as far away.
+LEAST_OVERLAP = 0.01
 
 
 class Band(BaseModel):
@@ -39,7 +42,9 @@ class Band(BaseModel):
     intercept: float
     loss: float  # balanced binary cross-entropy in nats after calibration; log 2 knows nothing
     overlap: float  # mean of 2 min(p, 1 - p) over the anchor: 0 where the shard is out of sight
-    mean_ratio: float  # mean of exp f over held-out anchor records; 1 for an exact head
+    # Mean of exp f over held-out anchor records: for an exact head 1, or with captions the part of
+    # the shard's records that have one over that of the anchor's.
+    mean_ratio: float
 
 
 class HeadCalibration(BaseModel):
@@ -52,10 +57,18 @@ class HeadCalibration(BaseModel):
     unprompted: list[Band] = Field(default_factory=list)
     text: Band | None = None  # of the head on cond alone, t = 1
 
-    @property
-    def bands(self) -> list[Band]:
-        """All below t = 1."""
-        return [*self.prompted, *self.unprompted]
+    def warnings(self) -> list[str]:
+        """Where not to trust the head, as ends of a sentence about its shard."""
+        said = []
+        for how, bands in (("with", self.prompted), ("without", self.unprompted)):
+            far = [f"{band.t:g}" for band in bands if band.overlap < LEAST_OVERLAP]
+            if far:
+                said.append(f"has no overlap with the anchor at t = {', '.join(far)}, {how} prompt")
+            # What calibration flattens is better off saying nothing.
+            worse = [f"{band.t:g}" for band in bands if band.slope == 0]
+            if worse:
+                said.append(f"was worse than its prior at t = {', '.join(worse)}, {how} prompt")
+        return said
 
 
 class HeadConfig(BaseModel):

@@ -23,6 +23,7 @@ from atoll.core.config import Config
 from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, Denoiser, read_card
 from atoll.core.errors import Refused
 from atoll.core.head import CONFIG_NAME, GateHead, HeadConfig, new_head
+from atoll.core.journal import log
 from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Artefact, Plan, check_artefact, check_schema
 from atoll.core.pack import Pack, open_pack
@@ -219,7 +220,10 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Gr
         loss = head_loss(head, trunk.to(device), pack, anchor, settings, seed=order.seed)
         learner = Learner(head, group)
         Loop(run, place, head, course, name=f"gate head of {order.name}", learner=learner).run(loss)
-    return calibrate(head.to("cpu"), trunk.to("cpu"), pack, commons, settings, seed=order.seed)
+    made = calibrate(head.to("cpu"), trunk.to("cpu"), pack, commons, settings, seed=order.seed)
+    for said in made.config.calibration.warnings():
+        log.warning("The gate head of %s: its shard %s", order.name, said)
+    return made
 
 
 def _head_cost(run: Storage, order: IslandOrder, trunk: Trunk, pack: Pack) -> float:

@@ -249,8 +249,9 @@ def _noised_bands(
 ) -> list[Band]:
     """Bands of t from held-out records of shard and anchor, with their captions or with none.
 
-    `dropout` is 0 or 1. Records that have no caption are not asked about theirs; a band is left out
-    where that leaves one of the sides without any.
+    `dropout` is 0 or 1. Records that have no caption are not asked about theirs, and their side
+    weighs the less, since how many have one is part of what tells the sides apart; a band is left
+    out where one of them has none.
     """
     bands = []
     for index in range(count):
@@ -270,19 +271,20 @@ def _noised_bands(
             others.append(f[~is_shard & asked])
         sides = torch.cat(own), torch.cat(others)
         if all(len(side) for side in sides):
-            bands.append(_band(centre, *sides))
+            bands.append(_band(centre, *sides, drawn=_DRAWS))
     return bands
 
 
-def _band(centre: float, own: Tensor, others: Tensor) -> Band:
+def _band(centre: float, own: Tensor, others: Tensor, *, drawn: int | None = None) -> Band:
     """Platt scaling (1999) with a pull towards slope 1 and intercept 0; convex.
 
-    Both sides weigh the same whatever their numbers, as in training.
+    Both sides weigh the same whatever their numbers, as in training, or as the part of `drawn` that
+    each of them is.
     """
     f = torch.cat([own, others]).double()
     wanted = torch.cat([torch.ones_like(own), torch.zeros_like(others)]).double()
     weight = torch.cat(
-        [torch.full_like(own, 0.5 / len(own)), torch.full_like(others, 0.5 / len(others))]
+        [torch.full_like(side, 0.5 / (drawn or len(side))) for side in (own, others)]
     ).double() * min(len(own), len(others))
     design = torch.stack([f, torch.ones_like(f)], dim=1)
     scale = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)

@@ -34,8 +34,13 @@ SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1,
 STD = 0.3
 
 
-def make_pack(folder: Path, name: str, mean: float, caption: int, *, shared: bool = True) -> Pack:
-    """Gaussian 4x4 pictures about a mean, under two captions, or one that the other side lacks."""
+def make_pack(
+    folder: Path, name: str, mean: float, caption: int, *, shared: bool = True, every: int = 1
+) -> Pack:
+    """Gaussian 4x4 pictures about a mean, under two captions, or one that the other side lacks.
+
+    One in `every` has a caption.
+    """
     folder.mkdir()
     count = 2_000
     x = mean + STD * seeds.normal(0, name, first=0, count=count, shape=(1, 4, 4))
@@ -49,6 +54,7 @@ def make_pack(folder: Path, name: str, mean: float, caption: int, *, shared: boo
     # Two captions on both sides, the shard's own three times as often as the other.
     other = 3 - caption if shared else caption
     captions = torch.where(torch.arange(count) % 4 == 0, other, caption)
+    captions = torch.where(torch.arange(count) % every == 0, captions, 0)
     write_pack(folder / "pack-00000.safetensors", pixels, captions, table)
     card = ShardCard(
         name=name, records=1_500, held_out=500, picture=Picture(channels=1, height=4, width=4),
@@ -199,6 +205,25 @@ def test_what_is_off_with_captions_is_mended_apart_from_what_is_off_without(pack
         assert unprompted.intercept == pytest.approx(0, abs=0.12)
         assert prompted.slope == pytest.approx(0.8, rel=0.12)
         assert prompted.intercept == pytest.approx(-0.8, abs=0.12)
+
+
+class Counting(GateHead):
+    """The exact ratio where one record in five of the shard has a caption, and all others have."""
+
+    def raw(self, features: Features) -> Tensor:
+        t, is_null = features.signal.T
+        return exact_ratio(features.map, t) - math.log(5) * (is_null == 0)
+
+
+def test_how_many_records_have_captions_is_no_error(packs, trunk, tmp_path: Path) -> None:
+    sparse = make_pack(tmp_path / "sparse", "a", SHIFT, 1, every=5)
+    head = Counting(HEAD, trunk.config)
+    told = calibrate(head, Exact(trunk.config), sparse, packs[1], SETTINGS, seed=0)
+    for bands in (told.config.calibration.prompted, told.config.calibration.unprompted):
+        for band in bands[1:]:
+            assert band.slope == pytest.approx(1, abs=0.15)
+            assert band.intercept == pytest.approx(0, abs=0.2)
+    assert told.config.calibration.prompted[2].mean_ratio == pytest.approx(0.2, rel=0.3)
 
 
 def test_without_captions_on_one_side_both_kinds_are_calibrated_alike(
