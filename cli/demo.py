@@ -230,6 +230,7 @@ class _Demo:
                     control=CONTROL,
                 ).model_copy(update={"gates": {"ensemble": self._gate(manifest)}}),
                 manifest,
+                "ensemble",
             )
         )
         evaluating.save_evaluation(outcome.evaluation, run, manifest)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -60,6 +61,7 @@ def evaluate_models(
     count: int,
     steps: int,
     guidance: float,
+    one_posterior: bool,
     seed: int,
     device: str,
     out: str | None,
@@ -79,7 +81,7 @@ def evaluate_models(
             check_artefact(run, artefact)
         evaluation, data = _measure(
             models, run, manifest, routings=routings, count=count, steps=steps, guidance=guidance,
-            seed=seed, device=device,
+            one_posterior=one_posterior, seed=seed, device=device,
         )  # fmt: skip
         if out is None:
             save_evaluation(evaluation, run, manifest)
@@ -106,13 +108,16 @@ def _measure(
     count: int,
     steps: int,
     guidance: float,
+    one_posterior: bool,
     seed: int,
     device: str,
 ) -> tuple[Evaluation, ReportData]:
     reference = run.uri
     loaded = [load_model(path, encoder=f"{reference}/encoder", device=device) for path in models]
     systems = []
-    for name, model in zip(model_names(list(models)), loaded, strict=True):
+    named = dict(zip(model_names(list(models)), loaded, strict=True))
+    several = sum(model.kind == "ensemble" for model in loaded) > 1
+    for name, model in named.items():
         ours, theirs = ((m.picture.shape, m.latent_space) for m in (model, manifest))
         if ours != theirs:
             raise UsageError(
@@ -120,11 +125,14 @@ def _measure(
                 f"{theirs[0]}",
                 cure="measure it against its own run",
             )
-        systems += systems_of(model, name, routings=routings, steps=steps, guidance=guidance)
+        systems += systems_of(
+            model, name, routings=routings, steps=steps, guidance=guidance,
+            one_posterior=one_posterior, several=several,
+        )  # fmt: skip
     encoder = loaded[0].encoder
     gates = {
         name: gate_of(model, run, manifest)
-        for name, model in zip(model_names(list(models)), loaded, strict=True)
+        for name, model in named.items()
         if model.kind == "ensemble" and set(model.shards) <= {BASE, *manifest.shards}
     }
     evaluation = evaluate_systems(
@@ -137,8 +145,9 @@ def _measure(
         real=load_records(run, manifest, split=TRAIN),
         shape=manifest.picture.shape,
     ).model_copy(update={"gates": gates})
-    if any(model.sha256 == _own_ensemble(manifest) for model in loaded):
-        evaluation = with_choice(evaluation, manifest)
+    own = [name for name, model in named.items() if model.sha256 == _own_ensemble(manifest)]
+    if own and not one_posterior:  # which is another law than the one that `auto` samples
+        evaluation = with_choice(evaluation, manifest, own[0])
     data = ReportData(
         title=f"Evaluation of {reference}",
         shards=tuple(manifest.shards),
@@ -165,11 +174,11 @@ def reference_of(run: Storage, manifest: Manifest) -> Records:
     return records.take(sorted(order[:_MOST_REFERENCE].tolist()))
 
 
-def with_choice(evaluation: Evaluation, manifest: Manifest) -> Evaluation:
-    """The evaluation of a run's own ensemble with the routing that `auto` is from now on."""
+def with_choice(evaluation: Evaluation, manifest: Manifest, name: str) -> Evaluation:
+    """The evaluation of a run's own ensemble, `name` there, with what `auto` is from now on."""
     sha256 = _own_ensemble(manifest)
     assert sha256 is not None
-    return evaluation.model_copy(update={"auto": choose_routing(evaluation, sha256)})
+    return evaluation.model_copy(update={"auto": choose_routing(evaluation, name, sha256)})
 
 
 def _own_ensemble(manifest: Manifest) -> str | None:
@@ -184,22 +193,42 @@ def save_evaluation(evaluation: Evaluation, run: Storage, manifest: Manifest) ->
 
 
 def systems_of(
-    model: Model, name: str, *, routings: Sequence[str], steps: int, guidance: float = 1.0
+    model: Model,
+    name: str,
+    *,
+    routings: Sequence[str],
+    steps: int,
+    guidance: float = 1.0,
+    one_posterior: bool = False,
+    several: bool = False,
 ) -> list[System]:
-    """One system per routing for an ensemble, one for anything else."""
-    kind = "ensemble" if model.kind == "ensemble" else model.kind
-    # As they are called, so that `auto` is measured under the name of what it stands for.
-    routings = [str(model.routing(text)) for text in routings] if kind == "ensemble" else ["full"]
+    """One system per routing for an ensemble, one for anything else.
+
+    A routing is named by itself, and where there are `several` ensembles by its ensemble too.
+    """
+    how = {"steps": steps, "guidance": guidance}
+    if model.kind != "ensemble":
+        return [
+            System(
+                name=name,
+                kind=model.kind,  # type: ignore[arg-type]
+                sample=_sampler(model, "full", one_posterior=False, **how),
+                shard=model.shards[0] if model.kind == "expert" else None,
+                **how,  # type: ignore[arg-type]
+            )
+        ]
+    before, after = f"{name} " if several else "", ", one posterior" if one_posterior else ""
     return [
         System(
-            name=routing if kind == "ensemble" else name,
-            kind=kind,  # type: ignore[arg-type]
-            sample=_sampler(model, routing, steps, guidance),
-            steps=steps,
-            guidance=guidance,
-            shard=model.shards[0] if kind == "expert" else None,
+            name=f"{before}{routing}{after}",
+            kind="ensemble",
+            sample=_sampler(model, routing, one_posterior=one_posterior, **how),
+            ensemble=name,
+            routing=routing,
+            **how,  # type: ignore[arg-type]
         )
-        for routing in routings
+        # As they are called, so that `auto` is measured under the name of what it stands for.
+        for routing in (str(model.routing(text)) for text in routings)
     ]
 
 
@@ -208,13 +237,11 @@ def as_control(system: System) -> System:
     return replace(system, kind="control", shard=None)
 
 
-def _sampler(
-    model: Model, routing: str, steps: int, guidance: float
-) -> Callable[[Request], Sampled]:
+def _sampler(model: Model, routing: str, **options: Any) -> Callable[[Request], Sampled]:
     def draw(request: Request) -> Sampled:
         made: Pictures = sample(
-            model, request.prompts, routing=routing, steps=steps, guidance=guidance,
-            seed=request.seed, first=request.first, x_noise=request.x_noise,
+            model, request.prompts, routing=routing, seed=request.seed, first=request.first,
+            x_noise=request.x_noise, **options,
         )  # fmt: skip
         return Sampled(made.x_data, made.experts_per_step, made.null_experts_per_step)
 

@@ -25,6 +25,12 @@ DeviceOption = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 GuidanceOption = Annotated[float, typer.Option(min=0, help="1 is unguided.")]
 
 
+OnePosteriorOption = Annotated[
+    bool,
+    typer.Option("--one-posterior", help="Guide by the prompt's gate weights alone, as others do."),
+]
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands."""
 
@@ -37,12 +43,7 @@ def register(app: typer.Typer) -> None:
         routing: RoutingOption = "full",
         steps: StepsOption = 30,
         guidance: GuidanceOption = 1.0,
-        one_posterior: Annotated[
-            bool,
-            typer.Option(
-                "--one-posterior", help="Guide by the prompt's gate weights alone, as others do."
-            ),
-        ] = False,
+        one_posterior: OnePosteriorOption = False,
         seed: Annotated[int, typer.Option(help="Seed of the noise and of draws.")] = 0,
         count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 1,
         size: Annotated[
@@ -118,6 +119,7 @@ def register(app: typer.Typer) -> None:
         count: Annotated[int, typer.Option(min=20, help="Pictures per system.")] = 500,
         steps: StepsOption = 30,
         guidance: GuidanceOption = 1.0,
+        one_posterior: OnePosteriorOption = False,
         seed: Annotated[int, typer.Option(help="Seed of noise, prompts and draws.")] = 0,
         device: DeviceOption = "auto",
         out: Annotated[
@@ -129,7 +131,8 @@ def register(app: typer.Typer) -> None:
 
         evaluation, place = evaluate_models(
             model, reference, routings=routing or ["full", "once", "top-k:1"],
-            count=count, steps=steps, guidance=guidance, seed=seed, device=device, out=out,
+            count=count, steps=steps, guidance=guidance, one_posterior=one_posterior, seed=seed,
+            device=device, out=out,
         )  # fmt: skip
         plain = json.loads(evaluation.model_dump_json())
         return {

@@ -8,6 +8,8 @@ takes no other command, and the same command finishes it. Every step may be repe
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 CERTIFICATE_NAME = "certificate.json"
 SCHEMA_VERSION = 1
+ENSEMBLE, WITH_BASE = "ensemble", "ensemble with the base"  # kinds of exports
 # What a certificate says that only the removal knew: the note of its ledger entry.
 CERTIFIED = ("records", "before", "after", "rewritten_exports", "beyond_reach")
 
@@ -104,7 +107,7 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     reached = {e.sha256 for e in newest.values() if shard in e.shards}
     before = {path: sha for path, sha in manifest.artefacts().items() if sha in reached}
     kinds, unreached = _exports(manifest, newest, shard)
-    _check_sound(run, manifest, shard)
+    _check_sound(run, manifest, shard, kinds.values())
     soups = {artefact.path: run.local(artefact.path) for artefact in manifest.soups.values()}
     soups |= {export: Path(export) for export, kind in kinds.items() if kind == "soup"}
     emptied = [name for name, folder in soups.items() if not _others(run, folder, shard)]
@@ -181,7 +184,9 @@ def _kind(place: Storage, manifest: Manifest) -> str | None:
     if place.exists("soup.json"):
         kind, cards = "soup", [CARD_NAME]
     elif place.exists("model_index.json"):
-        kind, cards = "ensemble", [n for n in place.list() if n.endswith(f"/{CARD_NAME}")]
+        based = place.read_json("transformer/config.json").get("base")
+        kind = WITH_BASE if based else ENSEMBLE
+        cards = [n for n in place.list() if n.endswith(f"/{CARD_NAME}")]
     else:
         return "report" if place.exists("metrics.json") else None
     assert manifest.base is not None
@@ -193,20 +198,31 @@ def _kind(place: Storage, manifest: Manifest) -> str | None:
     return kind if manifest.base.sha256 in bases else None
 
 
-def _check_sound(run: Storage, manifest: Manifest, shard: str) -> None:
-    """Refuse, while nothing is touched yet, damage that would stop the removal half-way."""
+def _check_sound(run: Storage, manifest: Manifest, shard: str, kinds: Collection[str]) -> None:
+    """Refuse, while nothing is touched yet, damage that would stop the removal half-way.
+
+    `kinds` are those of the exports within reach.
+    """
+    from atoll.router.assemble import check_parts, has_base
+
     if manifest.soups and not run.is_local:
         raise Refused(
             f"The soups of {run.uri} cannot be averaged anew where they are",
             cure="fetch the run, take the shard out there, and put it back",
         )
     stay = [manifest.encoder, manifest.commons, manifest.partition]
-    stay += [] if manifest.trunk is None else [manifest.trunk]
     stay += [entry for name, entry in manifest.shards.items() if name != shard]
-    for name, expert in manifest.experts.items():
-        stay += [] if name == shard else [expert, expert.gate_head]
+    experts = {name: expert for name, expert in manifest.experts.items() if name != shard}
+    stay += [part for expert in experts.values() for part in (expert, expert.gate_head)]
     for artefact in [*stay, *manifest.soups.values()]:
         check_artefact(run, artefact)
+    staying = manifest.model_copy(update={"experts": experts})
+    ensembles = {kind for kind in kinds if kind in (ENSEMBLE, WITH_BASE)}
+    if manifest.ensemble is not None:
+        ensembles.add(WITH_BASE if has_base(run) else ENSEMBLE)
+    for kind in ensembles:
+        if experts or kind == WITH_BASE:
+            check_parts(run, staying, with_base=kind == WITH_BASE)
 
 
 def _others(run: Storage, folder: Path, shard: str) -> bool:
@@ -272,7 +288,7 @@ def _leave_reports(manifest: Manifest, exports: dict[str, str]) -> None:
 
 def _leave_ensemble(run: Storage, manifest: Manifest, exports: dict[str, str]) -> None:
     """The ensemble and its copies anew; where neither an expert nor the base is left, none."""
-    from atoll.router.assemble import assemble, export, has_base
+    from atoll.router.assemble import assemble, build, export, has_base
 
     if manifest.ensemble is not None:
         if (with_base := has_base(run)) or manifest.experts:
@@ -280,11 +296,16 @@ def _leave_ensemble(run: Storage, manifest: Manifest, exports: dict[str, str]) -
         else:
             run.remove(manifest.ensemble.path)
             manifest.ensemble = None
-    for place in [place for place, kind in exports.items() if kind == "ensemble"]:
-        if manifest.ensemble is None:
+    for place, kind in exports.items():
+        if kind not in (ENSEMBLE, WITH_BASE):
+            continue
+        if kind == ENSEMBLE and not manifest.experts:
             _drop_export(run, manifest, place)
-        else:
-            export(run.local(manifest.ensemble.path), place)
+            continue
+        # Each as it was, with the base or without, whatever the run's own is by now.
+        with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
+            build(run, manifest, folder := Path(scratch) / "ensemble", with_base=kind == WITH_BASE)
+            export(folder, place)
 
 
 def _certify(run: Storage, manifest: Manifest, intent: dict[str, Any]) -> Certificate:

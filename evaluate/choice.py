@@ -11,24 +11,33 @@ from atoll.evaluate.features import ENCODER
 SHARE_MARGIN = 0.05
 
 
-def choose_routing(evaluation: Evaluation, ensemble_sha256: str) -> Chosen | None:
-    """The ensemble's routing with the fewest passes; None where none was evaluated.
+def choose_routing(evaluation: Evaluation, ensemble: str, ensemble_sha256: str) -> Chosen | None:
+    """The routing of an ensemble with the fewest passes; None where none was evaluated.
 
-    Only those are asked whose shares of shards are right, where any are, and whose KID in the
-    encoder's space cannot be told from the least.
+    Only those are asked whose shares of shards are right, or else the one whose shares are nearest,
+    and whose KID in the encoder's space cannot be told from the least. Where its gate is not to be
+    trusted it is what the gate's calibration recommends, if that was measured.
     """
-    rows = [row for row in evaluation.rows if row.kind == "ensemble"]
+    rows = [row for row in evaluation.rows if row.ensemble == ensemble]
     if not rows:
         return None
+    gate = evaluation.gates.get(ensemble)
+    if gate is not None and gate.recommended is not None:
+        safe = [row for row in rows if row.routing == gate.recommended]
+        if safe:
+            return _chosen(safe[0], "its gate is not to be trusted on the way", ensemble_sha256)
     fair = [row for row in rows if _excess(row) <= SHARE_MARGIN]
-    asked = fair or rows
+    asked = fair or [min(rows, key=_excess)]
     best = min(asked, key=lambda row: row.spaces[ENCODER].kid.value)
     near = best.spaces[ENCODER].kid.high
     good = [row for row in asked if row.spaces[ENCODER].kid.low <= near]
     taken = min(good, key=lambda row: (row.passes_per_picture or 0.0, asked.index(row)))
-    return Chosen(
-        routing=taken.name, why=_why(rows, fair, good, taken), ensemble_sha256=ensemble_sha256
-    )
+    return _chosen(taken, _why(rows, fair, good, taken), ensemble_sha256)
+
+
+def _chosen(row: Row, why: str, ensemble_sha256: str) -> Chosen:
+    assert row.routing is not None
+    return Chosen(routing=row.routing, why=why, ensemble_sha256=ensemble_sha256)
 
 
 def _excess(row: Row) -> float:
@@ -38,11 +47,14 @@ def _excess(row: Row) -> float:
 def _why(rows: Sequence[Row], fair: Sequence[Row], good: Sequence[Row], taken: Row) -> str:
     said = [f"of {len(rows)} routings"]
     if not fair:
-        said.append(f"none has shares of shards within {SHARE_MARGIN} of the real ones")
+        said.append(
+            f"none has shares of shards within {SHARE_MARGIN} of the real ones; of this they are "
+            "nearest"
+        )
     elif len(fair) < len(rows):
-        unfair = ", ".join(row.name for row in rows if row not in fair)
+        unfair = ", ".join(str(row.routing) for row in rows if row not in fair)
         said.append(f"{unfair} starved shards")
-    if len(good) < len(fair or rows):
+    if len(good) < len(fair):
         said.append("others were further from real records by KID")
     said.append(f"this one takes {taken.passes_per_picture or 0:.3g} passes a picture")
     return "; ".join(said)

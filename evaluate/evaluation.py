@@ -66,6 +66,8 @@ class System:
     guidance: float = 1.0
     shard: str | None = None
     about: str = ""
+    ensemble: str | None = None  # what it is a routing of
+    routing: str | None = None
 
 
 class Row(BaseModel):
@@ -86,6 +88,8 @@ class Row(BaseModel):
     kid_minus_control: dict[str, Estimate] = Field(default_factory=dict)
     shares: Shares | None = None
     reading: Reading | None = None
+    ensemble: str | None = None  # what it is a routing of, as under `gates`
+    routing: str | None = None
 
 
 class Chosen(BaseModel):
@@ -224,6 +228,8 @@ class _Bench:
             spaces={name: quality for name, (quality, _) in found.items()},
             shares=self._shares(features[ENCODER]),
             reading=self._reading(made),
+            ensemble=system.ensemble,
+            routing=system.routing,
         )
         return row, {name: near for name, (_, near) in found.items()}
 

@@ -144,7 +144,7 @@ def _panels(data: ReportData) -> list[tuple[str, Markup, list[Curve]]]:
 
 def _band_times(data: ReportData) -> list[float]:
     heads = data.gate_heads.values()
-    return sorted({band.t for head in heads for band in head.calibration.bands})
+    return sorted({band.t for head in heads for band in head.calibration.unprompted})
 
 
 def _trust(band: Band) -> float:

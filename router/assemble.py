@@ -16,6 +16,7 @@ from diffusers import FlowMatchEulerDiscreteScheduler
 
 from atoll.core.embedding import text_projection
 from atoll.core.errors import DataError, Refused, UsageError
+from atoll.core.head import read_head_config
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact, require
 from atoll.core.storage import Storage, canonical_json
@@ -24,6 +25,7 @@ from atoll.router.model import (
     BASE,
     EnsembleConfig,
     GateKind,
+    check_trunk,
     copy_experts,
     copy_heads,
     copy_joint,
@@ -47,24 +49,19 @@ def assemble(
     A copy leaves the run, so the manifest lists it under exports.
 
     Shards whose island is not finished are missing islands: the ensemble is the exact law over
-    those that are there, and its folder says which are not. With the base it is that of the commons
-    and the shards together: the base is one expert more, of the commons' records, and answers where
-    no shard does.
+    those that are there, and its folder says which are not. With the base it is about that of the
+    commons and the shards together (`Gate` says how nearly): the base is one expert more, and
+    answers where no shard does.
     """
-    if with_base:
-        _check_base(manifest, gate)
-    elif not manifest.experts:
-        raise DataError("This run has no expert yet", cure="train one with `atoll train RUN`")
     present, missing = _here(manifest)
-    for shard in present:
-        check_artefact(run, manifest.experts[shard])
-        check_artefact(run, manifest.experts[shard].gate_head)
-    check_artefact(run, manifest.encoder)
-    check_artefact(run, _joint(manifest) if gate == "joint" else _trunk(manifest))
-    if manifest.vae is not None:
-        check_artefact(run, manifest.vae)
+    check_parts(run, manifest, gate=gate, with_base=with_base)
     if out is not None:
         _export_place(out)
+    if gate == "per-shard":
+        for shard in present:
+            head = read_head_config(run.local(manifest.experts[shard].gate_head.path))
+            for said in head.calibration.warnings():
+                _log.warning("%s %s; `atoll evaluate` says what follows", shard, said)
     if missing:
         _log.warning("Missing shards, left out and renormalised: %s", ", ".join(missing))
     with run.writing_folder("ensemble") as folder:
@@ -75,6 +72,27 @@ def assemble(
         add_export(manifest, out)
     _record(run, manifest, present, gate, with_base)
     return manifest.ensemble
+
+
+def check_parts(
+    run: Storage, manifest: Manifest, *, gate: GateKind = "per-shard", with_base: bool = False
+) -> None:
+    """Refuse, before anything is written, what is missing, changed, or does not go together."""
+    if with_base:
+        _check_base(manifest, gate)
+        check_artefact(run, _base(manifest))
+    elif not manifest.experts:
+        raise DataError("This run has no expert yet", cure="train one with `atoll train RUN`")
+    check_artefact(run, manifest.encoder)
+    if manifest.vae is not None:
+        check_artefact(run, manifest.vae)
+    shared = _joint(manifest) if gate == "joint" else _trunk(manifest)
+    check_artefact(run, shared)
+    for expert in manifest.experts.values():
+        check_artefact(run, expert)
+        check_artefact(run, expert.gate_head)
+        if gate == "per-shard":
+            check_trunk(read_head_config(run.local(expert.gate_head.path)), shared.sha256)
 
 
 def has_base(run: Storage) -> bool:

@@ -26,9 +26,9 @@ BANDS = 5
 MOST_RECORDS = 10_000
 _BINS = 15
 _BATCH = 500
-# Below this share of the anchor a head says of every record whether it is the shard's: its log
-# density ratio is an extrapolation there, 0/0 among other shards that are as far away.
-LEAST_OVERLAP = 0.01
+# A debiased calibration error from which on the weights are not taken at their word, where chance
+# makes less than half of it.
+MOST_ERROR = 0.05
 _SURE = 3.0  # standard errors by which a head must be worse than its prior to be called so
 
 
@@ -125,7 +125,8 @@ def measure_gate(
         for prompted, parts in asked.items():
             found[prompted].append(_band(centre, torch.cat(parts), torch.cat(truth), prior, shards))
     alone = {shard: head.calibration for shard, head in (heads or {}).items()}
-    warnings = [*_of_heads(alone), *_of_gate(found)]
+    warnings = [f"{shard} {said}" for shard, head in alone.items() for said in head.warnings()]
+    warnings += _of_gate(found)
     return GateCalibration(
         n=n,
         shards=shards,
@@ -202,16 +203,6 @@ def _one_against_rest(p: Tensor, is_own: Tensor) -> Tensor:
     return -torch.where(is_own, p, 1 - p).clamp(min=1e-9).log()
 
 
-def _of_heads(heads: Mapping[str, HeadCalibration]) -> list[str]:
-    """What islands could see by themselves."""
-    said = []
-    for shard, head in heads.items():
-        far = sorted({band.t for band in head.bands if band.overlap < LEAST_OVERLAP})
-        if far:
-            said.append(f"{shard} has no overlap with the anchor at t = {_times(far)}")
-    return said
-
-
 def _of_gate(found: Mapping[bool, Sequence[GateBand]]) -> list[str]:
     """What shows only beside the other shards."""
     said = []
@@ -225,7 +216,16 @@ def _of_gate(found: Mapping[bool, Sequence[GateBand]]) -> list[str]:
             f"the weight of {shard} is worse than its prior at t = {_times(times)}, {how} prompt"
             for shard, times in at.items()
         ]
+        off = [band for band in bands if _is_off(band)]
+        if off:
+            worst = max(band.calibration_error for band in off)
+            where = _times([band.t for band in off])
+            said.append(f"the weights are off by up to {worst:.2f} at t = {where}, {how} prompt")
     return said
+
+
+def _is_off(band: GateBand) -> bool:
+    return band.calibration_error > max(MOST_ERROR, 2 * band.calibration_noise)
 
 
 def _times(times: Sequence[float]) -> str:

@@ -38,8 +38,9 @@ class InFloat32(nn.Module):
 class Gate(InFloat32):
     """The trunk, gate heads and record counts, in the order of the ensemble's experts.
 
-    The base has None for a head: trained on the anchor's own records, its f is 0 by definition, and
-    so it answers where every shard's density is far below the anchor's.
+    The base has None for a head and f = 0, as if the anchor were its records alone: it answers
+    where every shard's density is far below the anchor's. Of an anchor with a share b of broad
+    noise it has at least 1 - b of its exact odds, that where such noise is told from pictures.
     """
 
     def __init__(
@@ -65,7 +66,7 @@ class Gate(InFloat32):
         return {shard: head.config for shard, head in self.by_shard().items()}
 
     def by_shard(self) -> dict[str, GateHead]:
-        """The heads that there are."""
+        """The head of every expert but the base."""
         found = {}
         for k, head in self.heads.items():
             assert isinstance(head, GateHead)
@@ -78,7 +79,7 @@ class Gate(InFloat32):
         x_t, t, cond = x_t.to(weight), t.to(weight), cond.to(weight)
         counts = torch.tensor([float(self.records[shard]) for shard in self.shards])
         features = self.trunk.features(x_t, t, cond)
-        ratios = torch.zeros(len(x_t), len(self.shards)).to(x_t)
+        ratios = x_t.new_zeros(len(x_t), len(self.shards))
         for k, head in self.heads.items():
             ratios[:, int(k)] = head(features, t, cond)
         return (ratios + counts.log().to(ratios)).log_softmax(dim=1)

@@ -18,7 +18,7 @@ import diffusers
 import torch
 from diffusers import ModelMixin
 from diffusers.configuration_utils import FrozenDict
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from torch import Tensor
 
 from atoll.core.conditioning import Conditioning
@@ -60,6 +60,17 @@ class EnsembleConfig(BaseModel):
     base: bool = False  # whether the expert BASE is the base itself, of the commons' records
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
     family: str | None = None  # whose forward it has, where that is not the first expert's
+
+    @model_validator(mode="after")
+    def _has_its_base(self) -> EnsembleConfig:
+        if self.base and BASE not in self.records:
+            raise ValueError(f"it has a base, and no record count for '{BASE}'")
+        return self
+
+    @property
+    def present(self) -> list[str]:
+        """The shards whose expert is here."""
+        return [name for name in self.records if not (self.base and name == BASE)]
 
 
 # Solvers in log-SNR cannot begin at 1, where that is infinite, and begin with noise a little below:
@@ -243,8 +254,8 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         if config.missing:
             _log.warning(
                 "This is the ensemble of %d of %d shards, renormalised; missing: %s",
-                len(config.records),
-                len(config.records) + len(config.missing),
+                len(config.present),
+                len(config.present) + len(config.missing),
                 ", ".join(config.missing),
             )
         gate = _load_gate(folder, config)
@@ -295,11 +306,8 @@ def _load_gate(folder: Path, config: EnsembleConfig) -> Gate | JointGate:
         check_joint(trunk.config, config.records)
         return JointGate(trunk, config.records)
     trunk_sha256 = sha256_folder(place)
-    heads: dict[str, GateHead | None] = {}
-    for shard in config.records:
-        if config.base and shard == BASE:
-            heads[shard] = None
-            continue
+    heads: dict[str, GateHead | None] = dict.fromkeys(config.records)
+    for shard in config.present:
         heads[shard] = head = GateHead.load(folder / "gate" / shard, trunk.config)
         if head.config.shard != shard:
             raise Refused(
@@ -314,10 +322,11 @@ def _check_expert(
     shard: str, card: Card, config: Mapping[str, Any], ensemble: EnsembleConfig
 ) -> None:
     """Refuse one of another shard, which the priors would misjudge, or for other pictures."""
-    stands_for = BASE if card.kind == "base" else card.shard
-    if stands_for != shard or (card.kind == "base") != (ensemble.base and shard == BASE):
+    expected = ("base", None) if ensemble.base and shard == BASE else ("expert", shard)
+    if (card.kind, card.shard) != expected:
+        found = "the base" if card.kind == "base" else f"the {card.kind} of {card.shard}"
         raise Refused(
-            f"In the place of {shard} is the expert of {stands_for}",
+            f"In the place of {shard} is {found}",
             cure="assemble the ensemble again",
         )
     picture = ensemble.picture

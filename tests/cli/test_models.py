@@ -148,6 +148,32 @@ def test_evaluate(made: Path, tmp_path: Path) -> None:
     assert atoll("sample", run, "--routing", "auto", "--json").code == 2
 
 
+def test_ensembles_are_compared_under_their_names(made: Path, tmp_path: Path) -> None:
+    """A run's own beside a copy, and auto is of its own; by one posterior none is chosen."""
+    run = tmp_path / "run"
+    shutil.copytree(made, run)
+    done("assemble", run, tmp_path / "based", "--with-base")
+    done("assemble", run)
+    models = (run / "ensemble", tmp_path / "based", run / "base")
+    common = ("--reference", run, "--count=20", "--steps=2", "--guidance=2", "--routing=full")
+    metrics = done("evaluate", *models, *common, "--routing=once")["metrics"]
+    assert {row["name"] for row in metrics["rows"] if row["kind"] != "real"} == {
+        "ensemble full", "ensemble once", "based full", "based once", "base",
+    }  # fmt: skip
+    assert set(metrics["gates"]) == {"ensemble", "based"}
+    sha256 = json.loads((run / "manifest.json").read_text())["ensemble"]["sha256"]
+    assert metrics["auto"]["routing"] in ("full", "once")
+    assert metrics["auto"]["ensemble_sha256"] == sha256
+    for row in metrics["rows"]:
+        if row["kind"] == "ensemble":
+            assert row["name"] == f"{row['ensemble']} {row['routing']}"
+    kids = {row["name"]: row["spaces"] for row in metrics["rows"]}
+    one = done("evaluate", run, *common, "--one-posterior", "--out", tmp_path / "o")["metrics"]
+    [row] = [row for row in one["rows"] if row["kind"] == "ensemble"]
+    assert (row["name"], row["routing"], one["auto"]) == ("full, one posterior", "full", None)
+    assert row["spaces"] != kids["ensemble full"]
+
+
 def test_auto_is_what_the_evaluation_of_this_ensemble_chose(made: Path, tmp_path: Path) -> None:
     run, out = tmp_path / "run", tmp_path / "out"
     shutil.copytree(made, run)

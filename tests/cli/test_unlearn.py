@@ -13,6 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
+from atoll.core.storage import sha256_folder
 from tests.cli.conftest import (
     BASE,
     CLAIMS,
@@ -212,6 +213,23 @@ def test_before_the_run_is_complete(stage, request, made, tmp_path) -> None:
         shutil.copytree(made, whole)
         done("unlearn", whole, SHARD)
         assert tree(run / "ensemble") == tree(whole / "ensemble")
+
+
+def test_without_what_the_ensemble_is_made_of_nothing_is_begun(fresh: Path) -> None:
+    manifest = json.loads((fresh / "manifest.json").read_text())
+    (fresh / "manifest.json").write_text(json.dumps(manifest | {"trunk": None}))
+    before = tree(fresh)
+    assert "trunk" in str(atoll("unlearn", fresh, SHARD, "--json").error["what"])
+    assert tree(fresh) == before
+    (fresh / "manifest.json").write_text(json.dumps(manifest))
+    # A head of another trunk, entered as if it were right.
+    head = fresh / "islands/shard-02/gate_head/config.json"
+    head.write_text(json.dumps(json.loads(head.read_text()) | {"trunk_sha256": "0" * 64}))
+    manifest["experts"]["shard-02"]["gate_head"]["sha256"] = sha256_folder(head.parent)
+    (fresh / "manifest.json").write_text(json.dumps(manifest))
+    before = tree(fresh)
+    assert "continues from trunk" in str(atoll("unlearn", fresh, SHARD, "--json").error["what"])
+    assert tree(fresh) == before
 
 
 def test_with_only_the_removed_expert_trained(made, tmp_path) -> None:

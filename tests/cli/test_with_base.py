@@ -28,6 +28,15 @@ def whole(made: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return run
 
 
+def copied(whole: Path, tmp_path: Path, *exports: Path) -> Path:
+    """A copy of the run, and of nothing else that its manifest lists."""
+    shutil.copytree(whole, tmp_path / "run")
+    manifest = json.loads((whole / "manifest.json").read_text())
+    told = manifest | {"exports": [str(export) for export in exports]}
+    (tmp_path / "run/manifest.json").write_text(json.dumps(told))
+    return tmp_path / "run"
+
+
 def test_the_base_stands_among_the_experts_under_the_commons_count(whole: Path) -> None:
     manifest = Manifest.load(Storage(whole))
     model = EnsembleModel.from_pretrained(whole / "ensemble/transformer")
@@ -82,10 +91,9 @@ def test_it_is_saved_and_loaded_and_evaluated_as_any(whole: Path, tmp_path: Path
 def test_a_removal_keeps_it_and_with_the_last_expert_it_is_what_is_left(
     whole: Path, tmp_path: Path
 ) -> None:
-    shutil.copytree(whole.parent, tmp_path / "whole")
-    run, copy = tmp_path / "whole/run", tmp_path / "whole/copy"
-    manifest = json.loads((run / "manifest.json").read_text())
-    (run / "manifest.json").write_text(json.dumps(manifest | {"exports": [str(copy)]}))
+    copy = tmp_path / "copy"
+    shutil.copytree(whole.parent / "copy", copy)
+    run = copied(whole, tmp_path, copy)
     stays = ["base", *(shard for shard in SHARDS if shard != SHARD)]
     done("unlearn", run, SHARD)
     assert load_model(str(run)).shards == stays
@@ -105,6 +113,37 @@ def test_a_removal_keeps_it_and_with_the_last_expert_it_is_what_is_left(
     done("unlearn", run, stays[-1])
     assert load_model(str(run)).shards == load_model(str(copy)).shards == ["base"]
     assert done("verify", run / "certificate.json")["holds"]
+
+
+def test_copies_with_the_base_and_without_stay_what_they_are(whole: Path, tmp_path: Path) -> None:
+    run, plain, based = copied(whole, tmp_path), tmp_path / "plain", tmp_path / "based"
+    done("assemble", run, based, "--with-base")
+    done("assemble", run, plain)
+    assert load_model(str(run)).shards == list(SHARDS), "a bare one drops the base"
+    done("unlearn", run, SHARD)
+    stays = [shard for shard in SHARDS if shard != SHARD]
+    assert load_model(str(plain)).shards == load_model(str(run)).shards == stays
+    assert tree(plain) == tree(run / "ensemble")
+    assert load_model(str(based)).shards == ["base", *stays]
+    assert done("verify", run / "certificate.json")["holds"]
+
+
+@pytest.mark.parametrize("how", ["gone", "changed"])
+def test_a_base_that_is_not_what_it_was_stops_all_before_it_begins(
+    whole: Path, tmp_path: Path, how: str
+) -> None:
+    run = copied(whole, tmp_path)
+    weights = run / "base/diffusion_pytorch_model.safetensors"
+    if how == "gone":
+        weights.unlink()
+    else:
+        weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    before = tree(run)
+    for command in (("assemble", run, "--with-base"), ("unlearn", run, SHARD)):
+        assert "base" in str(atoll(*command, "--json").error["what"])
+        assert tree(run) == before
+    done("assemble", run)  # which it is no part of
+    done("unlearn", run, SHARD)
 
 
 def test_what_it_cannot_stand_beside_is_refused(fresh: Path) -> None:
@@ -136,4 +175,4 @@ def test_another_expert_in_its_place_is_refused(whole: Path, tmp_path: Path) -> 
     shutil.rmtree(experts / "base")
     shutil.copytree(whole / "base", experts / "base")
     said = atoll("sample", tmp_path / "ensemble", "--json")
-    assert f"In the place of {SHARD} is the expert of base" in str(said.error["what"])
+    assert f"In the place of {SHARD} is the base" in str(said.error["what"])

@@ -10,6 +10,7 @@ from atoll.evaluate.features import ENCODER
 from atoll.evaluate.metrics import Estimate, Quality
 from atoll.evaluate.shares import Shares
 from atoll.evaluate.verdict import verdict
+from atoll.router.calibrate import GateCalibration
 
 Made = tuple[str, float, float | None, float]  # name, KID, excess of shares, passes
 
@@ -31,6 +32,8 @@ def row(name: str, kid: float, excess: float | None, passes: float, kind: str = 
         "name": name, "kind": kind, "shard": None, "about": "", "n": 50, "steps": 5,
         "guidance": 1.0, "experts_per_step": passes / 5, "passes_per_picture": passes,
         "spaces": {ENCODER: quality}, "shares": shares,
+        "ensemble": "ours" if kind == "ensemble" else None,
+        "routing": name if kind == "ensemble" else None,
     })  # fmt: skip
 
 
@@ -51,8 +54,8 @@ def evaluation(*rows: Row) -> Evaluation:
         # The best of all by KID starves shards.
         ([("full", 0.2, 0, 20), ("once", 0.2, 0, 5), ("top-k:1", 0.1, 0.2, 5)], "once", "top-k:1"),
         ([("full", 0.2, SHARE_MARGIN - 1e-9, 20), ("once", 0.1, 0.051, 5)], "full", "once starved"),
-        # None has the shares right: then they do not decide.
-        ([("full", 0.1, 0.3, 20), ("top-k:1", 0.1, 0.2, 5)], "top-k:1", "none has shares"),
+        # None has the shares right: the nearest, whatever it costs.
+        ([("full", 0.1, 0.2, 20), ("top-k:1", 0.1, 0.3, 5)], "full", "none has shares"),
         # Nothing is known of shares.
         ([("full", 0.1, None, 20), ("mass:0.9", 0.1, None, 9)], "mass:0.9", "9 passes"),
         # Level in everything: the first that was asked for.
@@ -61,7 +64,7 @@ def evaluation(*rows: Row) -> Evaluation:
 )
 def test_the_cheapest_of_the_good_ones(rows: list[Made], expected: str, why: str) -> None:
     made = evaluation(*(row(*each) for each in rows), row("soup", 0.01, 0, 1, kind="soup"))
-    chosen = choose_routing(made, "e" * 64)
+    chosen = choose_routing(made, "ours", "e" * 64)
     assert chosen is not None
     assert (chosen.routing, chosen.ensemble_sha256) == (expected, "e" * 64)
     assert why in chosen.why
@@ -70,4 +73,20 @@ def test_the_cheapest_of_the_good_ones(rows: list[Made], expected: str, why: str
 
 
 def test_without_an_ensemble_there_is_none() -> None:
-    assert choose_routing(evaluation(row("soup", 0.01, 0, 1, kind="soup")), "e" * 64) is None
+    made = evaluation(row("soup", 0.01, 0, 1, kind="soup"), row("once", 0.1, 0, 5))
+    assert choose_routing(made, "another", "e" * 64) is None
+
+
+def test_a_gate_that_is_not_to_be_trusted_decides() -> None:
+    gate = GateCalibration(
+        n=9, shards=["a"], prompted=[], unprompted=[], warnings=["it is off"], recommended="once"
+    )
+    rows = [row("full", 0.1, 0, 5), row("once", 0.2, 0.3, 20)]
+    made = evaluation(*rows).model_copy(update={"gates": {"ours": gate}})
+    chosen = choose_routing(made, "ours", "e" * 64)
+    assert chosen is not None
+    assert (chosen.routing, "not to be trusted" in chosen.why) == ("once", True)
+    # What was not measured is not chosen.
+    unmeasured = choose_routing(made.model_copy(update={"rows": rows[:1]}), "ours", "e" * 64)
+    assert unmeasured is not None
+    assert unmeasured.routing == "full"

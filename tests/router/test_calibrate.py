@@ -119,6 +119,9 @@ def test_a_tempered_posterior_is_found_out(packs) -> None:
         assert bad.nll > good.nll
         assert bad.accuracy == pytest.approx(good.accuracy, abs=0.06)
         assert bad.calibration_error > max(0.04, 2 * bad.calibration_noise)
+    assert (exact.warnings, exact.recommended) == ([], None)
+    assert [warning[:26] for warning in sharp.warnings] == ["the weights are off by up "] * 2
+    assert sharp.recommended == "once"
 
 
 def test_a_gate_that_is_worse_than_its_prior_is_named_with_what_to_do(packs) -> None:
@@ -137,7 +140,8 @@ def test_a_head_out_of_sight_is_named(packs) -> None:
 
     heads = {"a": head("a", 0.3), "b": head("b", 0.001), "c": head("c", 0.3)}
     found = measure_gate(gate(), packs, heads=heads, seed=0)
-    assert found.warnings == ["b has no overlap with the anchor at t = 0.1"]
+    said = "b has no overlap with the anchor at t = 0.1, "
+    assert found.warnings == [f"{said}with prompt", f"{said}without prompt"]
     assert found.recommended == "once"
     assert found.heads["b"].prompted[0].overlap == 0.001
 
