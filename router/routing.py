@@ -115,10 +115,10 @@ def parse_routing(text: str, shards: Sequence[str]) -> Routing:
     """
     if text == "auto":
         raise UsageError(
-            "No evaluation has chosen a routing for this ensemble",
+            "'auto' is what the evaluation of a run chose for its own ensemble, and here is none",
             allowed=", ".join(KINDS),
-            cure="`atoll evaluate RUN/ensemble --reference RUN` chooses one for the run that it is "
-            "of; name a routing for a copy elsewhere",
+            cure="`atoll sample RUN` takes it after `atoll evaluate RUN/ensemble --reference RUN`; "
+            "in Python, and for a copy elsewhere, name the routing",
         )
     name, _, shard = text.partition(":")
     if name == "oracle" and shard in shards:

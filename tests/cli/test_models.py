@@ -10,9 +10,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
+from atoll.cli.systems import load_model
+from atoll.core import seeds
+from atoll.core.denoiser import Card, Denoiser
 from atoll.core.pack import Pack
+from atoll.core.recipes import build, recipe_of
+from atoll.core.schedule import NoiseSchedule
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
 ROUTINGS = ("full", "top-k:2", "mass:0.9", "threshold:0.2", "sample:2", "once", f"oracle:{SHARD}")
@@ -212,6 +218,35 @@ def test_the_example_needs_nothing_but_diffusers(made: Path, tmp_path: Path) -> 
     given = [sys.executable, str(example), str(made / "ensemble"), "a handwritten 7", str(out)]
     subprocess.run(given, check=True, capture_output=True)
     assert Image.open(out).size == (256, 256)
+
+
+def test_the_example_puts_an_expert_of_another_kind_in_a_shards_place(
+    made: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    example = runpy.run_path(str(Path(__file__).parents[2] / "examples" / "mix_experts.py"))["main"]
+    model = load_model(str(made))
+    network = build(recipe_of("dit-tiny"), model.picture, model.encoder.text_width, seed=0)
+    with torch.no_grad():
+        for number, weight in enumerate(network.parameters()):
+            weight.add_(0.05 * seeds.normal(number, "w", first=0, count=1, shape=weight.shape)[0])
+    card = Card(
+        name=SHARD, kind="expert", shard=SHARD, base_sha256=None, family="dit",
+        prediction="epsilon", schedule=NoiseSchedule(), latent_space="pixels", images_seen=1,
+    )  # fmt: skip
+    Denoiser(network, card).save(tmp_path / "expert")
+    example(str(made / "ensemble"), str(tmp_path / "expert"), str(tmp_path / "mixed"))
+    ours, before = tree(tmp_path / "mixed"), tree(made / "ensemble")
+    changed = {name for name in ours.keys() | before.keys() if ours.get(name) != before.get(name)}
+    assert {name.split("/")[:3][-1] for name in changed} == {SHARD}
+    options = ("a handwritten 3", "--steps=3", "--seed=7")
+    for routing in (f"oracle:{SHARD}", "full"):
+        done("sample", tmp_path / "mixed", *options, "--routing", routing, "--out", tmp_path / "o")
+        mixed = (tmp_path / "o/0000.png").read_bytes()
+        done("sample", made, *options, "--routing", routing, "--out", tmp_path / "o")
+        assert mixed != (tmp_path / "o/0000.png").read_bytes()
+    Denoiser(network, card.model_copy(update={"shard": "shard-09"})).save(tmp_path / "stranger")
+    with pytest.raises(SystemExit, match="shard-09"):
+        example(str(made / "ensemble"), str(tmp_path / "stranger"), str(tmp_path / "none"))
 
 
 def test_every_routing_of_the_example_from_one_noise(made: Path, tmp_path: Path) -> None:
