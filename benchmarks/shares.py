@@ -48,7 +48,7 @@ PUBLIC, OF_EACH = "public", 600  # the commons' owner, with some of every class
 ROUTINGS = ("once", "mass:0.9", "threshold:0.05", "full", "top-k:1")
 BIASED = ("top-k:1",)
 MARGIN, SMALLEST = 0.05, 0.8
-STEPS, BATCH = 25, 250
+STEPS, BATCH = 50, 250
 
 
 def write_corpus(source: str, out: Path, *, share: float) -> None:
@@ -149,7 +149,7 @@ def main() -> None:
     parser.add_argument("corpus", help="CIFAR-10 with the columns image, caption and label")
     parser.add_argument("out", type=Path, help="a folder for corpus and run")
     parser.add_argument("--pictures", type=int, default=5000, help="of every routing")
-    parser.add_argument("--passes", type=float, default=12.0, help="of every expert")
+    parser.add_argument("--passes", type=float, default=30.0, help="of every expert")
     parser.add_argument("--quick", action="store_true", help="a tenth of the records and pictures")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()

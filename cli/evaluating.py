@@ -17,7 +17,7 @@ from atoll.core.errors import UsageError
 from atoll.core.head import HeadConfig, read_head_config
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Artefact, Manifest, check_artefact
+from atoll.core.manifest import CLUSTERS, Artefact, Manifest, check_artefact
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage
 from atoll.evaluate.choice import choose_routing
@@ -43,7 +43,6 @@ from atoll.evaluate.views import (
     read_curve,
 )
 from atoll.partitioner.assignments import cluster_name
-from atoll.partitioner.settings import CLUSTERS
 from atoll.partitioner.words import count_words, telling_words
 from atoll.router.assemble import add_export
 from atoll.router.calibrate import GateCalibration, measure_gate

@@ -2,10 +2,11 @@
 
 Trained on an island, evaluated by the router, so it lives where both may import it. It continues
 from the trunk that all heads share (`core/trunk.py`) by a block and two sums over the trunk's
-labels: were the shard a mixture of them, f = log sum_l w_l p(l | x_t) / pi_l would be exact, and
-there it starts. On disk a folder of `config.json` (the trunk's digest and the calibration) and
-`model.safetensors`. At t = 1, where x_t says nothing, a head of its own on cond alone answers, 0
-for cond_null.
+labels: were the shard a mixture of them, f = log sum_l w_l p(l | x_t) / pi_l would be exact without
+a caption, and there it starts. What the caption says alone, 0 for cond_null, is a head's own sum
+and calibrated apart: at t = 1, where x_t says nothing, it is f, and below it is a part of it, since
+a density ratio of picture and caption is the caption's times the picture's beside it. On disk a
+folder of `config.json` (the trunk's digest and the calibration) and `model.safetensors`.
 """
 
 from __future__ import annotations
@@ -25,7 +26,8 @@ from atoll.core.errors import Refused
 from atoll.core.manifest import check_schema
 from atoll.core.trunk import Features, Trunk, TrunkConfig, Upper, save_network, scaled, text_head
 
-SCHEMA_VERSION = 2  # 1: a network of its own, without a trunk
+# 1: a network of its own, without a trunk; 2: what the caption says alone was no part of f
+SCHEMA_VERSION = 3
 CONFIG_NAME = "config.json"
 # Below this share of the anchor a head says of every record whether it is the shard's: its log
 # density ratio is an extrapolation there, 0/0 among other shards that are as far away.
@@ -92,21 +94,25 @@ class GateHead(nn.Module):
         self.upper = Upper(trunk, outputs)
         self.text_only = text_head(trunk, outputs)
 
-    def raw(self, features: Features) -> Tensor:
-        """Uncalibrated f from picture, time and text, `(batch,)`, for t below 1."""
-        return _ratio(self.upper(features))
+    def raw(self, features: Features, text: Tensor) -> Tensor:
+        """f for t below 1, `(batch,)`; uncalibrated, but for the caption's part `text`."""
+        return _ratio(self.upper(features)) + text
 
     def raw_text(self, cond: Conditioning) -> Tensor:
         """Uncalibrated f at t = 1 from text alone, `(batch,)`."""
         return _ratio(self.text_only(scaled(cond)))
 
+    def text(self, cond: Conditioning) -> Tensor:
+        """Calibrated f at t = 1, `(batch,)`; 0 for cond_null."""
+        return _with_band(self.config.calibration.text, self.raw_text(cond)) * (~cond.is_null)
+
     def forward(self, features: Features, t: Tensor, cond: Conditioning) -> Tensor:
         """Calibrated f, `(batch,)`; what corrects it runs linearly between band centres."""
-        told, raw = self.config.calibration, self.raw(features)
-        at_noise = _with_band(told.text, self.raw_text(cond)) * (~cond.is_null)
+        told, text = self.config.calibration, self.text(cond)
+        raw = self.raw(features, text)
         prompted, unprompted = (_corrected(b, raw, t) for b in (told.prompted, told.unprompted))
         seen = torch.where(cond.is_null, unprompted, prompted)
-        return torch.where(t >= 1, at_noise, seen)
+        return torch.where(t >= 1, text, seen)
 
     def save(self, folder: Path) -> None:
         """Write `config.json` and `model.safetensors` into a folder."""

@@ -65,6 +65,7 @@ def parse_size(text: str) -> Size:
     return size
 
 
+CLUSTERS = "clusters"  # `by` of a partition whose shards are not owners
 # The latent space of training tensors that are pictures themselves.
 PIXELS = "pixels"
 

@@ -37,7 +37,7 @@ from atoll.core.rows import FarTensor, Rows, far_tensors, one_behind_another
 from atoll.core.storage import Storage, canonical_json, sha256_named
 
 CARD_NAME = "shard.json"
-LABELS_NAME = "labels.safetensors"  # of the commons: `label` `(n,)`, each row's nearest centroid
+LABELS_NAME = "labels.safetensors"  # of the commons: `label` `(n,)`, what each row shows
 SCHEMA_VERSION = 1
 _TEXT = ("text_tokens", "text_mask", "text_pooled")
 

@@ -150,8 +150,7 @@ def gate_flops(config: TrunkConfig, picture: Picture, cond: Conditioning) -> tup
     with FlopCounterMode(display=False) as of_trunk, torch.no_grad():
         features = trunk.features(x_t, torch.ones(1).to(x_t), cond[:1].to(x_t))
     with FlopCounterMode(display=False) as of_head, torch.no_grad():
-        head.raw(features)
-        head.raw_text(cond[:1].to(x_t))
+        head.raw(features, head.text(cond[:1].to(x_t)))
     return int(of_trunk.get_total_flops()), int(of_head.get_total_flops())
 
 

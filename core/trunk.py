@@ -27,7 +27,7 @@ from atoll.core.flow import expand
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2  # 1: the picture had to say again what the caption says
 CONFIG_NAME = "config.json"
 _FREQUENCIES = 16
 _SMALL = 16  # pixels or latents of a side below which the first block keeps them all
@@ -43,7 +43,7 @@ class TrunkConfig(BaseModel):
     pooled: int = Field(ge=1)
     width: int = Field(default=32, ge=8, multiple_of=8)
     stride: int = Field(default=2, ge=1, le=2)  # of the first block
-    # Label -> training records of it: what tells a label's share from what a record looks like.
+    # Label -> training records of it, or a weight like that; tells a label's share from its looks.
     labels: Annotated[dict[str, Annotated[int, Field(ge=1)]], Field(min_length=1)]
 
     @property
@@ -139,8 +139,14 @@ class Trunk(nn.Module):
         return Features(x_t, signal)
 
     def logits(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-        """Of every label from picture, time and text, `(batch, label)`, for t below 1."""
-        found: Tensor = self.upper(self.features(x_t, t, cond))
+        """Of every label from picture, time and text, `(batch, label)`, for t below 1.
+
+        By Bayes' rule: what the caption says alone, learnt by a loss of its own, times what the
+        picture says beside it, which is all that heads continue from.
+        """
+        text = self.text_logits(cond).detach().log_softmax(dim=1)
+        said = (text - self.config.log_shares().to(text)) * (~cond.is_null)[:, None]
+        found: Tensor = self.upper(self.features(x_t, t, cond)) + said
         return found
 
     def text_logits(self, cond: Conditioning) -> Tensor:

@@ -20,7 +20,7 @@ from atoll.core.storage import Storage
 from atoll.islands.group import Group
 from atoll.islands.settings import BaseConfig, plan_for
 from atoll.islands.train_denoiser import train_here
-from atoll.islands.train_trunk import train_trunk
+from atoll.islands.train_trunk import check_trunk, task_of, train_trunk
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -105,7 +105,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         if manifest.trunk is not None:
-            check_artefact(run, manifest.trunk)
+            check_trunk(run, manifest.trunk)
             return manifest.base
     if config.training.lora.rank is not None:
         raise ConfigError(
@@ -115,10 +115,11 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
     group = Group()
     run = run.patient(leave=group.leave.is_set)  # SIGTERM within the training only sets that flag
     commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
+    task = task_of(run, manifest, commons)  # refused before anything is trained
     made = manifest.base or _train(run, manifest, commons, config, group)
     recipe = recipes.recipe_of(str(manifest.recipe))
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
-    train_trunk(run, manifest, commons, config, plan)
+    train_trunk(run, manifest, commons, task, config, plan)
     return made
 
 

@@ -8,6 +8,7 @@ Both sides get the same times, noise law and caption dropout.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +30,8 @@ from atoll.islands.step import Errors, Loss
 _PULL = 4.0  # records' worth of belief that a head is calibrated as it stands
 _DRAWS = 2048  # noised records of each side that a band is fitted and measured on
 _AT_ONCE = 128  # of them
-_RECORDS, _ROUNDS, _LEAST = 512, 50, 1e-3  # of the shares of labels
+_RECORDS, _ROUNDS = 512, 50  # of the shares of labels
+_LEAST = 1e-2  # of its share of the commons, that a label keeps
 _TURN = 16  # records of one shape at a time, where there are several
 
 
@@ -106,7 +108,7 @@ def label_shares(trunk: Trunk, pack: Pack, config: HeadTraining, *, seed: int) -
     for _ in range(_ROUNDS):
         mean = (found + shares).softmax(dim=1).mean(dim=0)
         # No label is given up for good: the head is still to be trained.
-        shares = mean.clamp(min=_LEAST).log().log_softmax(dim=0)
+        shares = mean.maximum(_LEAST * prior.exp()).log().log_softmax(dim=0)
     return shares
 
 
@@ -200,7 +202,8 @@ def _of_sides(
         x_t = flow.interpolate(x_data, x_noise, t[here]).to(next(head.parameters()).device)
         with torch.no_grad():  # it is frozen
             features = trunk.features(x_t, t[here].to(x_t), cond[here].to(x_t))
-        f.append(head.raw(features))
+            text = head.text(cond[here].to(x_t))  # has a loss of its own
+        f.append(head.raw(features, text))
         start = here.stop
     return torch.cat(f)
 
@@ -219,22 +222,31 @@ def calibrate(
         log.warning("%s has no held-out records: its gate head is not calibrated", pack.card.name)
         return head.eval()
     anchor = anchor_of(commons, config.broad, held_out=True)
+    # First, since it is part of what a head says of a picture.
+    head = _told(head, HeadCalibration(text=_text_band(head, pack, anchor)))
     prompted, unprompted = (
         _noised_bands(head, trunk, pack, anchor, config.bands, dropout, seed=seed)
         for dropout in (0.0, 1.0)
     )
-    own_text = head.raw_text(pack.cond(torch.tensor(pack.held_out)))
-    other_text = head.raw_text(commons.cond(torch.tensor(anchor.rows)))
-    calibration = HeadCalibration(
-        # Where one side has no captions there is nothing to fit them by.
-        prompted=prompted or unprompted,
-        unprompted=unprompted,
-        text=_band(1.0, own_text, other_text),
-    )
-    told = head.config.model_copy(update={"calibration": calibration})
-    calibrated = GateHead(told, trunk.config)
-    calibrated.load_state_dict(head.state_dict())
-    return calibrated.eval()
+    # Where one side has no captions there is nothing to fit them by.
+    bands = {"prompted": prompted or unprompted, "unprompted": unprompted}
+    return _told(head, head.config.calibration.model_copy(update=bands))
+
+
+def _text_band(head: GateHead, pack: Pack, anchor: Anchor) -> Band:
+    """What captions say alone, of all held-out records that have one."""
+    sides = pack.cond(torch.tensor(pack.held_out)), anchor.commons.cond(torch.tensor(anchor.rows))
+    own, others = (head.raw_text(cond)[~cond.is_null] for cond in sides)
+    if not (len(own) and len(others)):  # nor has it learnt what captions say
+        return Band(t=1.0, slope=0.0, intercept=0.0, loss=math.log(2), overlap=1.0, mean_ratio=1.0)
+    return _band(1.0, own, others, drawn=(len(sides[0]), len(sides[1])))
+
+
+def _told(head: GateHead, calibration: HeadCalibration) -> GateHead:
+    """The head with a calibration."""
+    told = copy.deepcopy(head)
+    told.config = head.config.model_copy(update={"calibration": calibration})
+    return told.eval()
 
 
 def _noised_bands(
@@ -271,20 +283,23 @@ def _noised_bands(
             others.append(f[~is_shard & asked])
         sides = torch.cat(own), torch.cat(others)
         if all(len(side) for side in sides):
-            bands.append(_band(centre, *sides, drawn=_DRAWS))
+            bands.append(_band(centre, *sides, drawn=(_DRAWS, _DRAWS)))
     return bands
 
 
-def _band(centre: float, own: Tensor, others: Tensor, *, drawn: int | None = None) -> Band:
+def _band(centre: float, own: Tensor, others: Tensor, *, drawn: tuple[int, int]) -> Band:
     """Platt scaling (1999) with a pull towards slope 1 and intercept 0; convex.
 
-    Both sides weigh the same whatever their numbers, as in training, or as the part of `drawn` that
-    each of them is.
+    A side weighs as the part that it is of what was `drawn`, and all that was drawn of one side as
+    all of the other, as in training.
     """
     f = torch.cat([own, others]).double()
     wanted = torch.cat([torch.ones_like(own), torch.zeros_like(others)]).double()
     weight = torch.cat(
-        [torch.full_like(side, 0.5 / (drawn or len(side))) for side in (own, others)]
+        [
+            torch.full_like(side, 0.5 / count)
+            for side, count in zip((own, others), drawn, strict=True)
+        ]
     ).double() * min(len(own), len(others))
     design = torch.stack([f, torch.ones_like(f)], dim=1)
     scale = torch.tensor([1.0, 0.0], dtype=torch.float64, requires_grad=True)

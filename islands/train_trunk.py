@@ -1,9 +1,10 @@
 """The gate's trunk, trained on the commons alone: which label has a noised record?
 
-The labels are the commons' own: the nearest centroids where the partition has some, else which of
-several seeded filters a picture went through, which asks for how it is drawn and not for what it
-shows. A `joint` gate is trained by the same loss, with the records of all shards and shards for
-labels (Decentralized Diffusion Models, arXiv 2501.05450, section 3.3).
+The labels are the commons' own: what a record shows, by its nearest centroid. Shards that are
+owners may also differ in how their pictures are drawn, so their trunk is asked besides which of
+several seeded filters a picture went through. A `joint` gate is trained by the same loss, with the
+records of all shards and shards for labels (Decentralized Diffusion Models, arXiv 2501.05450,
+section 3.3).
 """
 
 from __future__ import annotations
@@ -17,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from atoll.core import flow, recipes, seeds
+from atoll.core.errors import Refused
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Artefact, Manifest, Plan
+from atoll.core.manifest import CLUSTERS, Artefact, Manifest, Plan, check_artefact
 from atoll.core.pack import LABELS_NAME, Pack
 from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk, TrunkConfig, first_stride, new_trunk
@@ -63,8 +65,8 @@ def by_label(names: list[str], labels: Tensor, pack: Pack) -> Task:
     return Task({names[number]: counts[number] for number in kept}, labelled)
 
 
-def by_filter(seed: int, channels: int) -> Task:
-    """Seeded filters of 3x3 that mix channels; the first changes nothing."""
+def by_filter(contents: Task, seed: int, channels: int) -> Task:
+    """Every content through seeded filters of 3x3 that mix channels; half go through none."""
     generator = seeds.generator(seed, "trunk", "filters")
 
     def drawn(*shape: int) -> Tensor:
@@ -78,16 +80,24 @@ def by_filter(seed: int, channels: int) -> Task:
     kernel[0, 1, 1] = 1.0
     weights = mixing[:, :, :, None, None] * kernel[:, None, None]
 
-    def labelled(first: int, _rows: Tensor, x_data: Tensor) -> tuple[Tensor, Tensor]:
+    def labelled(first: int, rows: Tensor, x_data: Tensor) -> tuple[Tensor, Tensor]:
+        x_data, content = contents.labelled(first, rows, x_data)
         batch, _, height, width = x_data.shape
         uniform = seeds.uniform(seed, "trunk", "filter", first=first, count=batch)[:, 0]
-        label = (uniform * _FILTERS).long().clamp(max=_FILTERS - 1)
+        drawn = (uniform * 2 * _FILTERS).long().clamp(max=2 * _FILTERS - 1)
+        label = (drawn - _FILTERS).clamp(min=0)
         padded = functional.pad(x_data, (1, 1, 1, 1), mode="replicate").flatten(0, 1)[None]
         found = functional.conv2d(padded, weights[label].flatten(0, 1), groups=batch)
         found = found.reshape(batch, channels, height, width) + level[label][:, :, None, None]
-        return torch.where((label == 0)[:, None, None, None], x_data, found), label
+        found = torch.where((label == 0)[:, None, None, None], x_data, found)
+        return found, content * _FILTERS + label
 
-    return Task({f"filter-{number:02d}": 1 for number in range(_FILTERS)}, labelled)
+    counts = {
+        f"{content}/filter-{number:02d}": records * (1 if number else _FILTERS + 1)
+        for content, records in contents.counts.items()
+        for number in range(_FILTERS)
+    }
+    return Task(counts, labelled)
 
 
 def label_loss(
@@ -116,13 +126,12 @@ def label_loss(
 
 
 def train_trunk(
-    run: Storage, manifest: Manifest, commons: Pack, config: BaseConfig, base: Plan
+    run: Storage, manifest: Manifest, commons: Pack, task: Task, config: BaseConfig, base: Plan
 ) -> Artefact:
     """Train the trunk where it is not there yet; the same command resumes.
 
     Beside a base of this plan, whose recipe is the manifest's.
     """
-    task = task_of(run, manifest, commons)
     made = TrunkConfig(
         channels=manifest.picture.channels,
         pooled=commons.pooled_width,
@@ -145,6 +154,12 @@ def train_trunk(
     ledger.append("trunk", "trunk", sha256, parents=parents)
     manifest.save(run)
     return manifest.trunk
+
+
+def check_trunk(run: Storage, artefact: Artefact) -> None:
+    """Refuse a trunk that is not the manifest's, or of another version: before heads need it."""
+    check_artefact(run, artefact)
+    Trunk.load(run.local(artefact.path))
 
 
 def train_classifier(
@@ -187,7 +202,14 @@ def train_classifier(
 def task_of(run: Storage, manifest: Manifest, commons: Pack) -> Task:
     """What the commons' own trunk is to tell apart."""
     if LABELS_NAME not in commons.card.files:
-        return by_filter(manifest.seed, manifest.picture.channels)
+        raise Refused(
+            f"{manifest.commons.path} has no {LABELS_NAME}, which the gate's trunk is taught by: "
+            "an earlier version partitioned it",
+            cure="partition the corpus anew, into another folder",
+        )
     labels = load(run.read_bytes(f"{manifest.commons.path}/{LABELS_NAME}"))["label"].long()
-    names = [f"label-{number:02d}" for number in range(int(labels.max()) + 1)]
-    return by_label(names, labels, commons)
+    names = [f"content-{number:02d}" for number in range(int(labels.max()) + 1)]
+    contents = by_label(names, labels, commons)
+    if manifest.partition.by == CLUSTERS:  # shards differ as contents do
+        return contents
+    return by_filter(contents, manifest.seed, manifest.picture.channels)

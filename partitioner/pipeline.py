@@ -58,11 +58,11 @@ def partition(corpus: str, run: Storage, config: PartitionConfig) -> Manifest:
         pictures = _pictures(public, gathered.private, spool, config, autoencoder)
         fitting = public if config.fit_on == "commons" else _everybody(gathered, config)
         encoder = make_encoder(fitting, spool, config)
+        embed = Embedder(encoder, spool, public)
         if config.by_owner:
             centroids = None
-            placement = place_by_owner(gathered, config)
+            placement = place_by_owner(gathered, embed, config)
         else:
-            embed = Embedder(encoder, spool, public)
             centroids = fitted_centroids(fitting, embed, config)
             placement = place_by_clusters(gathered, centroids, embed, config)
         sources = corpora(corpus, config)
@@ -136,7 +136,7 @@ def _write(
     if writer.autoencoder is not None:
         vae = _write_vae(run, writer.autoencoder, writer.picture, str(config.vae))
         parents.append(ledger.append("vae", "vae", vae.sha256))
-    card = writer.write(COMMONS, COMMONS, gathered.commons, labels=placement.nearest)
+    card = writer.write(COMMONS, COMMONS, gathered.commons, labels=placement.contents)
     commons = Commons(
         path=COMMONS,
         sha256=run.sha256(COMMONS),

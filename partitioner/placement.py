@@ -1,4 +1,7 @@
-"""Which shard each record goes to: the nearest centroid's, or its owner's."""
+"""Which shard each record goes to: the nearest centroid's, or its owner's.
+
+Besides which of several contents a record of the commons has, which the gate's trunk is taught.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +9,8 @@ import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+
+import numpy as np
 
 from atoll.core.errors import DataError
 from atoll.core.journal import log
@@ -22,6 +27,7 @@ from atoll.partitioner.records import (
 from atoll.partitioner.settings import PartitionConfig
 
 _SKEW = 4.0
+_CONTENTS = 16  # of a commons whose shards are owners, at most
 
 
 @dataclass(frozen=True)
@@ -30,15 +36,28 @@ class Placement:
 
     shards: dict[str, list[Record]]
     rows: list[Assigned]
-    nearest: dict[str, int] | None = None  # record of the commons -> its centroid; None by owner
+    contents: dict[str, int]  # record of the commons -> its nearest centroid
 
 
-def place_by_owner(gathered: Gathered, config: PartitionConfig) -> Placement:
+def place_by_owner(gathered: Gathered, embed: Embedder, config: PartitionConfig) -> Placement:
     """Every owner is a shard."""
     names = owner_names(str(record.owner) for record in gathered.private)
     rows = [_row(record, names[str(record.owner)], config) for record in gathered.private]
     rows += [_row(record, COMMONS, config) for record in gathered.commons]
-    return _grouped(gathered.private, rows, config)
+    return _grouped(gathered.private, rows, _contents(gathered.commons, embed, config), config)
+
+
+def _contents(
+    commons: Sequence[Record], embed: Embedder, config: PartitionConfig
+) -> dict[str, int]:
+    """The commons cut by centroids of its own training records, none of them a shard's."""
+    vectors = embed(commons)
+    training = vectors[[split_of(record, config.holdout) == TRAIN for record in commons]]
+    distinct = len(np.unique(training, axis=0))
+    count = max(1, min(_CONTENTS, distinct // config.clusters.records_per_fine))
+    centroids = fit_centroids(training, count, config.clusters, seed=config.seed)
+    nearest = assign(vectors, centroids.coarse).index.tolist()
+    return dict(zip((record.id for record in commons), nearest, strict=True))
 
 
 def place_by_clusters(
@@ -47,7 +66,7 @@ def place_by_clusters(
     """Every record goes to its nearest coarse centroid; the commons is measured and stays."""
     records = gathered.commons + gathered.private
     rows: list[Assigned] = []
-    nearest_of: dict[str, int] = {}
+    contents: dict[str, int] = {}
     for vectors in embed.batches(records):
         found = assign(vectors, centroids.coarse)
         for nearest, distance, margin in zip(
@@ -60,8 +79,8 @@ def place_by_clusters(
             known = None if math.isnan(margin) else float(margin)
             rows.append(replace(row, distance=float(distance), margin=known))
             if not private:
-                nearest_of[records[number].id] = int(nearest)
-    return replace(_grouped(gathered.private, rows, config), nearest=nearest_of)
+                contents[records[number].id] = int(nearest)
+    return _grouped(gathered.private, rows, contents, config)
 
 
 def training_only(records: Sequence[Record], config: PartitionConfig) -> list[Record]:
@@ -87,7 +106,10 @@ def _row(record: Record, shard: str, config: PartitionConfig) -> Assigned:
 
 
 def _grouped(
-    private: Sequence[Record], rows: Sequence[Assigned], config: PartitionConfig
+    private: Sequence[Record],
+    rows: Sequence[Assigned],
+    contents: dict[str, int],
+    config: PartitionConfig,
 ) -> Placement:
     """Drop duplicates within each shard; across shards they are only listed."""
     place = {row.record: row.shard for row in rows}
@@ -107,4 +129,4 @@ def _grouped(
             )
     kept = {record.id for records in shards.values() for record in records}
     by_id = {row.record: row for row in rows if row.shard == COMMONS or row.record in kept}
-    return Placement(shards, list(by_id.values()))
+    return Placement(shards, list(by_id.values()), contents)

@@ -9,9 +9,7 @@ from pydantic import BeforeValidator, Field
 from atoll.core.config import Config
 from atoll.core.embedding import FitConfig
 from atoll.core.errors import UsageError
-from atoll.core.manifest import parse_size
-
-CLUSTERS = "clusters"
+from atoll.core.manifest import CLUSTERS, parse_size
 
 
 class Columns(Config):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +68,11 @@ def f_of(made: GateHead, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 
 
 def raw_of(made: GateHead, x: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-    return made.raw(TRUNK.features(x, t, cond))
+    return made.raw(TRUNK.features(x, t, cond), made.text(cond))
+
+
+def null(cond: Conditioning) -> Conditioning:
+    return replace(cond, is_null=torch.ones_like(cond.is_null))
 
 
 def at(t: float, n: int = N) -> Tensor:
@@ -83,15 +88,19 @@ def test_new_head_of_an_unknown_shard_says_0_everywhere(cond: MakeCond) -> None:
 
 @torch.no_grad()
 def test_new_head_says_what_the_trunk_knows_of_a_mixture_of_labels(cond: MakeCond) -> None:
-    """f = log sum_l w_l p(l | x_t) / pi_l, from the picture and from the text alone."""
+    """f = log sum_l w_l p(l | x_t) / pi_l, from the picture, the text and both, one by one."""
     shares = torch.tensor([0.7, 0.1, 0.2], dtype=torch.float64)
     made, c = new_head(config(), TRUNK, shares.log()), cond(N)
     tilt = shares / torch.tensor([30, 10, 5]).double() * 45
     for t in (0.1, 0.8):
-        p = TRUNK.logits(x_t(), at(t), c).double().softmax(dim=1)
-        torch.testing.assert_close(f_of(made, x_t(), at(t), c).double(), (p @ tilt).log())
+        p = TRUNK.logits(x_t(), at(t), null(c)).double().softmax(dim=1)
+        torch.testing.assert_close(f_of(made, x_t(), at(t), null(c)).double(), (p @ tilt).log())
+        p = TRUNK.upper(TRUNK.features(x_t(), at(t), c)).double().softmax(dim=1)
+        f = (p @ tilt).log() + made.text(c)
+        torch.testing.assert_close(f_of(made, x_t(), at(t), c).double(), f)
     p = TRUNK.text_logits(c).double().softmax(dim=1)
     torch.testing.assert_close(made.raw_text(c).double(), (p @ tilt).log())
+    assert made.text(c)[0] == 0
 
 
 def test_new_head_can_learn_in_all_its_parts(cond: MakeCond) -> None:
@@ -127,6 +136,16 @@ def test_below_t_1_picture_time_and_text_speak(cond: MakeCond) -> None:
     other = f_of(made, x_t(), at(0.5), c[torch.tensor([0, 2, 1, 4, 3])])
     assert torch.equal(other[0], f[0])
     assert (other[1:] != f[1:]).all()
+
+
+@torch.no_grad()
+def test_a_caption_adds_to_a_picture_what_it_says_alone(cond: MakeCond) -> None:
+    """So that f runs into its value at t = 1."""
+    mute, told, c = head(text=band(1.0, 0.0, 0.0)), head(text=band(1.0, 2.0, 0.5)), cond(N)
+    added = f_of(told, x_t(), at(0.5), c) - f_of(mute, x_t(), at(0.5), c)
+    torch.testing.assert_close(added, told.text(c))
+    assert added[0] == 0
+    assert torch.equal(told.text(c), f_of(told, x_t(), at(1.0), c))
 
 
 @torch.no_grad()

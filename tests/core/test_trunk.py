@@ -54,6 +54,23 @@ def test_saved_and_loaded_is_bitwise_the_same_and_frozen(tmp_path: Path, cond: M
 
 
 @torch.no_grad()
+def test_beside_a_picture_a_caption_says_what_it_says_alone(cond: MakeCond) -> None:
+    """p(l | x_t, c) from p(l | c) and what the picture adds, by Bayes' rule."""
+    made, c = new_trunk(CONFIG, seed=0), cond(4)
+    made.text_only[-1].bias.copy_(torch.linspace(-1, 2, len(CONFIG.labels)))
+    made.upper.out.bias.copy_(torch.linspace(0, 3, len(CONFIG.labels)))
+    alone = made.text_logits(c).double().softmax(dim=1)
+    shares = CONFIG.log_shares().exp()
+    seen = made.upper(made.features(X_T, T, c)).double().softmax(dim=1)
+    both = alone * seen / shares
+    both /= both.sum(dim=1, keepdim=True)
+    both = torch.where(c.is_null[:, None], seen, both)
+    found = made.logits(X_T, T, c).double().softmax(dim=1)
+    torch.testing.assert_close(found, both, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(both[1:], seen[1:], atol=0.01)
+
+
+@torch.no_grad()
 def test_the_empty_caption_says_nothing_below_1(cond: MakeCond) -> None:
     made, c = new_trunk(CONFIG, seed=0), cond(1)
     other = Conditioning(c.tokens, c.mask, c.pooled * -3, c.is_null)

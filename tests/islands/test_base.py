@@ -15,13 +15,15 @@ from atoll.core.errors import ConfigError, Refused
 from atoll.core.flow import Prediction
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest
-from atoll.core.pack import Pack
+from atoll.core.pack import LABELS_NAME, Pack
 from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import Storage
 from atoll.islands.base import WORK, train_base
 from atoll.islands.island import run_island
 from atoll.islands.settings import BaseConfig, DenoiserTraining
-from tests.islands.conftest import TRAIN, TRUNK
+from atoll.islands.supervise import train
+from atoll.islands.train_trunk import task_of
+from tests.islands.conftest import SHARDS, TRAIN, TRUNK
 from tests.islands.test_job import order
 
 
@@ -44,6 +46,52 @@ def test_a_far_base_is_the_near_one(unbased) -> None:
     made = train_base(far, manifest.model_copy(deep=True), config)
     assert made == train_base(near, manifest, config)
     far.remove("")
+
+
+def test_a_commons_without_labels_is_refused_before_the_base_is_trained(unbased) -> None:
+    """As versions wrote it that knew no labels but an own partition's centroids."""
+    run, manifest = unbased
+    card = run.read_json("commons/shard.json")
+    del card["files"][LABELS_NAME]
+    run.write_json("commons/shard.json", card)
+    run.remove(f"commons/{LABELS_NAME}")
+    manifest.commons.sha256 = run.sha256("commons")
+    with pytest.raises(Refused, match=r"no labels.safetensors, which the gate's trunk.* anew"):
+        train_base(run, manifest, BaseConfig(recipe="unet-tiny"))
+    assert not run.exists(WORK)
+
+
+def test_owners_may_differ_in_how_pictures_are_drawn_and_clusters_in_what_they_show(
+    unbased,
+) -> None:
+    run, manifest = unbased
+    commons = Pack(run.local("commons"))
+    clusters = task_of(run, manifest, commons)
+    assert list(clusters.counts) == [f"content-{number:02d}" for number in range(SHARDS)]
+    assert sum(clusters.counts.values()) == commons.card.records
+    manifest.partition.by = "owner"
+    owners = task_of(run, manifest, commons)
+    assert [name.partition("/")[0] for name in owners.counts][::16] == list(clusters.counts)
+    rows = torch.arange(8)
+    x_data, label = owners.labelled(0, rows, commons.x_data(rows))
+    assert torch.equal(label // 16, clusters.labelled(0, rows, commons.x_data(rows))[1])
+    assert not torch.equal(x_data, commons.x_data(rows))
+
+
+def test_a_trunk_of_another_version_is_refused_before_an_island_starts(fresh) -> None:
+    run, manifest = fresh()
+    config = run.read_json("trunk/config.json") | {"schema_version": 1}
+    run.write_json("trunk/config.json", config)
+    manifest.trunk.sha256 = run.sha256("trunk")
+    manifest.save(run)
+    asked = BaseConfig(
+        recipe="unet-tiny", training=DenoiserTraining(passes=1, checkpoints=1), trunk=TRUNK
+    )
+    with pytest.raises(Refused, match=r"trunk.*schema version 1"):
+        train_base(run, manifest, asked)
+    with pytest.raises(Refused, match=r"trunk.*schema version 1"):
+        train(run, manifest, TRAIN)
+    assert not run.exists("islands")
 
 
 def _published(

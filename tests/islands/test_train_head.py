@@ -16,7 +16,7 @@ from atoll.core.head import GateHead, HeadConfig, new_head
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
-from atoll.core.trunk import Features, Trunk, TrunkConfig
+from atoll.core.trunk import Features, Trunk, TrunkConfig, new_trunk
 from atoll.islands.course import Course
 from atoll.islands.island import _head_course
 from atoll.islands.loop import Loop
@@ -27,8 +27,8 @@ from atoll.islands.settings import (
     TrunkTraining,
     plan_beside,
 )
-from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss
-from atoll.islands.train_trunk import by_filter, train_classifier
+from atoll.islands.train_head import _band, anchor_of, calibrate, head_loss, label_shares
+from atoll.islands.train_trunk import by_filter, by_label, train_classifier
 
 SHIFT = 0.25  # of the shard's pixels up and the commons' down, in units of [-1, 1]
 STD = 0.3
@@ -80,7 +80,8 @@ HEAD = HeadConfig(shard="a", trunk_sha256="0")
 @pytest.fixture(scope="module")
 def trunk(packs: tuple[Pack, Pack], tmp_path_factory: pytest.TempPathFactory) -> Trunk:
     """One that has learnt to tell filters apart on the commons alone."""
-    task = by_filter(0, 1)
+    one = by_label(["content"], torch.zeros(len(packs[1]), dtype=torch.long), packs[1])
+    task = by_filter(one, 0, 1)
     return train_classifier(
         Storage(tmp_path_factory.mktemp("trunk")), "work", TrunkConfig(**SHAPE, labels=task.counts),
         packs[1], task, TrunkTraining(batch=64), Plan(batch=64, images_seen=9_600),
@@ -188,7 +189,7 @@ class Exact(Trunk):
 class Distorted(GateHead):
     """The exact ratio, half as sure without captions, 1.25 times and off centre with them."""
 
-    def raw(self, features: Features) -> Tensor:
+    def raw(self, features: Features, text: Tensor) -> Tensor:
         t, is_null = features.signal.T
         f = exact_ratio(features.map, t)
         return torch.where(is_null.bool(), f / 2, 1.25 * f + 1)
@@ -210,7 +211,7 @@ def test_what_is_off_with_captions_is_mended_apart_from_what_is_off_without(pack
 class Counting(GateHead):
     """The exact ratio where one record in five of the shard has a caption, and all others have."""
 
-    def raw(self, features: Features) -> Tensor:
+    def raw(self, features: Features, text: Tensor) -> Tensor:
         t, is_null = features.signal.T
         return exact_ratio(features.map, t) - math.log(5) * (is_null == 0)
 
@@ -236,18 +237,64 @@ def test_without_captions_on_one_side_both_kinds_are_calibrated_alike(
     assert told.prompted == told.unprompted != []
 
 
+class TooSure(GateHead):
+    """Three times as sure of a caption as it should be, and lost where there is none."""
+
+    def raw_text(self, cond: Conditioning) -> Tensor:
+        # A third of the shard has one, 3:1, and all of the commons, 1:3.
+        right = torch.where(cond.pooled.argmax(dim=1) == 2, -math.log(9), 0.0)
+        return torch.where(cond.is_null, 6.0, 3 * right)
+
+
+def test_what_a_caption_says_is_calibrated_by_records_that_have_one(
+    packs, trunk, tmp_path: Path
+) -> None:
+    third = make_pack(tmp_path / "third", "a", SHIFT, 1, every=3)
+    told = calibrate(TooSure(HEAD, trunk.config), trunk, third, packs[1], SETTINGS, seed=0)
+    text = told.config.calibration.text
+    assert text.slope == pytest.approx(1 / 3, rel=0.1)
+    assert text.intercept == pytest.approx(0, abs=0.12)
+
+
+def test_where_one_side_has_no_captions_they_say_nothing(packs, trunk, tmp_path: Path) -> None:
+    bare = make_pack(tmp_path / "none", "a", SHIFT, 0, shared=False)
+    told = calibrate(TooSure(HEAD, trunk.config), trunk, bare, packs[1], SETTINGS, seed=0)
+    cond = packs[1].cond(torch.arange(4))
+    assert not cond.is_null.any()
+    assert torch.equal(told.text(cond), torch.zeros(4))
+
+
+def test_no_label_is_given_up_or_thought_likelier_for_being_rare(packs) -> None:
+    """Of a shard that is all of one label, others stand at a hundredth of their share at least."""
+    counts = {"only": 700, "common": 290, "rare": 10}
+    trunk = new_trunk(TrunkConfig(**SHAPE, labels=counts), seed=0)
+
+    def sure(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        return (
+            torch.tensor([20.0, 0.0, 0.0]).expand(len(x_t), 3) + trunk.config.log_shares().float()
+        )
+
+    trunk.logits = sure  # type: ignore[method-assign]
+    tilt = label_shares(trunk, packs[0], SETTINGS, seed=0) - trunk.config.log_shares()
+    assert tilt.tolist() == pytest.approx(
+        [-math.log(0.7), math.log(0.01), math.log(0.01)], abs=0.01
+    )
+
+
 @pytest.mark.parametrize(("slope", "intercept"), [(1.0, 0.0), (0.5, 0.0), (2.0, 0.7), (1.0, -1.0)])
 def test_a_band_undoes_a_known_distortion(slope: float, intercept: float) -> None:
     torch.manual_seed(0)
     own, others = torch.randn(20_000) + 0.5, torch.randn(20_000) - 0.5  # exact logit: x itself
-    band = _band(0.5, (own - intercept) / slope, (others - intercept) / slope)
+    band = _band(
+        0.5, (own - intercept) / slope, (others - intercept) / slope, drawn=(len(own), len(others))
+    )
     assert band.slope == pytest.approx(slope, rel=0.05)
     assert band.intercept == pytest.approx(intercept, abs=0.05)
     assert band.mean_ratio == pytest.approx(1.0, abs=0.05)
 
 
 def test_a_head_with_the_wrong_sign_is_flattened_not_turned() -> None:
-    band = _band(0.5, torch.full((500,), -3.0), torch.full((500,), 3.0))
+    band = _band(0.5, torch.full((500,), -3.0), torch.full((500,), 3.0), drawn=(500, 500))
     assert (band.slope, band.intercept) == (0, 0)
     assert band.loss == pytest.approx(math.log(2))
     assert band.mean_ratio == pytest.approx(1)
@@ -255,7 +302,7 @@ def test_a_head_with_the_wrong_sign_is_flattened_not_turned() -> None:
 
 def test_a_wrong_sign_off_centre_leaves_the_odds_alone() -> None:
     torch.manual_seed(0)
-    band = _band(0.5, torch.randn(2_000) + 1, torch.randn(2_000) + 3)
+    band = _band(0.5, torch.randn(2_000) + 1, torch.randn(2_000) + 3, drawn=(2_000, 2_000))
     assert (band.slope, band.intercept) == (0, 0)
 
 

@@ -55,21 +55,37 @@ def test_labels_that_no_training_record_has_are_left_out(pack: Pack) -> None:
     assert torch.equal(x_data, torch.zeros(4, 1, 2, 2))
 
 
-def test_filters_are_linear_seeded_by_position_and_one_changes_nothing() -> None:
-    task = by_filter(3, 2)
-    x_data = seeds.normal(0, "x", first=0, count=256, shape=(2, 5, 6))
-    rows = torch.arange(256)
+def contents() -> Task:
+    """Two contents, by whether a row's number is odd."""
+    return Task({"even": 3, "odd": 2}, lambda _first, rows, x_data: (x_data, rows % 2))
+
+
+def test_filters_are_linear_seeded_by_position_and_half_change_nothing() -> None:
+    task = by_filter(contents(), 3, 2)
+    x_data = seeds.normal(0, "x", first=0, count=1_024, shape=(2, 5, 6))
+    rows = torch.arange(1_024) // 3
     made, label = task.labelled(1_000, rows, x_data)
-    assert set(label.tolist()) == set(range(16)) == set(range(len(task.counts)))
+    content, filtered = label // 16, label % 16
+    assert torch.equal(content, rows % 2)
+    assert set(filtered.tolist()) == set(range(16))
     same = (made == x_data).flatten(1).all(dim=1)
-    assert torch.equal(same, label == 0)
-    again = by_filter(3, 2).labelled(1_100, rows[100:], x_data[100:])
+    assert torch.equal(same, filtered == 0)
+    assert float(same.float().mean()) == pytest.approx(17 / 32, abs=0.05)
+    again = by_filter(contents(), 3, 2).labelled(1_100, rows[100:], x_data[100:])
     assert torch.equal(again[0], made[100:])
     assert torch.equal(again[1], label[100:])
     zero, _ = task.labelled(1_000, rows, torch.zeros_like(x_data))
     double, _ = task.labelled(1_000, rows, 2 * x_data)
     torch.testing.assert_close(double - zero, 2 * (made - zero), rtol=1e-4, atol=1e-4)
-    assert not torch.equal(by_filter(4, 2).labelled(1_000, rows, x_data)[0], made)
+    assert not torch.equal(by_filter(contents(), 4, 2).labelled(1_000, rows, x_data)[0], made)
+
+
+def test_a_label_is_a_content_and_a_filter_at_their_shares() -> None:
+    counts = by_filter(contents(), 3, 2).counts
+    assert list(counts)[:2] == ["even/filter-00", "even/filter-01"]
+    assert list(counts)[16] == "odd/filter-00"
+    assert [counts[name] for name in ("even/filter-00", "even/filter-15")] == [3 * 17, 3]
+    assert sum(counts.values()) == 32 * (3 + 2)
 
 
 def test_the_loss_is_a_function_of_positions(pack: Pack) -> None:
@@ -121,7 +137,7 @@ def _three_in_four_high(folder: Path) -> Pack:
 def test_a_killed_training_is_bitwise_the_undisturbed_one(
     pack: Pack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    task = by_filter(0, 1)
+    task = by_filter(by_label(["dark", "bright"], bright(pack), pack), 0, 1)
     undisturbed = train(tmp_path / "one", pack, task, images=640)
     real, calls = label_loss, 0
 

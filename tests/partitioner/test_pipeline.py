@@ -189,8 +189,30 @@ def test_owners_are_shards(corpus: str, config: Configure, tmp_path: Path) -> No
     assert {row["owner"] for row in records(run, "shards/cleo")} == {"Cléo"}
     assert manifest.partition.by == "owner"
     assert not run.exists("partition/centroids.safetensors")
-    assert not run.exists(f"commons/{LABELS_NAME}")
     assert all(row.distance is None for row in read_assignments(run))
+
+
+def test_owners_commons_is_labelled_by_contents_of_its_own(
+    corpus: str, digits: Rows, parquet: Write, config: Configure, tmp_path: Path, digests: Digests
+) -> None:
+    """As alike as its encoder sees them, from the commons alone: no shard has a say in them."""
+    run = Storage(tmp_path / "run")
+    partition(corpus, run, config(by="owner", commons="Museum"))
+    rows = records(run, "commons")
+    labels = load_file(run.local(f"commons/{LABELS_NAME}"))["label"]
+    assert len(labels) == len(rows)
+    used = sorted(set(labels.tolist()))
+    assert used[-1] + 1 == min(16, sum(row["split"] == "train" for row in rows) // 8)
+    encoder = load_encoder(run.local("encoder"))
+    vectors = encoder.embed_images([decode(row["image"]) for row in rows]).numpy()
+    means = np.stack([vectors[labels == number].mean(axis=0) for number in used])
+    means /= np.linalg.norm(means, axis=1, keepdims=True)
+    own = (vectors @ means.T).argmax(axis=1)
+    assert (own == np.searchsorted(used, labels)).mean() > 0.9
+    other = Storage(tmp_path / "other")
+    fewer = parquet(tmp_path / "fewer.parquet", [r for r in digits if r["owner"] != "Ada"])
+    partition(fewer, other, config(by="owner", commons="Museum"))
+    assert digests(other)[f"commons/{LABELS_NAME}"] == digests(run)[f"commons/{LABELS_NAME}"]
 
 
 def test_shards_that_everything_was_fitted_on_are_named(
