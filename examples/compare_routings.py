@@ -23,7 +23,7 @@ def main(ensemble: str, prompt: str, out: str) -> None:
         [prompt] * len(ROUTINGS), routing=ROUTINGS, seed=[0] * len(ROUTINGS), trace=True
     )
     shards = pipeline.transformer.shards
-    titles = [f"{prompt}, {routing}" for routing in ROUTINGS]
+    titles = [f"{prompt or 'no prompt'}, {routing}" for routing in ROUTINGS]
     Path(out).write_bytes(strip_png(made.trace, shards, titles, lambda x_data: x_data[:, :3]))
 
 

@@ -20,7 +20,7 @@ from atoll.core.storage import Storage
 from atoll.islands.group import Group
 from atoll.islands.settings import BaseConfig, plan_for
 from atoll.islands.train_denoiser import train_here
-from atoll.islands.train_trunk import check_trunk, task_of, train_trunk
+from atoll.islands.train_trunk import load_trunk, task_of, train_trunk
 
 FOLDER = "base"
 WORK = "base-training"  # checkpoints and metrics; the base itself is a plain component folder
@@ -105,7 +105,7 @@ def train_base(run: Storage, manifest: Manifest, config: BaseConfig) -> Artefact
         _check_unchanged(run, manifest, config)
         check_artefact(run, manifest.base)
         if manifest.trunk is not None:
-            check_trunk(run, manifest.trunk)
+            load_trunk(run, manifest.trunk)
             return manifest.base
     if config.training.lora.rank is not None:
         raise ConfigError(

@@ -41,6 +41,7 @@ from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submissio
 from atoll.islands.spot import heeding
 from atoll.islands.train_denoiser import flops_per_image, train_here
 from atoll.islands.train_head import anchor_of, calibrate, head_loss, label_shares
+from atoll.islands.train_trunk import load_trunk
 
 SCHEMA_VERSION = 1  # of `island.json`
 # What an island publishes, and the file whose presence says that all of it is there.
@@ -207,8 +208,7 @@ def _previews(run: Storage, order: IslandOrder, expert: Denoiser, pack: Pack) ->
 
 def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Group) -> GateHead:
     settings = order.config.head
-    check_artefact(run, order.trunk)
-    trunk = Trunk.load(run.local(order.trunk.path))
+    trunk = load_trunk(run, order.trunk)
     config = HeadConfig(shard=order.name, trunk_sha256=order.trunk.sha256)
     place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
     course = _head_course(order.config, order.plan, cost=_head_cost(run, order, trunk, pack))

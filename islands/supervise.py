@@ -25,7 +25,7 @@ from atoll.islands.queue import Queue
 from atoll.islands.settings import TrainConfig, WatchConfig, plan_for
 from atoll.islands.signs import exit_code, island_folder, stop_request
 from atoll.islands.sites import open_sites
-from atoll.islands.train_trunk import check_trunk
+from atoll.islands.train_trunk import load_trunk
 
 _NOT_TOLD = {
     "workers": 1,  # said with every submission: it is the island's
@@ -80,7 +80,7 @@ def train(
     check_islands(config.islands)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
     check_artefact(run, base)
-    check_trunk(run, require(manifest.trunk, "trunk of its gate", "`atoll base RUN` trains it"))
+    load_trunk(run, require(manifest.trunk, "trunk of its gate", "`atoll base RUN` trains it"))
     _check_path(run, base, config)
     plan_islands(run, manifest, config)
     _check_exclusive_create(run)

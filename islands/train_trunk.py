@@ -156,10 +156,10 @@ def train_trunk(
     return manifest.trunk
 
 
-def check_trunk(run: Storage, artefact: Artefact) -> None:
-    """Refuse a trunk that is not the manifest's, or of another version: before heads need it."""
+def load_trunk(run: Storage, artefact: Artefact) -> Trunk:
+    """The manifest's trunk; `Refused` where it is another, or of another version."""
     check_artefact(run, artefact)
-    Trunk.load(run.local(artefact.path))
+    return Trunk.load(run.local(artefact.path))
 
 
 def train_classifier(
