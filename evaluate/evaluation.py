@@ -116,6 +116,8 @@ class Evaluation(BaseModel):
     dimensions: dict[str, int]
     control: str | None
     reader: Estimate | None = None  # its own leave-one-out accuracy
+    # Of each shard's reference records, the part that shares of shards count as its own.
+    own: dict[str, float] = Field(default_factory=dict)
     rows: list[Row]
     gates: dict[str, GateCalibration] = Field(default_factory=dict)  # of each ensemble, by name
     auto: Chosen | None = None  # where the run's own ensemble was evaluated
@@ -177,6 +179,7 @@ def evaluate_systems(
         dimensions={name: rows.shape[1] for name, rows in bench.features.items()},
         control=control,
         reader=bench.reader.own_accuracy() if bench.reader else None,
+        own=instrument.own(bench.features[ENCODER], reference.shards) if instrument else {},
         rows=rows,
     )
 

@@ -8,7 +8,8 @@ at finite N; the noise level beside it is what two samples of one and the same l
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -37,6 +38,17 @@ class Instrument:
     def count(self, features: Tensor) -> Tensor:
         """How many rows belong to each shard, `(shard,)`."""
         return torch.bincount(self.nearest(features), minlength=len(self.names))
+
+    def own(self, features: Tensor, shards: Sequence[str]) -> dict[str, float]:
+        """Of the rows of each shard, the part that is read as its own; others' names are left out.
+
+        One centre stands for a shard: where its contents are unlike each other this is little, and
+        shares of that shard, real or generated, are not what they seem.
+        """
+        read = [self.names[index] for index in self.nearest(features).tolist()]
+        of = Counter(shard for shard in shards if shard in self.names)
+        right = Counter(mine for mine, found in zip(shards, read, strict=True) if mine == found)
+        return {name: right[name] / of[name] for name in self.names if of[name]}
 
 
 def from_centroids(names: tuple[str, ...], centroids: Tensor) -> Instrument:

@@ -12,6 +12,7 @@ from atoll.evaluate.evaluation import Evaluation, Row
 from atoll.evaluate.features import ENCODER
 from atoll.evaluate.metrics import Estimate
 
+_KNOWN = 0.5  # of a shard's records, what must be nearest to its centre
 _STANDS = {
     "better": ("comes nearer to", "come nearer to"),
     "worse": ("stays further from", "stay further from"),
@@ -21,7 +22,7 @@ _STANDS = {
 def verdict(evaluation: Evaluation) -> list[str]:
     """Sentences, the most important first."""
     parts = (
-        _against_control, _between_spaces, _soup, _starved, _auto, _read, _floor, _caution,
+        _against_control, _between_spaces, _soup, _starved, _blind, _auto, _read, _floor, _caution,
     )  # fmt: skip
     said = [sentence for part in parts for sentence in part(evaluation)]
     return [sentence[0].upper() + sentence[1:] for sentence in said]
@@ -144,6 +145,19 @@ def _starved(evaluation: Evaluation) -> list[str]:
         f"The shares of shards are furthest off for {_quoted(row)} "
         f"(total variation {distance:.2f}, noise {row.shares.noise_level:.2f}): "
         f"{starved} gets {share[starved]:.0%} of the pictures instead of {wanted[starved]:.0%}."
+    ]
+
+
+def _blind(evaluation: Evaluation) -> list[str]:
+    """Shards whose one centre is too little for what they hold, so that shares say little."""
+    unknown = sorted((part, name) for name, part in evaluation.own.items() if part < _KNOWN)
+    if not unknown:
+        return []
+    (part, name), *others = unknown
+    more = f" ({', '.join(name for _, name in others)}: not half either)" if others else ""
+    return [
+        f"Shares of shards are to be read with care: of {name}'s own held-out records only "
+        f"{part:.0%} are nearest to its centre{more}."
     ]
 
 

@@ -210,6 +210,22 @@ def test_verdict_names_the_shard_that_is_starved() -> None:
     assert "right gets 0% of the pictures instead of 50%" in " ".join(verdict(found))
 
 
+def test_verdict_names_shards_that_their_centres_do_not_know(measured: ev.Evaluation) -> None:
+    assert measured.own.keys() == {"left", "right"}
+    assert min(measured.own.values()) > 0.5
+    assert "to be read with care" not in " ".join(verdict(measured))
+
+    def said(**own: float) -> str:
+        return " ".join(verdict(measured.model_copy(update={"own": own})))
+
+    assert "of left's own held-out records only 13% are nearest to its centre." in said(
+        left=0.13, right=0.5
+    )
+    assert "of right's own held-out records only 20% are nearest to its centre (left: not half" in (
+        said(left=0.3, right=0.2)
+    )
+
+
 def test_pictures_that_are_not_finite_are_not_scored() -> None:
     def broken(request: ev.Request) -> ev.Sampled:
         return ev.Sampled(request.x_noise * float("nan"))

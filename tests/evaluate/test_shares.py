@@ -26,6 +26,26 @@ def test_owners_shards_are_measured_by_their_records_mean_direction() -> None:
     assert instrument.nearest(torch.tensor([[5.0, 1.0], [1.0, 5.0]])).tolist() == [0, 1]
 
 
+def test_what_is_read_as_its_own_is_counted_shard_by_shard() -> None:
+    instrument = shares.from_centroids(NAMES, torch.eye(3))
+    features = torch.eye(3)[[0, 1, 1, 1, 2, 0]]
+    of = ["one", "one", "two", "two", "commons", "two"]
+    # "three" has no records here, and the commons is nobody's.
+    assert instrument.own(features, of) == {"one": 1 / 2, "two": 2 / 3}
+
+
+def test_a_shard_of_unlike_contents_is_hardly_known_by_its_mean() -> None:
+    def towards(*degrees: float) -> torch.Tensor:
+        angle = torch.deg2rad(torch.tensor(degrees))
+        return torch.stack([angle.cos(), angle.sin()], dim=1)
+
+    features = {"mixed": towards(0, 90, 180), "right": towards(20, 21), "left": towards(160)}
+    instrument = shares.from_records(features)
+    of = [name for name, rows in features.items() for _ in rows]
+    own = instrument.own(torch.cat(list(features.values())), of)
+    assert own == {"mixed": 1 / 3, "right": 1, "left": 1}
+
+
 def test_total_variation_is_half_the_absolute_difference() -> None:
     found = shares.compare(NAMES, torch.tensor([50, 50, 0]), torch.tensor([25, 25, 50]), seed=0)
     assert found.distance.value == 0.5
