@@ -2,13 +2,13 @@
 
     python -m benchmarks.shares CIFAR10.parquet OUT [--pictures 5000] [--quick] [--json]
 
-The pictures, at 8x8, are cut into eight looks by `atoll partition`, and each look is an owner's,
-thinned to what he is to have of all (40% to 5%); a tenth is public. From there the whole way is
-gone with the commands that a user has. Pictures are sampled without prompts, so that the prior
-alone says how often a shard is due. One instrument, the nearest mean direction of the shards'
-training records in the encoder's space, reads sampled and real pictures alike: it must know each
-owner's held-out records for his, and what two halves of all of them differ by is the least that can
-be expected. A second run resumes.
+The pictures, at 8x8, are partitioned into eight clusters by a public tenth of them, thinned to what
+each cluster is to have of all others (40% to 5%), and partitioned again: by the same public tenth,
+so into the same clusters. From there the whole way is gone with the commands that a user has.
+Pictures are sampled without prompts, so that the prior alone says how often a shard is due. One
+instrument, the nearest of the clusters' centroids, reads sampled and real pictures alike: it must
+know each shard's held-out records for its own, and what two halves of all of them differ by is the
+least that can be expected. A second run resumes.
 """
 
 from __future__ import annotations
@@ -41,10 +41,9 @@ from atoll.evaluate.reference import load_records
 from atoll.evaluate.shares import Shares, compare
 from benchmarks.rows import Row, row, show
 
-OWNERS = (0.40, 0.15, 0.12, 0.09, 0.08, 0.06, 0.05, 0.05)  # of all records but the public ones
-PUBLIC, PUBLIC_PART = "public", 0.1
-SIZE = 8  # pixels of a side
-HOLDOUT = 0.5
+PARTS = (0.40, 0.15, 0.12, 0.09, 0.08, 0.06, 0.05, 0.05)  # of all records but the public ones
+COMMONS, PUBLIC_PART = "public.parquet", 0.1
+SIZE, HOLDOUT = 8, 0.5  # pixels of a side; half is 5,000 and more to compare with, twice
 ROUTINGS = ("once", "mass:0.9", "threshold:0.05", "full", "top-k:1")
 BIASED = ("top-k:1",)
 MARGIN, SMALLEST, KNOWN = 0.05, 0.8, 0.8
@@ -52,40 +51,37 @@ STEPS, BATCH = 50, 250
 
 
 def write_corpus(source: str, out: Path, *, share: float) -> None:
-    """A share of the source's records at 8x8, with an owner each: its look, or the public."""
+    """A share of the source's records at 8x8, thinned cluster by cluster."""
     table = pq.read_table(source, columns=["image", "caption"])
     table = table.slice(0, int(len(table) * share))
     small = [_small(data) for data in table.column("image").to_pylist()]
     table = table.set_column(0, "image", pa.array([_png(picture) for picture in small]))
-    whole, looks = out.with_name("small.parquet"), out.with_name("looks")
-    pq.write_table(table, whole)
-    atoll("partition", whole, looks, "--shards", len(OWNERS))
-    run = Storage(str(looks))
-    manifest = Manifest.load(run)
-    instrument, encoder = (
-        instrument_of(run, manifest),
-        load_encoder(run.local(manifest.encoder.path)),
-    )
-    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in small]))
-    look_of = instrument.nearest(embed(encoder, pixels.permute(0, 3, 1, 2)))
-    rows, owners = thinned(look_of.tolist())
-    pq.write_table(table.take(rows).append_column("owner", pa.array(owners)), out)
+    public = int(len(table) * PUBLIC_PART)
+    commons, every, run = (out.with_name(name) for name in (COMMONS, "every.parquet", "every"))
+    pq.write_table(table.slice(0, public), commons)
+    table = table.slice(public)
+    pq.write_table(table, every)
+    cut(every, run)
+    storage = Storage(run)
+    manifest = Manifest.load(storage)
+    encoder = load_encoder(storage.local(manifest.encoder.path))
+    pixels = torch.from_numpy(np.stack([np.asarray(picture) for picture in small[public:]]))
+    features = embed(encoder, pixels.permute(0, 3, 1, 2))
+    clusters = instrument_of(storage, manifest).nearest(features).tolist()
+    pq.write_table(table.take(thinned(clusters)), out)
 
 
-def thinned(look_of: Sequence[int]) -> tuple[list[int], list[str]]:
-    """Rows that stay, and whose each is: the largest look is the largest owner's, and so on."""
-    public = int(len(look_of) * PUBLIC_PART)
-    sizes = Counter(look_of[public:])
-    ranks = {look: rank for rank, (look, _) in enumerate(sizes.most_common())}
-    every = min(sizes[look] / OWNERS[rank] for look, rank in ranks.items())
-    left = {look: int(every * OWNERS[rank]) for look, rank in ranks.items()}
-    rows, owners = list(range(public)), [PUBLIC] * public
-    for number, look in enumerate(look_of[public:], public):
-        if left[look]:
-            left[look] -= 1
+def thinned(clusters: Sequence[int]) -> list[int]:
+    """Which rows stay: the largest cluster has the largest part, and so on."""
+    sizes = Counter(clusters).most_common()
+    whole = min(size / part for (_, size), part in zip(sizes, PARTS, strict=True))
+    left = {cluster: int(whole * part) for (cluster, _), part in zip(sizes, PARTS, strict=True)}
+    rows = []
+    for number, cluster in enumerate(clusters):
+        if left[cluster]:
+            left[cluster] -= 1
             rows.append(number)
-            owners.append(f"owner-{ranks[look]}")
-    return rows, owners
+    return rows
 
 
 def _small(data: bytes) -> Image.Image:
@@ -98,12 +94,17 @@ def _png(picture: Image.Image) -> bytes:
     return buffer.getvalue()
 
 
+def cut(corpus: Path, run: Path) -> None:
+    """Partition by the public records beside the corpus, which alone say where clusters are."""
+    atoll(
+        "partition", corpus, run, "--shards", len(PARTS), "--commons", corpus.with_name(COMMONS),
+        "--holdout", HOLDOUT, "--set", "flips=true",
+    )  # fmt: skip
+
+
 def train(corpus: Path, run: Path, *, passes: float) -> None:
     """A run with its ensemble, by the commands."""
-    atoll(
-        "partition", corpus, run, "--by", "owner", "--commons", PUBLIC, "--holdout", HOLDOUT,
-        "--set", "flips=true",
-    )  # fmt: skip
+    cut(corpus, run)
     atoll("base", run, "--recipe", "unet-digits", "--passes", 3 * passes)
     atoll("train", run, "--passes", passes)
     atoll("assemble", run)
@@ -147,7 +148,7 @@ def measure(run: Storage, count: int) -> list[Row]:
     worst = min(own, key=lambda shard: own[shard])
     rows = [
         row(
-            "held-out records that the instrument knows for their owner's, the least of all owners",
+            "held-out records that the instrument knows for their shard's, the least of all shards",
             own[worst], "", against=f"{worst}; all: {_listed(own)}", at_least=KNOWN,
         ),
         row(
@@ -200,7 +201,7 @@ def main() -> None:
     torch.set_num_threads(1)
     scale = 0.1 if given.quick else 1.0
     given.out.mkdir(parents=True, exist_ok=True)
-    corpus, run = given.out / "owners.parquet", given.out / "run"
+    corpus, run = given.out / "corpus.parquet", given.out / "run"
     if not corpus.exists():
         write_corpus(given.corpus, corpus, share=scale)
     train(corpus, run, passes=given.passes)
