@@ -9,17 +9,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from importlib import import_module
 from typing import Any
 
-from diffusers import PixArtTransformer2DModel, SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from atoll.core.conditioning import Conditioning
-from atoll.core.dit import DiT
 from atoll.core.errors import ConfigError
 from atoll.core.manifest import Picture
-from atoll.core.transformer import zero
-from atoll.core.uvit import UViT
 
 Adapter = Callable[[nn.Module, Tensor, Tensor, Conditioning], Tensor]
 """(network, what it takes for x_t, timestep `(batch,)`, cond) -> what it puts out."""
@@ -76,6 +73,10 @@ def _entries_of_one(pooled: Tensor) -> Tensor:
 
 def _sd3_starts_calm(network: nn.Module) -> None:
     """adaLN-zero and an output of 0, which diffusers leaves to whoever trains."""
+    from diffusers import SD3Transformer2DModel
+
+    from atoll.core.transformer import zero
+
     assert isinstance(network, SD3Transformer2DModel)
     for block in network.transformer_blocks:
         zero(block.norm1.linear, block.norm1_context.linear)
@@ -86,7 +87,8 @@ def _sd3_starts_calm(network: nn.Module) -> None:
 class Family:
     """A diffusers class, how it is called, and where its configuration keeps what data decides."""
 
-    network: type[Any]
+    module: str
+    class_name: str
     adapter: Adapter
     tokens: str | None = None  # the key of the width of text tokens
     pooled: str | None = None  # the key of the dimension of the pooled text vector
@@ -95,26 +97,38 @@ class Family:
     more: Callable[[Mapping[str, Any], Picture], dict[str, Any]] = lambda _config, _picture: {}
     initialise: Callable[[nn.Module], None] | None = None
 
+    @property
+    def network(self) -> type[Any]:
+        """The class, imported here: diffusers takes seconds, and who starts islands needs none."""
+        found: type[Any] = getattr(import_module(self.module), self.class_name)
+        return found
+
 
 FAMILIES: dict[str, Family] = {
     # Rombach et al. 2022, arXiv 2112.10752.
     "unet": Family(
-        UNet2DConditionModel,
+        "diffusers",
+        "UNet2DConditionModel",
         _with_tokens,
         tokens="cross_attention_dim",
         divides_by=lambda config: 2 ** (len(config["block_out_channels"]) - 1),
     ),
     # Chen et al. 2023, arXiv 2310.00426.
     "pixart": Family(
-        PixArtTransformer2DModel, _pixart, tokens="caption_channels", squares_only=True
+        "diffusers",
+        "PixArtTransformer2DModel",
+        _pixart,
+        tokens="caption_channels",
+        squares_only=True,
     ),
     # Bao et al. 2022, arXiv 2209.12152.
-    "uvit": Family(UViT, _with_tokens, tokens="joint_attention_dim"),
+    "uvit": Family("atoll.core.uvit", "UViT", _with_tokens, tokens="joint_attention_dim"),
     # Peebles & Xie 2022, arXiv 2212.09748.
-    "dit": Family(DiT, _dit, pooled="pooled_projection_dim"),
+    "dit": Family("atoll.core.dit", "DiT", _dit, pooled="pooled_projection_dim"),
     # Esser et al. 2024, arXiv 2403.03206.
     "sd3": Family(
-        SD3Transformer2DModel,
+        "diffusers",
+        "SD3Transformer2DModel",
         _sd3,
         tokens="joint_attention_dim",
         pooled="pooled_projection_dim",
@@ -126,7 +140,7 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 
-FAMILY_OF_CLASS: dict[str, str] = {row.network.__name__: name for name, row in FAMILIES.items()}
+FAMILY_OF_CLASS: dict[str, str] = {row.class_name: name for name, row in FAMILIES.items()}
 
 
 def sample_size(family: str, config: Mapping[str, Any], picture: Picture) -> int | tuple[int, int]:

@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-from diffusers import AutoencoderKL
 from torch import Tensor
 
 from atoll.core.errors import ConfigError, MissingError, Refused, UsageError
@@ -25,6 +24,9 @@ from atoll.core.fingerprint import fingerprint
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.starts import HUB, downloaded
 from atoll.core.storage import canonical_json
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL
 
 _CLASS = "AutoencoderKL"
 _WANTED = [
@@ -136,6 +138,8 @@ def load_autoencoder(spec: str | Path, *, latent_space: str | None = None) -> Au
             f"There is no autoencoder at {spec}",
             allowed=f"the folder of an {_CLASS}, of a pipeline that has one, or {HUB}ORG/NAME",
         )
+    from diffusers import AutoencoderKL  # takes seconds, and most runs have no autoencoder
+
     try:
         config = json.loads((folder / "config.json").read_text())
         if config.get("_class_name") != _CLASS:

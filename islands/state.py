@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-import diffusers
 import numpy as np
 import torch
 from torch import Tensor
@@ -173,6 +172,8 @@ class TrainingState:
     def facts(self) -> dict[str, Any]:
         """What must be the same for a resume to be bitwise."""
         lora, device = self._course.lora, self._learner.parameters[0].device
+        import diffusers  # takes seconds, and who starts islands imports this file
+
         adapters = {} if lora.rank is None else {"lora": lora.model_dump(mode="json")}
         return {
             **adapters,

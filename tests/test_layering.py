@@ -188,8 +188,15 @@ def _loaded_by(module: str) -> set[str]:
 
 def test_training_step_loads_nothing_heavier_than_torch_diffusers_and_safetensors() -> None:
     loaded = _loaded_by("atoll.islands.step")
-    assert {"torch", "diffusers", "safetensors"} <= loaded
+    assert {"torch", "safetensors"} <= loaded
     assert not loaded & {"ray", "faiss", "open_clip", "pyarrow", "timm", "typer", "sklearn"}
+
+
+def test_who_starts_islands_does_not_wait_for_diffusers() -> None:
+    """It takes seconds to load, before which no Ray head would be started."""
+    loaded = _loaded_by("atoll.islands.supervise")
+    assert "torch" in loaded
+    assert not loaded & {"diffusers", "ray", "scipy", "tensorboard"}
 
 
 def test_command_line_loads_nothing_heavy() -> None:

@@ -266,7 +266,7 @@ class _Known(nn.Module):
 def test_operations_are_those_of_a_hand_count(
     cond: MakeCond, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    known = Family(_Known, lambda network, x, _t, c: network(x, c.pooled)[0])
+    known = Family(__name__, "_Known", lambda network, x, _t, c: network(x, c.pooled)[0])
     monkeypatch.setitem(recipes.FAMILIES, "known", known)
     by_hand = 2 * (5 * 32 * 32 * 3 * 3 * 3) + 2 * (8 * 7)
     assert forward_flops(_Known(), "known", SMALL, cond(4)) == by_hand
