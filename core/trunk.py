@@ -126,6 +126,8 @@ class Trunk(nn.Module):
         )
         self.upper = Upper(config, len(config.labels))
         self.text_only = text_head(config, len(config.labels))
+        self.log_shares: Tensor
+        self.register_buffer("log_shares", config.log_shares().float(), persistent=False)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Features:
         """The part that all heads share, for t below 1."""
@@ -145,7 +147,7 @@ class Trunk(nn.Module):
         picture says beside it, which is all that heads continue from.
         """
         text = self.text_logits(cond).detach().log_softmax(dim=1)
-        said = (text - self.config.log_shares().to(text)) * (~cond.is_null)[:, None]
+        said = (text - self.log_shares) * (~cond.is_null)[:, None]
         found: Tensor = self.upper(self.features(x_t, t, cond)) + said
         return found
 

@@ -44,7 +44,8 @@ def place_by_owner(gathered: Gathered, embed: Embedder, config: PartitionConfig)
     names = owner_names(str(record.owner) for record in gathered.private)
     rows = [_row(record, names[str(record.owner)], config) for record in gathered.private]
     rows += [_row(record, COMMONS, config) for record in gathered.commons]
-    return _grouped(gathered.private, rows, _contents(gathered.commons, embed, config), config)
+    placed = _grouped(gathered.private, rows, {}, config)  # may refuse, before anything is embedded
+    return replace(placed, contents=_contents(gathered.commons, embed, config))
 
 
 def _contents(
