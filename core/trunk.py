@@ -126,7 +126,7 @@ class Trunk(nn.Module):
         )
         self.upper = Upper(config, len(config.labels))
         self.text_only = text_head(config, len(config.labels))
-        self.log_shares: Tensor
+        self.log_shares: Tensor  # where the weights are, or every step would copy them there
         self.register_buffer("log_shares", config.log_shares().float(), persistent=False)
 
     def features(self, x_t: Tensor, t: Tensor, cond: Conditioning) -> Features:
