@@ -212,6 +212,9 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         # A head that ends has no node to move work to. Jobs have committed by then, or, where the
         # controller was killed, lose at most one interval.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
+        # A job's process is its own: the worker that Ray holds ready for it would only take a
+        # processor from the job's imports.
+        "RAY_prestart_worker_first_driver": "0",
         # Ray's own 15 is for workers that share a machine with what matters more.
         "RAY_worker_niceness": "0",
     }
