@@ -11,12 +11,13 @@ CPU all takes about 20 minutes; a recipe for a GPU (`--only dit-xl`) less than t
 from __future__ import annotations
 
 import argparse
+from statistics import median
 
 import torch
 
 from benchmarks import cpu, gpu
 from benchmarks.rows import Row, row, show
-from benchmarks.start import seconds_to_first_step
+from benchmarks.start import seconds_of_an_empty_job, seconds_to_first_step
 from benchmarks.turns import Schedule
 
 START_SECONDS = 15.0
@@ -40,10 +41,22 @@ def on_gpu(name: str, *, quick: bool, profile: bool) -> list[Row]:
     )  # fmt: skip
 
 
-def start() -> list[Row]:
-    """How soon an island takes its first step."""
-    name = "from `atoll train` to the first step, on a local head"
-    return [row(name, seconds_to_first_step(), "s", at_most=START_SECONDS, digits=2)]
+def start(*, quick: bool) -> list[Row]:
+    """How soon an island takes its first step, and how much of that is Ray's and the imports'."""
+    pairs = [(seconds_to_first_step(), seconds_of_an_empty_job()) for _ in range(1 if quick else 3)]
+    ours, least = ([pair[n] for pair in pairs] for n in (0, 1))
+    return [
+        row(
+            "from `atoll train` to the first step, on a local head", median(ours), "s",
+            against=f"starts: {', '.join(f'{seconds:.1f}' for seconds in ours)}",
+            at_most=START_SECONDS, digits=2,
+        ),
+        row(
+            "the start, ratio to an empty job", median(a / b for a, b in pairs), "ratio",
+            against="in turns: the same head and a job that only imports torch and the network, "
+            f"{median(least):.1f} s",
+        ),
+    ]  # fmt: skip
 
 
 def main() -> None:
@@ -60,7 +73,7 @@ def main() -> None:
         if given.only in (None, "cpu", name):
             rows += on_cpu(name, **how)
     if given.only in (None, "cpu", "start"):
-        rows += start()
+        rows += start(quick=given.quick)
     for name in gpu.SHARES:
         if given.only in (None, "gpu", name):
             rows += on_gpu(name, **how)

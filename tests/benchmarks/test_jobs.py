@@ -1,4 +1,4 @@
-"""The benchmarks of jobs at their smallest: a real kill; a start whose head is played."""
+"""The benchmarks of jobs at their smallest: a real kill; starts."""
 
 from __future__ import annotations
 
@@ -51,3 +51,10 @@ def test_a_start_is_timed_until_the_first_heartbeat(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(start, "subprocess", SimpleNamespace(Popen=Played, DEVNULL=None))
     assert start.seconds_to_first_step() > 0
     assert given[0] == "train"
+
+
+def test_the_least_that_a_start_could_be_is_a_real_job_of_a_real_head() -> None:
+    seconds = start.seconds_of_an_empty_job()
+    assert seconds > 0
+    with pytest.raises(SystemExit, match="did not come"):
+        start._until(lambda: False, lambda: False, 0.0)
