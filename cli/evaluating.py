@@ -46,7 +46,7 @@ from atoll.partitioner.assignments import cluster_name
 from atoll.partitioner.words import count_words, telling_words
 from atoll.router.assemble import add_export
 from atoll.router.calibrate import GateCalibration, measure_gate
-from atoll.router.model import BASE
+from atoll.router.component import BASE
 
 _MONTAGE = 24
 _MOST_REFERENCE = 1_000

@@ -199,7 +199,7 @@ def _soup_check(soup: Path) -> Callable[[], None]:
 def _ensemble_check(run: Storage, manifest: Manifest) -> None:
     """Build the folder again in a scratch place, from the islands' own files, and compare."""
     from atoll.router.assemble import build
-    from atoll.router.model import read_ensemble_config
+    from atoll.router.component import read_ensemble_config
 
     config = read_ensemble_config(run.local("ensemble/transformer"))
     assert manifest.ensemble is not None

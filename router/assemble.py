@@ -20,8 +20,7 @@ from atoll.core.head import read_head_config
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact, require
 from atoll.core.storage import Storage, canonical_json
-from atoll.router.forward import TextProjection
-from atoll.router.model import (
+from atoll.router.component import (
     BASE,
     EnsembleConfig,
     GateKind,
@@ -31,6 +30,7 @@ from atoll.router.model import (
     copy_joint,
     write_ensemble_config,
 )
+from atoll.router.forward import TextProjection
 from atoll.router.pipeline import CARD_NAME, ensemble_card
 
 _log = logging.getLogger("atoll")

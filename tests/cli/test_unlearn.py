@@ -421,8 +421,8 @@ def test_a_soup_outside_is_rewritten_though_the_run_has_moved(made: Path, tmp_pa
 def test_a_recheck_needs_not_the_version_that_wrote(made: Path, monkeypatch) -> None:
     import diffusers
 
-    import atoll.router.model as model
+    import atoll.router.component as component
 
     monkeypatch.setattr(diffusers, "__version__", "99.0")
-    monkeypatch.setattr(model.write_ensemble_config, "__kwdefaults__", {"version": "99.0"})
+    monkeypatch.setattr(component.write_ensemble_config, "__kwdefaults__", {"version": "99.0"})
     done("verify", made)

@@ -15,9 +15,10 @@ from atoll.core.head import HeadConfig, new_head
 from atoll.core.recipes import build, recipe_of
 from atoll.core.storage import sha256_folder
 from atoll.core.trunk import TrunkConfig, new_trunk
+from atoll.router.component import EnsembleConfig
 from atoll.router.forward import TextProjection
 from atoll.router.gate import Gate
-from atoll.router.model import EnsembleConfig, EnsembleModel
+from atoll.router.model import EnsembleModel
 from tests.router.conftest import PICTURE
 
 TEXT = 32  # of the encoder of `conftest.py`: width of its tokens and of its pooled vectors

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.manifest import Picture
+from atoll.router.component import EnsembleConfig
 from atoll.router.forward import TextProjection
-from atoll.router.model import EnsembleConfig, EnsembleModel
+from atoll.router.model import EnsembleModel
 from tests.router.conftest import World, _prompt
 
 
