@@ -58,6 +58,7 @@ def register(app: typer.Typer) -> None:
         from atoll.islands.base import WORK, train_base
         from atoll.islands.settings import BaseConfig
 
+        _check_one_length(minutes, passes)
         with working_on(run) as (storage, manifest):
             earlier = saved_config(BaseConfig, storage, WORK)
             settings = resolve(
@@ -108,6 +109,7 @@ def register(app: typer.Typer) -> None:
         from atoll.islands import supervise
         from atoll.islands.settings import TrainConfig, plan_for
 
+        _check_one_length(minutes, passes)
         with working_on(run) as (storage, manifest):
             earlier = saved_config(TrainConfig, storage, "islands")
             settings = resolve(
@@ -217,6 +219,7 @@ def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: f
     from atoll.islands.settings import BaseConfig
 
     if (earlier := saved_config(BaseConfig, run, WORK)) is not None:
+        _check_by_minutes(earlier.training.passes)
         return _with_passes(config, earlier.training.passes)
     commons = open_pack(run, manifest.commons, BlockCache(config.cache_gib))
     base = new_base(manifest, commons, config)
@@ -244,6 +247,7 @@ def experts_within(
     from atoll.core.cache import BlockCache
     from atoll.core.config import saved_config
     from atoll.core.denoiser import Denoiser
+    from atoll.core.journal import log
     from atoll.core.manifest import require
     from atoll.core.pack import open_pack
     from atoll.islands.probe import images_per_second, passes_in
@@ -251,6 +255,7 @@ def experts_within(
     from atoll.islands.sites import slots_here
 
     if (earlier := saved_config(TrainConfig, run, "islands")) is not None:
+        _check_by_minutes(earlier.training.passes)
         config = config.model_copy(update={"planned_by_all": earlier.planned_by_all})
         return _with_passes(config, earlier.training.passes)
     base = require(manifest.base, "base", "train it with `atoll base RUN`")
@@ -271,9 +276,37 @@ def experts_within(
         at_once = sum(
             (i.jobs or 1) * (i.resources.workers or config.workers) for i in config.islands
         )
+    of_shards = config.workers * len(manifest.shards)
+    if at_once > of_shards and not config.islands:
+        log.warning(
+            "The minutes are divided by what %d processors could train at once, so that no shard's "
+            "plan depends on how many there are; with %d shards it takes %.2g times as long",
+            at_once, len(manifest.shards), at_once / of_shards,
+        )  # fmt: skip
     return _with_passes(
         config, passes_in(minutes, speed=speed, islands_at_once=at_once, records=max(1, records))
     )
+
+
+def _check_by_minutes(passes: float | None) -> None:
+    """Refuse minutes for what is planned already without them."""
+    from atoll.core.errors import ConfigError
+
+    if passes is None:
+        raise ConfigError(
+            "This is planned already, by the recipe's passes",
+            cure="leave out --minutes to go on as planned, or start a new run",
+        )
+
+
+def _check_one_length(minutes: float | None, passes: float | None) -> None:
+    """Refuse two lengths of one training."""
+    from atoll.core.errors import UsageError
+
+    if minutes is not None and passes is not None:
+        raise UsageError(
+            "--minutes and --passes are two ways to say how long", allowed="one of the two"
+        )
 
 
 def _with_passes(config: C, passes: float | None) -> C:

@@ -88,9 +88,9 @@ def register(app: typer.Typer) -> None:
             for name in wanted(manifest, shard)
             if shard is not None or storage.exists(f"{island_folder(name)}/island.json")
         ]
-        if allow_inexact_resume:
-            settings = settings.model_copy(update={"bitwise_resume": False})
-        else:
+        # Asked for anew every time: what one command allowed is not allowed for ever.
+        settings = settings.model_copy(update={"bitwise_resume": not allow_inexact_resume})
+        if not allow_inexact_resume:
             for name in told:
                 storage.remove(stop_request(name))
         try:

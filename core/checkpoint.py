@@ -118,6 +118,8 @@ class Checkpoints:
             except FileExistsError:
                 continue
             self.generation = generation
+            # Payloads of which a killed writer wrote a part; their names are never used again.
+            self._storage.sweep(f"{self._folder}/checkpoints")
             return generation
 
     def check_fence(self) -> None:
@@ -176,6 +178,10 @@ class Checkpoints:
             found = self.load(name, piece)
             if agreed(found is not None):
                 return found
+            if _stem(name).startswith(f"{self.generation:06d}-"):
+                # Ours and damaged: whoever goes on from the one before it comes by here again, and
+                # commits under this name.
+                self._storage.remove(name)
         return None
 
     def load(self, name: str, piece: Piece = WHOLE) -> Checkpoint | None:

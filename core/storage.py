@@ -32,6 +32,7 @@ from atoll.core.disk import (
     no_space_is_failure,
     recover,
     replacing,
+    sweep,
     temporary_file,
 )
 from atoll.core.errors import DataError, Failed, Refused
@@ -349,44 +350,58 @@ class Storage:
             place.write_bytes(self.read_bytes(file))
 
     @contextlib.contextmanager
-    def writing_folder(self, name: str) -> Iterator[Path]:
+    def writing_folder(
+        self, name: str, *, check: Callable[[], None] = lambda: None
+    ) -> Iterator[Path]:
         """A local folder to fill; it is published as `name` when the block ends well.
 
         Locally it lies beside its place under a hidden name: what a killed writer leaves stays
-        inside the run, and goes with the next writer or with a removal.
+        inside the run, and goes with the next writer or with a removal. `check` raises where the
+        writer has lost the right to the place, and is asked before what stands there is touched.
         """
         path = Path(self._path(name, write=True))
         with no_space_is_failure(name):
             if self.is_local:
                 with replacing(path) as fresh:
                     yield fresh
+                    check()
                 return
             with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
                 yield Path(scratch)
-                self.publish(Path(scratch), name)
+                self.publish(Path(scratch), name, check=check)
 
-    def write_folder(self, name: str, save: Callable[[Path], None]) -> None:
+    def write_folder(
+        self, name: str, save: Callable[[Path], None], *, check: Callable[[], None] = lambda: None
+    ) -> None:
         """`writing_folder` for content that can be made again: `save` is, after every outage."""
 
         def write() -> None:
-            with self.writing_folder(name) as folder:
+            with self.writing_folder(name, check=check) as folder:
                 save(folder)
 
         self._ride_out(f"writing {name}", write)
 
-    def publish(self, folder: Path, name: str) -> None:
+    def publish(self, folder: Path, name: str, *, check: Callable[[], None] = lambda: None) -> None:
         """Make a local folder appear at `name`, whole; what stood there before is replaced."""
         self._path(name, write=True)  # refused before anything is read
         with no_space_is_failure(name):
             if self.is_local:
-                self.write_folder(name, lambda new: _copy(folder, new))
+                self.write_folder(name, lambda new: _copy(folder, new), check=check)
                 return
             files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
+            check()
             for marker in reversed(MARKERS):
                 self.remove(f"{name}/{marker}")  # and removed first
             self.remove(name)
             for file in sorted(files, key=_marks):
+                check()  # an upload may hang for longer than it takes an heir to publish
                 self.write_bytes(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+
+    def sweep(self, name: str) -> None:
+        """Clear away what killed writers left below a folder; a store keeps nothing of theirs."""
+        path = self._path(name, write=True)
+        if self.is_local:
+            sweep(Path(path))
 
     def sha256(self, name: str) -> str:
         """Hex sha256 of a file, or of a folder as `sha256_folder` defines it."""

@@ -1,4 +1,4 @@
-"""A training's storage work, in order, in one thread, so that no step waits for it.
+"""A training's storage work, in order, in one thread beside its steps.
 
 An outage of the store or a full disk is ridden out: the work at the head of the queue is tried
 again with growing pauses while the training goes on, and whatever has waited follows in order, so

@@ -1,16 +1,20 @@
 """The processor that an island trains on: its threads, its accelerator, its kernels.
 
-Bitwise resume holds for the same accelerator model, versions and threads with deterministic
-kernels, so these are chosen here and nowhere else, and a checkpoint records them.
+Bitwise resume holds for the same model of accelerator or processor, versions and threads with
+deterministic kernels, so these are chosen here and nowhere else, and a checkpoint records them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
+import platform
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -45,8 +49,26 @@ def chosen_device(device: Device) -> torch.device:
 
 
 def device_name(device: torch.device) -> str:
-    """What must be the same for the same bits: "cpu", or the accelerator's model."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    """What must be the same for the same bits: the model of the accelerator, or of the processor.
+
+    On a processor the libraries choose their kernels by its instructions, and the blocks they sum
+    in by its caches.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{_processor()}, {torch.backends.cpu.get_cpu_capability()}"
+
+
+@cache
+def _processor() -> str:
+    """Model of this machine's processor: its name may be one for several, its numbers are not."""
+    found = {}
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().partition("\n\n")[0].splitlines():
+            key, _, value = line.partition(":")
+            found[key.strip()] = value.strip()
+    numbers = [found[key] for key in ("cpu family", "model") if key in found]
+    return " ".join([found.get("model name", platform.processor() or platform.machine()), *numbers])
 
 
 @torch.no_grad()

@@ -57,12 +57,20 @@ def points(run: Storage, shard: str) -> list[Point]:
         for line in run.read_lines(f"{island_folder(shard)}{below}/metrics.jsonl"):
             seen = line.get("images_seen")
             if isinstance(seen, int):
-                found += [
-                    (f"{part}/{key}", seen, float(value))
-                    for key, value in sorted(line.items())
-                    if key != "images_seen" and isinstance(value, int | float)
-                ]
+                for key, value in sorted(line.items()):
+                    found += [
+                        (f"{part}/{tag}", seen, float(number))
+                        for tag, number in _numbers(key, value)
+                        if tag != "images_seen" and isinstance(number, int | float)
+                    ]
     return found
+
+
+def _numbers(key: str, value: object) -> list[tuple[str, object]]:
+    """A number by its name, or those of a list (the loss by bins of t) one by one."""
+    if isinstance(value, list):
+        return [(f"{key}/{index}", each) for index, each in enumerate(value)]
+    return [(key, value)]
 
 
 class Curves:

@@ -29,7 +29,7 @@ from atoll.core.manifest import Artefact, Plan, check_artefact, check_schema
 from atoll.core.pack import Pack, open_pack
 from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk
-from atoll.islands.compute import computing
+from atoll.islands.compute import chosen_device, computing
 from atoll.islands.course import Course
 from atoll.islands.group import Group
 from atoll.islands.learner import Learner
@@ -37,7 +37,7 @@ from atoll.islands.loop import Loop, Milestones
 from atoll.islands.lora import FILE_NAME, attach
 from atoll.islands.preview import grid_files, milestones, preview_grid
 from atoll.islands.settings import GuardConfig, TrainConfig, plan_beside
-from atoll.islands.signs import HEAD_TRAINING, island_folder, sigterm, submission
+from atoll.islands.signs import HEAD_TRAINING, Claim, island_folder, sigterm, submission
 from atoll.islands.spot import heeding
 from atoll.islands.train_denoiser import flops_per_image, train_here
 from atoll.islands.train_head import anchor_of, calibrate, head_loss, label_shares
@@ -87,6 +87,7 @@ def run_island(
         part for part in (order.shard, order.commons, order.base, order.trunk, order.vae) if part
     ]
     run = whole.scoped(read=[part.path for part in told], write=[here])
+    claim = Claim(run, shard)
     if group.leads:
         _begin(run, here)
     torch.set_num_threads(order.config.threads)
@@ -103,18 +104,21 @@ def run_island(
         if not group.gather(_is_there(run, here, "expert"))[0]:
             save = _expert(run, order, pack, group)
             if group.leads:
-                run.write_folder(f"{here}/expert", save)
+                run.write_folder(f"{here}/expert", save, check=claim.check)
         if not group.leads:
             return
         enter("gate_head")
         if not _is_there(run, here, "gate_head"):
             head = _head(run, order, pack, commons, group.alone())
-            run.write_folder(f"{here}/gate_head", head.save)
+            run.write_folder(f"{here}/gate_head", head.save, check=claim.check)
     if order.config.preview > 0:
         enter("preview")
         expert = Denoiser.load(run.local(f"{here}/expert"))
-        decode = _decoder(run, order, pack)
-        grid = preview_grid(expert, pack, order.config, seed=order.seed, decode=decode)
+        with computing(order.config.device, order.config.threads) as device:
+            expert.network.to(device)
+            decode = _decoder(run, order, pack)
+            grid = preview_grid(expert, pack, order.config, seed=order.seed, decode=decode)
+        claim.check()
         for name, data in grid_files(order.plan.images_seen, grid).items():
             run.write_bytes(f"{here}/{name}", data)
 
@@ -137,7 +141,9 @@ def _decoder(run: Storage, order: IslandOrder, pack: Pack) -> Callable[[Tensor],
         return None
     check_artefact(run, order.vae)
     place = run.local(order.vae.path)
-    return load_autoencoder(place, latent_space=pack.card.latent_space).decode
+    autoencoder = load_autoencoder(place, latent_space=pack.card.latent_space)
+    autoencoder.network.to(chosen_device(order.config.device))
+    return autoencoder.decode
 
 
 def _is_there(run: Storage, here: str, part: str) -> bool:

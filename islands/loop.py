@@ -2,7 +2,8 @@
 
 The base, an expert and a gate head are all trained by it. What it writes goes below one folder of
 the run; one writer at a time is made sure of by fencing generations (`core/checkpoint.py`), and no
-step waits for storage (`islands/background.py`).
+step waits for storage (`islands/background.py`), unless a commit is due while the one before is
+still on its way: then more than an interval would be at risk.
 """
 
 from __future__ import annotations
@@ -293,6 +294,7 @@ class Loop:
 
     def _keep_metrics(self, seen: int) -> None:
         if self._group.leads:
+            self._checkpoints.check_fence()  # as below
             self._metrics.keep(seen)
 
     def _write_metrics(self, seen: int) -> None:

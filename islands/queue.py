@@ -34,6 +34,7 @@ from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import (
+    ask_to_leave,
     committed,
     exit_code,
     island_folder,
@@ -52,9 +53,10 @@ from atoll.islands.work import ALLOW, Choice, Work
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
 _LOG_SECONDS = 5.0
-_LEAVE_SECONDS = 30.0
+_LEAVE_SECONDS = 90.0  # a step, and the grace that a last commit is given
 _LOOKS = 4  # at a silent job at least, before it is taken for dead
 _RAY_SAYS = "Running entrypoint for job "
+_TRAININGS = ("expert", "gate_head")  # stages of a job that consist of steps
 _BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 # An island's own exit code is the command's, where all that failed agree on it.
 _AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
@@ -214,7 +216,7 @@ class Queue:
         self._running.append(work)
         site.running += 1
         work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
-        work.started_at = work.alive_at = work.logged_at = self._now
+        work.started_at = work.alive_at = work.stepped_at = work.logged_at = self._now
         work.waits_for, work.turned_away = "", 0
         work.signs = signs_of_life(self._run, work.shard)
         self._journal(
@@ -257,21 +259,39 @@ class Queue:
                     self._keep_log(work)
         signs = signs_of_life(self._run, work.shard)
         if signs != work.signs:
+            # Beside the process, which may live on with a training that hangs.
+            if signs[1:] != work.signs[1:] or signs[0].get("name") != work.signs[0].get("name"):
+                work.stepped_at = now
             work.signs, work.alive_at = signs, now
-        silence = now - work.alive_at
+        silence, still = now - work.alive_at, now - work.stepped_at
+        training = signs[0].get("name") in _TRAININGS
         if ended:
             self._finish(work)
         elif site.gone():
             self._leave(work, f"island {site.island.name} has ended")
         elif silence > self._config.watch.dead_seconds:
             self._leave(work, f"no sign of life from island {site.island.name} for {silence:.0f} s")
+        elif training and still > self._config.watch.stalled_seconds:
+            self._leave(work, f"it lives, and has taken no step for {still:.0f} s")
 
     def _begins(self, work: Work, status: str) -> bool:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
-        if status == "PENDING":
-            return True
         slow = self._now - work.started_at > _BEGIN_SECONDS
+        if status == "PENDING":
+            if slow:
+                self._wait(work, f"is not begun on {self._why_pending(work)}")
+            return True
         return status == "RUNNING" and not self._speaks(work) and not slow
+
+    def _why_pending(self, work: Work) -> str:
+        """The island, and what Ray says of a job that asks for more than is free, or than is."""
+        site = work.site
+        assert site is not None
+        said = ""
+        with contextlib.suppress(Failed):
+            said = str(site.jobs.details(work.submission_id).get("message") or "")
+        asked = f"{site.cpus} CPUs and {site.gpus} GPUs"
+        return f"island {site.island.name}, which was asked for {asked}: {said}".rstrip(": ")
 
     def _speaks(self, work: Work) -> bool:
         """Whether the last sign of life of this shard is from the attempt that is waited for."""
@@ -297,7 +317,10 @@ class Queue:
         code = exit_code(self._run, work.shard)
         reason, found = "", {}
         if code is ExitCode.DONE:
-            self._collect(work.shard)
+            try:
+                self._collect(work.shard)
+            except AtollError as error:  # of this shard alone: the others are not to end with it
+                code, reason = error.exit_code, str(error)
         elif code is None:
             reason = "its process died"
             # Ray's own line is in the log of a job that died at once behind what that said.
@@ -370,36 +393,55 @@ class Queue:
                 self._left_behind.remove((site, submission_id))
 
     def _interrupted(self) -> Interrupted:
-        """Ctrl-C: every job commits and leaves."""
-        for work in self._running:
-            assert work.site is not None
-            with contextlib.suppress(Unreachable):
-                work.site.jobs.stop(work.submission_id)
+        """Ctrl-C: every job commits and leaves; one that does not is stopped."""
+        left = [work for work in self._running if self._asked_to_leave(work)]
         deadline = time.monotonic() + _LEAVE_SECONDS
-        left = list(self._running)
         while left and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
             left = [work for work in left if not self._has_left(work)]
+        for work in left:
+            self._stop(work)
+        silent = [work.shard for work in self._running]
         with unless_away("how the islands ended"):
             for work in self._running:
                 code = exit_code(self._run, work.shard)
                 value = None if code is None else int(code)
                 self._journal(work, "ended", code=value, reason="interrupted")
-        names = ", ".join(work.shard for work in left)
-        said = f"; {names} did not answer and lost at most one interval" if left else ""
-        return Interrupted(
-            f"Stopped; the islands have committed{said}",
-            cure="run the same command again, it resumes",
-        )
+                if code in (ExitCode.INTERRUPTED, ExitCode.DONE):
+                    silent.remove(work.shard)
+        said = "the islands have committed"
+        if silent:
+            said = f"{', '.join(silent)} did not say so, and will go on from their last commits"
+        return Interrupted(f"Stopped; {said}", cure="run the same command again, it resumes")
+
+    def _asked_to_leave(self, work: Work) -> bool:
+        """Ask a job in storage, where it finds the time for a last commit; false: stopped by Ray.
+
+        Ray kills seconds after it has asked. A job that has not begun has nothing to commit.
+        """
+        try:
+            if self._speaks(work):
+                ask_to_leave(self._run, work.shard, work.submission_id)
+                return True
+        except (Failed, OSError) as error:
+            log.debug("%s cannot be asked to leave: %s", work.shard, error)
+        self._stop(work)
+        return False
+
+    def _stop(self, work: Work) -> None:
+        assert work.site is not None
+        with contextlib.suppress(Unreachable):
+            work.site.jobs.stop(work.submission_id)
 
     def _has_left(self, work: Work) -> bool:
+        """By its own word, or by Ray's."""
         assert work.site is not None
-        try:
+        with contextlib.suppress(Failed, OSError):
+            if exit_code(self._run, work.shard) is not None:
+                return True
+        with contextlib.suppress(Failed):
             return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
-        except Failed:
-            with contextlib.suppress(Failed, OSError):
-                return exit_code(self._run, work.shard) is not None
-            return False
+        return False
 
     def _failed(self, total: int) -> AtollError:
         first = self._given_up[0]

@@ -174,6 +174,8 @@ class WatchConfig(Config):
 
     # A job whose signs of life stop for so long is taken over by the next generation.
     dead_seconds: float = Field(default=60.0, gt=0)
+    # So is one that lives and takes no step for so long in a training: a device hangs, or a worker.
+    stalled_seconds: float = Field(default=3600.0, gt=0)
     # An island that does not answer gets no shard until it does. After so long a head of ours that
     # has ended is started again in its stead; where there is none, shards say what they wait for.
     unreachable_seconds: float = Field(default=60.0, gt=0)

@@ -1,10 +1,10 @@
 """What an island and its controller leave in storage for each other and for whoever watches.
 
 Below `islands/SHARD`: `process-heartbeat.json` (the job lives), `heartbeat.json` (training goes
-on), `stop.json` (somebody asks the job to commit and leave), `leave.json` (a signal asked the
-launcher of its workers to), `controller-journal.jsonl` (where and when it was submitted) and
-`log-journal.jsonl` (what it said). All of it is observation: nothing that is trained follows from
-it.
+on), `stop.json` (somebody asks the job to commit and leave), `leave.json` (one submission of it is
+to, by Ctrl-C or a signal to the launcher of its workers), `controller-journal.jsonl` (where and
+when it was submitted) and `log-journal.jsonl` (what it said). All of it is observation: nothing
+that is trained follows from it.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from atoll.core.checkpoint import newest_commit, newest_generation
-from atoll.core.errors import ExitCode, Refused
+from atoll.core.errors import ExitCode, Fenced, Refused
 from atoll.core.journal import log
 from atoll.core.outage import at_once, unless_away
 from atoll.core.storage import Storage
@@ -67,9 +67,9 @@ def submission() -> str | None:
     return os.environ.get(SUBMISSION_VARIABLE)
 
 
-def ask_to_leave(run: Storage, shard: str) -> None:
-    """Ask the workers of this submission to commit and leave; another one's may start again."""
-    request = {"schema_version": SCHEMA_VERSION, "submission_id": submission()}
+def ask_to_leave(run: Storage, shard: str, submission_id: str | None) -> None:
+    """Ask one submission to commit and leave; another one may start again."""
+    request = {"schema_version": SCHEMA_VERSION, "submission_id": submission_id}
     run.write_json(leave_request(shard), request)
 
 
@@ -125,28 +125,47 @@ def write_log(
     run.write_bytes(name, "".join(f"{json.dumps(line)}\n" for line in kept).encode())
 
 
+class Claim:
+    """Whether this process is still the one that writes an island, as of when this was made.
+
+    A training claims one generation when it starts; when there are more than that, another writer
+    has taken over.
+    """
+
+    def __init__(self, run: Storage, shard: str) -> None:
+        self._run = run
+        here = island_folder(shard)
+        self._found = {
+            place: newest_generation(run, place) for place in (here, f"{here}/{HEAD_TRAINING}")
+        }
+
+    def overtaken(self) -> bool:
+        """Whether a later writer has claimed one of the places of this one."""
+        return any(newest_generation(self._run, p) > n + 1 for p, n in self._found.items())
+
+    def check(self) -> None:
+        """Raise `Fenced` where one has."""
+        if self.overtaken():
+            raise Fenced(
+                f"Another process has taken over {', '.join(self._found)}",
+                cure="let it work; this one has changed nothing since",
+            )
+
+
 class Process:
     """A job's sign of life, and its ear for a request to stop, beside the training.
 
-    A training claims one generation when it starts; when there are more than that, another writer
-    has taken over, and this process says nothing more. `leave` is what a request comes to. No sign
-    of life waits for storage, whatever the handle.
+    Once overtaken it says nothing more. `leave` is what a request comes to. No sign of life waits
+    for storage, whatever the handle.
     """
 
     def __init__(self, run: Storage, shard: str, *, leave: Callable[[], None] = sigterm) -> None:
         self._leave = leave
         self._run = run
         self._shard = shard
-        here = island_folder(shard)
-        self._found = {
-            place: newest_generation(run, place) for place in (here, f"{here}/{HEAD_TRAINING}")
-        }
+        self.overtaken = Claim(run, shard).overtaken
         self._stage = "starting"
         self._ended = threading.Event()
-
-    def overtaken(self) -> bool:
-        """Whether a later writer has claimed one of the places of this one."""
-        return any(newest_generation(self._run, p) > n + 1 for p, n in self._found.items())
 
     def enter(self, stage: str) -> None:
         """Say what is being worked on."""

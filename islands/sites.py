@@ -187,6 +187,11 @@ def _plans(islands: Sequence[Island], config: TrainConfig, shards: int) -> list[
     for island in islands:
         workers = island.resources.workers or config.workers
         cpus = island.resources.cpus or config.threads * workers
+        if cpus > config.threads * workers:
+            log.warning(
+                "a job of island '%s' takes %d CPUs and computes on %d: --set threads=%d uses them",
+                island.name, cpus, config.threads * workers, cpus // workers,
+            )  # fmt: skip
         if not island.local:
             gpus = island.resources.gpus
             gpus = workers * int(config.device == "cuda") if gpus is None else gpus

@@ -32,6 +32,7 @@ _DRAWS = 2048  # noised records of each side that a band is fitted and measured 
 _AT_ONCE = 128  # of them
 _RECORDS, _ROUNDS = 512, 50  # of the shares of labels
 _LEAST = 1e-2  # of its share of the commons, that a label keeps
+_PIXEL_RECORDS = 16384  # at least, where there are so many, that the commons' pixels are judged by
 _TURN = 16  # records of one shape at a time, where there are several
 
 
@@ -68,21 +69,27 @@ class Anchor:
 def anchor_of(commons: Pack, broad: float, *, held_out: bool) -> Anchor:
     """The anchor to train against, or the held-out one to calibrate and measure on."""
     rows = commons.held_out if held_out else commons.train
-    whole = [
-        commons.x_data(bucket.rows(torch.arange(len(bucket))))
-        for bucket in commons.buckets(commons.train)
-    ]
-    pixels = whole[0]
-    if len(whole) > 1:  # of several shapes, as one picture
-        columns = [x_data.transpose(0, 1).flatten(1) for x_data in whole]
-        pixels = torch.cat(columns, dim=1)[None, :, :, None]
-    return Anchor(
-        commons,
-        rows,
-        broad,
-        pixels.mean(dim=(0, 2, 3))[:, None, None],
-        pixels.std(dim=(0, 2, 3))[:, None, None],
-    )
+    return Anchor(commons, rows, broad, *_pixels(commons))
+
+
+def _pixels(commons: Pack) -> tuple[Tensor, Tensor]:
+    """Mean and deviation `(channel, 1, 1)` of the commons' pixels, from records of every shape.
+
+    Runs of them at even distances, one at a time: the commons may be far away, and larger than
+    memory.
+    """
+    buckets = commons.buckets(commons.train)
+    every = max(1, sum(map(len, buckets)) // _PIXEL_RECORDS)
+    count = 0
+    sums = torch.zeros(2, commons.card.picture.channels, dtype=torch.float64)
+    for bucket in buckets:
+        for places in torch.split(torch.arange(len(bucket)), _AT_ONCE)[::every]:
+            values = commons.x_data(bucket.rows(places)).double().transpose(0, 1).flatten(1)
+            sums += torch.stack([values.sum(1), values.square().sum(1)])
+            count += values.shape[1]
+    mean, square = sums / count
+    std = (square - mean.square()).clamp(min=0).sqrt()
+    return mean.float()[:, None, None], std.float()[:, None, None]
 
 
 @torch.no_grad()

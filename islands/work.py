@@ -108,8 +108,9 @@ class Work:
     not_before: float = 0.0
     said: int = 0  # images that the progress bar has been told of
     started_at: float = 0.0
-    signs: object = None
+    signs: list[dict[str, Any]] = field(default_factory=list)
     alive_at: float = 0.0  # by our clock: when its signs of life last changed
+    stepped_at: float = 0.0  # and when those of a training did
     logged_at: float = 0.0
     waits_for: str = ""  # as it was last said
     turned_away: int = 0  # times in a row that an island could not be given it

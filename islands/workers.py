@@ -23,7 +23,7 @@ from atoll.core.outage import at_once
 from atoll.core.storage import Storage
 from atoll.islands.group import Ranks
 from atoll.islands.island import run_island
-from atoll.islands.signs import Process, ask_to_leave, island_folder, leave_request
+from atoll.islands.signs import Process, ask_to_leave, island_folder, leave_request, submission
 
 # How often Train looks after its workers: a death is noticed, and an end, so much later.
 _LOOK_SECONDS = "0.5"
@@ -142,7 +142,7 @@ def _passing_sigterm_on(run: Storage, shard: str) -> Iterator[None]:
     def handle(_signal: int, _frame: FrameType | None) -> None:
         try:
             with at_once():
-                ask_to_leave(run, shard)
+                ask_to_leave(run, shard, submission())
         except (OSError, Failed) as error:
             raise Interrupted(
                 f"Stopped, and the workers could not be told to commit before: {error}",

@@ -162,7 +162,8 @@ def test_resume_passes_leave_on(based, tmp_path, monkeypatch) -> None:
 
     run, told = tmp_path / "run", []
     shutil.copytree(based, run)
-    save_config(TrainConfig(threads=2), Storage(run), "islands")
+    # As a command before that was allowed it: once is not for ever.
+    save_config(TrainConfig(threads=2, bitwise_resume=False), Storage(run), "islands")
 
     def train(_run: Storage, _manifest: object, config: TrainConfig, **_: object) -> list[str]:
         told.append(config)

@@ -229,13 +229,45 @@ def test_every_flipped_bit_is_seen(tmp_path: Path, kind: str) -> None:
     for at in range(len(data)):
         flipped = data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         (tmp_path / newest).write_bytes(flipped)
-        found = writer.latest()
+        found = Checkpoints(storage, PLACE).latest()  # the writer would remove it
         assert found is not None
         # A flip between blanks leaves the record what it was.
         if found.images_seen != 8:
             assert kind == "commits"
             assert json.loads(flipped) == json.loads(data)
             assert_is(found, 16)
+
+
+def test_a_writer_that_passes_over_its_own_damaged_commit_can_make_it_again(
+    storage: Storage,
+) -> None:
+    """As a training that goes back from a spike, and comes by the same place with other weights."""
+    writer = writer_of(storage)
+    for images_seen in (8, 16):
+        commit(writer, images_seen)
+    damage(storage, storage.list(f"{PLACE}/checkpoints")[-1], DAMAGE["halved"])
+    assert_is(writer.latest(), 8)
+    other = {**tensors(16), "weight": torch.zeros(64)}
+    writer.seal(16, [writer.write(16, other)], facts(16))
+    found = writer.latest()
+    assert found is not None
+    assert torch.equal(found.tensors["weight"], torch.zeros(64))
+
+
+def test_what_a_killed_writer_left_of_a_payload_goes_with_the_next(tmp_path: Path) -> None:
+    storage = Storage(tmp_path)
+    commit(writer_of(storage), 8)
+    child = os.fork()
+    if child == 0:
+        with storage.writing(f"{PLACE}/checkpoints/000001-000000000016.safetensors") as path:
+            path.write_bytes(b"half of it")
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(child, 0)
+    folder = tmp_path / PLACE / "checkpoints"
+    assert len([path for path in folder.iterdir() if path.name.startswith(".")]) == 1
+    heir = writer_of(storage)
+    assert not [path for path in folder.iterdir() if path.name.startswith(".")]
+    assert_is(heir.latest(), 8)
 
 
 def test_all_damaged_is_none_and_the_next_commit_counts(storage: Storage) -> None:

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
-from atoll.core.errors import DataError, ExitCode, Failed, Refused
+from atoll.core.errors import DataError, ExitCode, Failed, Fenced, Refused
 from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
@@ -202,6 +202,37 @@ def test_writing_folder_publishes_only_what_ended_well(storage: Storage) -> None
         make(folder, b="2")
         raise RuntimeError
     assert storage.list() == ["x/expert/a"]
+
+
+def test_who_has_lost_the_right_to_a_folder_changes_nothing_of_it(
+    storage: Storage, tmp_path: Path
+) -> None:
+    storage.publish(make(tmp_path / "heir", atoll_dot_json="heir"), "x/expert")
+
+    def lost() -> None:
+        raise Fenced("another has taken over")
+
+    with pytest.raises(Fenced):
+        storage.publish(make(tmp_path / "zombie", a="zombie"), "x/expert", check=lost)
+    with pytest.raises(Fenced), storage.writing_folder("x/expert", check=lost) as folder:
+        make(folder, a="zombie")
+    assert storage.list() == ["x/expert/atoll.json"]
+    assert storage.read_bytes("x/expert/atoll.json") == b"heir"
+
+
+def test_who_loses_it_while_uploading_uploads_no_more(tmp_path: Path) -> None:
+    place, asked = Storage("memory://lost-meanwhile"), []
+
+    def check() -> None:
+        asked.append(place.list())
+        if len(asked) == 3:
+            raise Fenced("another has taken over")
+
+    with pytest.raises(Fenced):
+        place.publish(
+            make(tmp_path / "x", a="1", b="2", atoll_dot_json="{}"), "expert", check=check
+        )
+    assert place.list() == ["expert/a"]
 
 
 def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -> None:

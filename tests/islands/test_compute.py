@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 import time
 import timeit
 
@@ -24,7 +27,22 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused() -> None:
     assert chosen_device("auto") == chosen_device("cpu") == torch.device("cpu")
     with pytest.raises(ConfigError, match="no CUDA device"):
         chosen_device("cuda")
-    assert device_name(torch.device("cpu")) == "cpu"
+
+
+def test_a_processor_is_named_by_its_model_and_its_instructions() -> None:
+    """Of which the bits depend: another set of them is another processor to a resume."""
+    here = device_name(torch.device("cpu"))
+    assert torch.backends.cpu.get_cpu_capability() in here
+    program = (
+        "import torch; from atoll.islands.compute import device_name; "
+        "print(device_name(torch.device('cpu')))"
+    )
+    least = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+    there = subprocess.run(
+        [sys.executable, "-c", program], env=least, check=True, capture_output=True, text=True
+    ).stdout.strip()
+    assert there != here
+    assert there.rpartition(", ")[0] == here.rpartition(", ")[0]
 
 
 def test_threads_and_kernels_are_put_back() -> None:

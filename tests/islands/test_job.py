@@ -18,7 +18,7 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.checkpoint import Checkpoints
-from atoll.core.errors import ConfigError, ExitCode, Refused
+from atoll.core.errors import ConfigError, ExitCode, Fenced, Refused
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack
 from atoll.core.storage import Storage, canonical_json
@@ -321,3 +321,26 @@ def test_a_scoped_handle_refuses_another_shard(fresh) -> None:
         scoped.read_bytes(f"shards/{other}/shard.json")
     with pytest.raises(PermissionError):
         scoped.write_bytes(f"shards/{shard}/shard.json", b"")
+
+
+@pytest.mark.parametrize(("claimed", "part"), [("", "expert"), (f"/{HEAD_TRAINING}", "gate_head")])
+def test_who_is_overtaken_before_it_publishes_leaves_its_heir_s_alone(
+    fresh, monkeypatch: pytest.MonkeyPatch, claimed: str, part: str
+) -> None:
+    run, manifest = fresh()
+    shard = next(iter(manifest.shards))
+    here = f"islands/{shard}"
+    order(run, manifest, shard)
+    write_folder = Storage.write_folder
+
+    def late(self: Storage, name: str, save: Any, **options: Any) -> None:
+        if name == f"{here}/{part}":
+            Checkpoints(run, f"{here}{claimed}").claim()
+            run.write_bytes(f"{name}/{PARTS[part]}", b"heir")
+        write_folder(self, name, save, **options)
+
+    monkeypatch.setattr(Storage, "write_folder", late)
+    with pytest.raises(Fenced):
+        run_island(run.uri, shard)
+    assert run.list(f"{here}/{part}") == [f"{here}/{part}/{PARTS[part]}"]
+    assert not run.exists(f"{here}/preview.png")

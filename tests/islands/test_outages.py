@@ -7,10 +7,8 @@ import os
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,23 +16,17 @@ import torch
 from fsspec.implementations.local import LocalFileSystem
 
 from atoll.core import outage
-from atoll.core.errors import ExitCode, Failed, Interrupted
+from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
-from atoll.core.places import Island
 from atoll.core.storage import Storage
 from atoll.islands import queue, signs
-from atoll.islands.curves import Curves
 from atoll.islands.heads import HeadOrder, local_heads
 from atoll.islands.job import main as job
 from atoll.islands.loop import Loop
-from atoll.islands.queue import Queue
 from atoll.islands.settings import DenoiserTraining, LoraConfig
 from atoll.islands.signs import Process, ask_to_stop, process_heartbeat
-from atoll.islands.sites import Site
 from atoll.islands.step import Errors
-from atoll.islands.submit import Unreachable
 from atoll.islands.supervise import train
-from atoll.islands.work import Choice, Work
 from tests.islands.conftest import CONTROLLER, TRAIN, finding, journal
 from tests.islands.kills import beside
 from tests.islands.test_job import finish_here, order, results
@@ -240,129 +232,3 @@ def test_a_controller_and_its_job_wait_for_a_full_disk_and_for_a_store_that_is_a
         (submitted,) = journal(run, shard, "submitted", CONTROLLER)
         (ended,) = journal(run, shard, "ended", CONTROLLER)
         assert ended["submission_id"] == submitted["submission_id"]
-
-
-class Jobs:
-    """A cluster whose jobs run for ever."""
-
-    def __init__(self) -> None:
-        self.stopped: list[str] = []
-
-    def submit(self, *_given: Any, **_options: Any) -> None:
-        return None
-
-    def status(self, _submission_id: str) -> str:
-        return "STOPPED" if self.stopped else "RUNNING"
-
-    def logs(self, _submission_id: str) -> str:
-        return "said"
-
-    def stop(self, submission_id: str) -> None:
-        self.stopped.append(submission_id)
-
-
-@pytest.fixture
-def jobs() -> Jobs:
-    return Jobs()
-
-
-def queue_of(run: Storage, jobs: Any) -> Queue:
-    island = Island(name="there", address="http://127.0.0.1:1")
-    site = Site(island, jobs, at_once=1, cpus=1, gpus=0)
-    return Queue(run, TRAIN, [site], lambda shard: None, Curves(run, ["a"]))
-
-
-def test_an_island_that_answers_and_takes_no_job_leaves_the_shard_to_another(
-    tmp_path: Path, jobs: Jobs
-) -> None:
-    class Unwilling(Jobs):
-        def submit(self, *_given: Any, **_options: Any) -> None:
-            raise Unreachable("No available agent to submit job, please try again later")
-
-        def check(self) -> None:
-            return None
-
-    run = Storage(tmp_path)
-    at_work = queue_of(run, Unwilling())
-    at_work._waiting = [Work("a", Choice(run, "a", TRAIN, at_work._sites))]
-    (waiting,) = at_work._waiting
-    with said() as lines:
-        for times in range(1, 4):
-            for _ in range(3):  # more often than it is asked
-                at_work._turn(lambda *_given, **_options: None)
-                at_work._sites[0].heard()
-            assert waiting.turned_away == times
-            waiting.not_before = 0.0
-    words = "could not be given to island there: No available"
-    assert len([line for line in lines if words in line]) == 1
-
-    other = Site(Island(name="other", address="http://127.0.0.1:2"), jobs, 1, cpus=1, gpus=0)
-    at_work._sites = [*at_work._sites, other]  # as one that comes back
-    waiting.choice = Choice(run, "a", TRAIN, at_work._sites)
-    waiting.not_before = 0.0
-    at_work._turn(lambda *_given, **_options: None)
-    assert [work.site for work in at_work._running] == [other]
-    assert waiting.turned_away == 0
-
-
-def test_a_head_that_does_not_come_back_is_one_that_does_not_answer(jobs: Jobs) -> None:
-    class Ended:
-        def alive(self) -> bool:
-            return False
-
-        def last_words(self) -> str:
-            return "none"
-
-        def restart(self) -> None:
-            raise Failed("The Ray head did not start within 90 s")
-
-    site = Site(Island(name="local", local=True), jobs, 1, cpus=1, gpus=0, head=Ended())
-    assert [site.revive() for _ in range(3)] == [True, True, False]
-    assert "did not start" in site.trouble
-
-
-def test_time_without_storage_is_no_silence(
-    away: type[Away], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A job that could not be heard is given some looks before it is taken for dead."""
-    clock = [0.0]
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    run = Storage("away://run")
-    at_work = queue_of(run, jobs)
-    at_work._waiting = [Work("a", Choice(run, "a", TRAIN, at_work._sites))]
-    at_work._turn(lambda *_given, **_options: None)
-    (work,) = at_work._running
-    beat = {"submission_id": work.submission_id, "name": "expert"}
-    run.write_json(process_heartbeat("a"), beat)
-    looks = 0
-    at_work._turn(lambda *_given, **_options: None)
-    while at_work._running:
-        clock[0] += 3600.0
-        looks += 1
-        at_work._turn(lambda *_given, **_options: None)
-    assert looks > queue._LOOKS
-    assert "no sign of life" in work.reasons[0]
-
-
-def test_ctrl_c_while_storage_is_away_stops_the_jobs_and_waits_for_nothing(
-    away: type[Away], jobs: Jobs
-) -> None:
-    run = Storage("away://run").patient()
-    requests: list[str] = []
-
-    def rule(_request: str, _path: str) -> When:
-        requests.append(_path)
-        if len(requests) == 4:
-            raise KeyboardInterrupt
-        return "before"
-
-    def submit(*_given: Any, **_options: Any) -> None:
-        away.rule = rule  # from now on
-
-    jobs.submit = submit  # type: ignore[method-assign]
-    began = time.monotonic()
-    with said() as lines, pytest.raises(Interrupted, match="the islands have committed"):
-        queue_of(run, jobs).work({"a": 8})
-    assert len(jobs.stopped) == 1
-    assert time.monotonic() - began < 60
-    assert any("how the islands ended is left out" in line for line in lines)

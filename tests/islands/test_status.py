@@ -183,7 +183,10 @@ def test_curves_are_tensorboard_s(run) -> None:
     from atoll.islands.curves import EVENTS, Curves, _masked
 
     storage, _ = run
-    lines = [{"images_seen": 8 * n, "loss": 1 / n, "gradient_norm": 2.0 * n} for n in (1, 2, 300)]
+    lines = [
+        {"images_seen": 8 * n, "loss": 1 / n, "gradient_norm": 2.0 * n, "error_by_t": [None, 3 / n]}
+        for n in (1, 2, 300)
+    ]
     for line in lines:
         storage.append_line("islands/shard-00/metrics.jsonl", json.dumps(line))
     curves = Curves(storage, ["shard-00"])
@@ -203,7 +206,7 @@ def test_curves_are_tensorboard_s(run) -> None:
     found = EventAccumulator(str(storage.local("islands/shard-00/tensorboard")))
     found.Reload()
     assert set(found.Tags()["scalars"]) == {
-        "expert/loss", "expert/gradient_norm", "gate_head/loss",
+        "expert/loss", "expert/gradient_norm", "expert/error_by_t/1", "gate_head/loss",
     }  # fmt: skip
     said = [(event.step, event.value) for event in found.Scalars("expert/loss")]
     assert said == [(n["images_seen"], pytest.approx(n["loss"])) for n in lines]

@@ -339,3 +339,18 @@ def test_the_anchor_is_one_for_all_shards_and_broad_where_asked(packs) -> None:
     rows = {float(v) for v in commons.x_data(torch.tensor(commons.held_out)).flatten()}
     narrow, _ = anchor_of(commons, 0.0, held_out=True).draw(0, "calibrate", first=0, count=100)
     assert {float(v) for v in narrow.flatten()} <= rows
+
+
+def test_the_commons_pixels_are_judged_by_runs_of_records(
+    packs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, commons = packs
+    every = commons.x_data(torch.tensor(commons.train)).double()
+    whole = anchor_of(commons, 0.0, held_out=True)
+    assert whole.mean.tolist() == every.mean((0, 2, 3))[:, None, None].float().tolist()
+    assert whole.std.item() == pytest.approx(every.std(correction=0).item(), rel=1e-6)
+    monkeypatch.setattr("atoll.islands.train_head._PIXEL_RECORDS", 500)
+    part = anchor_of(commons, 0.0, held_out=True)
+    assert part.mean.tolist() != whole.mean.tolist()
+    assert part.mean.item() == pytest.approx(whole.mean.item(), abs=0.02)
+    assert part.std.item() == pytest.approx(whole.std.item(), abs=0.02)

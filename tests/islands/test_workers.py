@@ -140,11 +140,9 @@ def test_a_launcher_passes_its_signal_on_through_storage(tmp_path: Path, monkeyp
     monkeypatch.setattr("atoll.islands.signs.SIGN_SECONDS", 0.02)
     run, left = Storage(tmp_path), threading.Event()
     with Process(run, SHARD, leave=left.set).watching():
-        monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-1")
-        ask_to_leave(run, SHARD)  # of an attempt before
-        monkeypatch.setenv(SUBMISSION_VARIABLE, "run-shard-2")
+        ask_to_leave(run, SHARD, "run-shard-1")  # an attempt before
         assert not left.wait(0.2)
-        ask_to_leave(run, SHARD)
+        ask_to_leave(run, SHARD, "run-shard-2")
         assert left.wait(PATIENCE_SECONDS)
 
 
