@@ -30,7 +30,7 @@ from atoll.islands.loop import Loop
 from atoll.islands.settings import DenoiserTraining
 from atoll.islands.step import Errors, flow_matching, prepare
 from atoll.islands.train_denoiser import course_of
-from benchmarks.turns import Peer
+from benchmarks.turns import Peer, Settle
 
 FOLDER = "bench"  # of the island's loop
 CAPTIONS = 11  # the empty one among them
@@ -115,7 +115,9 @@ def make_pack(folder: Path, case: Case) -> Pack:
     return Pack(folder)
 
 
-def ours(case: Case, pack: Pack, storage: Storage, steps: int, before: Callable[[], None]) -> None:
+def ours(
+    case: Case, pack: Pack, storage: Storage, steps: int, before: Callable[[Settle], None]
+) -> None:
     """The island's loop, with all that it does besides its steps."""
     denoiser, config, batch = case.denoiser(), case.training, case.batch
     prepare(denoiser, config, case.device)
@@ -124,11 +126,12 @@ def ours(case: Case, pack: Pack, storage: Storage, steps: int, before: Callable[
         loss = flow_matching(denoiser, coming, config)
 
         def timed(first: int, count: int) -> Errors:
-            before()
+            before(loop._background.settle)
             case.deterministic(True)
             return loss(first, count)
 
-        Loop(storage, FOLDER, denoiser.network, course, name="bench").run(timed)
+        loop = Loop(storage, FOLDER, denoiser.network, course, name="bench")
+        loop.run(timed)
 
 
 def bare(case: Case, pack: Pack) -> Peer:

@@ -15,8 +15,13 @@ from itertools import islice
 Peer = Generator[None, None, None]
 """A training that yields before each of its steps."""
 
-Ours = Callable[[int, Callable[[], None]], None]
-"""(steps, what to call before each of them) -> a training of so many steps."""
+Settle = Callable[[], None]
+Ours = Callable[[int, Callable[[Settle], None]], None]
+"""(steps, what to call before each of them) -> a training of so many steps.
+
+What is called is told how to wait for work that goes on beside the steps, so that it ends in a turn
+of its own and not in one of a peer.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,12 +100,13 @@ def interleave(
     order = list(peers)
     taken, began, work_began = 0, 0.0, 0.0
 
-    def before() -> None:
+    def before(settle: Settle) -> None:
         nonlocal taken, began, work_began
         timed = taken - schedule.warm
         taken += 1
         if timed < 0 or timed % times.steps:
             return
+        settle()
         wait()
         if timed:
             laps = {"ours": (time.perf_counter() - began, time.process_time() - work_began)}
@@ -121,10 +127,10 @@ def alternate(names: Mapping[str, Peer], schedule: Schedule, wait: Callable[[], 
     """Likewise of trainings none of which is the loop: the first one stands for `ours`."""
     first, *others = names
 
-    def ours(steps: int, before: Callable[[], None]) -> None:
+    def ours(steps: int, before: Callable[[Settle], None]) -> None:
         next(names[first])
         for _ in range(steps):
-            before()
+            before(lambda: None)
             next(names[first])
 
     times = interleave(ours, {name: names[name] for name in others}, schedule, wait=wait)

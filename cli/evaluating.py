@@ -224,10 +224,11 @@ def systems_of(
             sample=_sampler(model, routing, one_posterior=one_posterior, **how),
             ensemble=name,
             routing=routing,
+            shards=tuple("commons" if shard == BASE else shard for shard in model.shards),
             **how,  # type: ignore[arg-type]
         )
         # As they are called, so that `auto` is measured under the name of what it stands for.
-        for routing in (str(model.routing(text)) for text in routings)
+        for routing in dict.fromkeys(str(model.routing(text)) for text in routings)
     ]
 
 

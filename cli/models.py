@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -63,18 +64,18 @@ def register(app: typer.Typer) -> None:
         ] = False,
     ) -> Result:
         """Sample pictures: PNG files, one per prompt and count, named by their number."""
-        from atoll.cli.systems import load_model, of_size
+        from atoll.cli.systems import batches, load_model, of_size
         from atoll.cli.systems import sample as do_sample
         from atoll.core.journal import progress
         from atoll.core.storage import Storage
         from atoll.router.pipeline import to_pil
 
-        room = None if expert_gib is None else int(expert_gib * 2**30)
+        room = None if expert_gib is None else _bytes_of(expert_gib)
         loaded = load_model(model, encoder=encoder, device=device, expert_bytes=room)
         loaded = loaded if size is None else of_size(loaded, size)
         routing = str(loaded.routing(routing))  # refused before anything is computed
         prompts = [text for text in (prompt or [""]) for _ in range(count)]
-        with progress("sampling", steps) as advance:
+        with progress("sampling", steps * batches(len(prompts))) as advance:
             made = do_sample(
                 loaded, prompts, routing=routing, steps=steps, guidance=guidance, seed=seed,
                 one_posterior=one_posterior, trace=trace, watch=lambda _step: advance(1),
@@ -153,6 +154,14 @@ def _write_trace(place: Storage, model: Model, made: Pictures, prompts: list[str
     strips = strip_png(made.trace, model.shards, prompts, model.decoded)
     place.write_bytes("trace.png", strips)
     return ["trace.json", "trace.png"]
+
+
+def _bytes_of(gib: float) -> int:
+    from atoll.core.errors import UsageError
+
+    if not (math.isfinite(gib) and gib > 0):
+        raise UsageError(f"--expert-gib is {gib}", allowed="a number above 0")
+    return int(gib * 2**30)
 
 
 def _png(picture: Any) -> bytes:

@@ -5,6 +5,8 @@ A denoiser on its own is an ensemble of one: the same trajectory, the same sampl
 
 from __future__ import annotations
 
+import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -20,6 +22,7 @@ from atoll.core.denoiser import CARD_NAME, Denoiser
 from atoll.core.embedding import Encoder, load_encoder
 from atoll.core.errors import MissingError, UsageError
 from atoll.core.head import HeadConfig
+from atoll.core.journal import log
 from atoll.core.latents import Autoencoder, autoencoder_beside
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import MANIFEST_NAME, PIXELS, Manifest, Picture, parse_size
@@ -27,7 +30,7 @@ from atoll.core.storage import Storage
 from atoll.evaluate.evaluation import METRICS_NAME, Evaluation
 from atoll.router.chooser import sample_settings
 from atoll.router.chooser import x_noise as noise_of
-from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory
+from atoll.router.ensemble import ExpertVelocity, TraceStep, Trajectory, joined
 from atoll.router.gate import Gate, GateWeights
 from atoll.router.routing import Routing, parse_routing
 
@@ -36,6 +39,7 @@ if TYPE_CHECKING:
 
 
 CPU = torch.device("cpu")
+_AT_ONCE = 100  # pictures
 
 
 @dataclass(frozen=True)
@@ -111,7 +115,8 @@ def sample(
 ) -> Pictures:
     """One picture per prompt; number i has the settings and the noise of (seed, first + i).
 
-    Options are as of `sample_settings` and `Trajectory`.
+    Options are as of `sample_settings` and `Trajectory`. So many at a time as memory is sure to
+    hold; `watch` is called at every step of each batch.
     """
     asked = [routing] if isinstance(routing, str) else routing
     settings = sample_settings(
@@ -122,29 +127,35 @@ def sample(
         seed=seed,
         first=first,
     )
-    trajectory = Trajectory(
-        model.experts,
-        model.gate,
-        shards=model.shards,
-        settings=settings,
-        cond=model.encoder.condition(list(prompts)),
-        null=model.encoder.condition([""]),
-        one_posterior=one_posterior,
-        trace=trace,
-    )
-    if x_noise is None:
-        x_noise = noise_of(settings, model.picture.shape)
+    null = model.encoder.condition([""])
     told = None if watch is None else (lambda step, _t, _x, _v: watch(step))
-    x_noise = x_noise.to(model.device)
-    x_data = sampler.euler(trajectory, x_noise, sampler.times(steps), watch=told)
-    x_data = model.decoded(x_data).cpu()
+    parts, traces, runs, null_runs = [], [], 0, 0
+    for start in range(0, len(prompts), _AT_ONCE):
+        here = slice(start, start + _AT_ONCE)
+        trajectory = Trajectory(
+            model.experts,
+            model.gate,
+            shards=model.shards,
+            settings=settings[here],
+            cond=model.encoder.condition(list(prompts[here])),
+            null=null,
+            one_posterior=one_posterior,
+            trace=trace,
+        )
+        noise = noise_of(settings[here], model.picture.shape) if x_noise is None else x_noise[here]
+        x_data = sampler.euler(trajectory, noise.to(model.device), sampler.times(steps), watch=told)
+        parts.append(model.decoded(x_data).cpu())
+        traces.append(trajectory.trace or [])
+        runs += trajectory.experts_run
+        null_runs += trajectory.null_experts_run
     each = 1 / (steps * len(prompts))
-    return Pictures(
-        x_data,
-        trajectory.trace or [],
-        trajectory.experts_run * each,
-        trajectory.null_experts_run * each,
-    )
+    steps_of_all = [joined(at_once) for at_once in zip(*traces, strict=True)]
+    return Pictures(torch.cat(parts), steps_of_all, runs * each, null_runs * each)
+
+
+def batches(count: int) -> int:
+    """In how many batches so many pictures are sampled."""
+    return math.ceil(count / _AT_ONCE)
 
 
 def device_of(name: str) -> torch.device:
@@ -174,6 +185,11 @@ def load_model(
     if (folder / "model_index.json").is_file():
         return _ensemble(folder, place, expert_bytes)
     if (folder / CARD_NAME).is_file():
+        if expert_bytes is not None:
+            raise UsageError(
+                f"{path} is one network, and not paged",
+                cure="leave out --expert-gib, or name a run or an ensemble",
+            )
         return _denoiser(folder, encoder, place)
     raise UsageError(
         f"There is no model at {path}",
@@ -186,6 +202,7 @@ def _ensemble(folder: Path, device: torch.device, expert_bytes: int | None) -> M
 
     model = EnsembleModel.from_pretrained(folder / "transformer", expert_bytes=expert_bytes)
     model.to(device)
+    _say_what_is_not_followed(folder)
     sha256, auto = _own(folder)
     return Model(
         name=folder.name,
@@ -203,6 +220,21 @@ def _ensemble(folder: Path, device: torch.device, expert_bytes: int | None) -> M
         auto=auto,
         heads=model.gate.configs if isinstance(model.gate, Gate) else {},
     )
+
+
+def _say_what_is_not_followed(folder: Path) -> None:
+    """Warn of a scheduler that is not the one of `atoll assemble`: what samples here is Euler's."""
+    file = folder / "scheduler" / "scheduler_config.json"
+    if not file.is_file():
+        return
+    told = json.loads(file.read_text())
+    named = str(told.get("_class_name", "")).removesuffix("DiscreteScheduler")
+    plain = not any(told.get(key) for key in ("use_dynamic_shifting", "stochastic_sampling"))
+    if named != "FlowMatchEuler" or told.get("shift", 1.0) != 1.0 or not plain:
+        log.warning(
+            "%s has a scheduler of its own (%s), which a diffusers pipeline follows; here pictures "
+            "are sampled by Euler's method in even steps", folder, named,
+        )  # fmt: skip
 
 
 def _own(folder: Path) -> tuple[str | None, str | None]:

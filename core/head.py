@@ -45,7 +45,7 @@ class Band(BaseModel):
     loss: float  # balanced binary cross-entropy in nats after calibration; log 2 knows nothing
     overlap: float  # mean of 2 min(p, 1 - p) over the anchor: 0 where the shard is out of sight
     # Mean of exp f over held-out anchor records: for an exact head 1, or with captions the part of
-    # the shard's records that have one over that of the anchor's.
+    # the shard's records that have one over that of the anchor's; 0 where one side has none.
     mean_ratio: float
 
 
@@ -70,6 +70,17 @@ class HeadCalibration(BaseModel):
             worse = [f"{band.t:g}" for band in bands if band.slope == 0]
             if worse:
                 said.append(f"was worse than its prior at t = {', '.join(worse)}, {how} prompt")
+        return said + self.of_captions()
+
+    def of_captions(self) -> list[str]:
+        """Likewise where not to trust what it says of a caption alone."""
+        if self.text is None or self.text.mean_ratio == 0:  # nothing was to be learnt
+            return []
+        said = []
+        if self.text.overlap < LEAST_OVERLAP:
+            said.append("has no overlap with the anchor by captions alone")
+        if self.text.slope == 0:
+            said.append("was worse than its prior by captions alone")
         return said
 
 

@@ -31,13 +31,21 @@ def choose_routing(evaluation: Evaluation, ensemble: str, ensemble_sha256: str) 
     best = min(asked, key=lambda row: row.spaces[ENCODER].kid.value)
     near = best.spaces[ENCODER].kid.high
     good = [row for row in asked if row.spaces[ENCODER].kid.low <= near]
-    taken = min(good, key=lambda row: (row.passes_per_picture or 0.0, asked.index(row)))
+    taken = min(
+        good,
+        key=lambda row: (row.passes_per_picture or 0.0, _truncates(row), asked.index(row)),
+    )
     return _chosen(taken, _why(rows, fair, good, taken), ensemble_sha256)
 
 
 def _chosen(row: Row, why: str, ensemble_sha256: str) -> Chosen:
     assert row.routing is not None
     return Chosen(routing=row.routing, why=why, ensemble_sha256=ensemble_sha256)
+
+
+def _truncates(row: Row) -> bool:
+    """Whether a routing leaves experts out that have weight: another law than the ensemble's."""
+    return any(kind in (row.routing or "") for kind in ("top-k", "mass", "threshold"))
 
 
 def _excess(row: Row) -> float:

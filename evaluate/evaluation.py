@@ -68,6 +68,7 @@ class System:
     about: str = ""
     ensemble: str | None = None  # what it is a routing of
     routing: str | None = None
+    shards: tuple[str, ...] | None = None  # whose law it models; None: every shard's, no commons'
 
 
 class Row(BaseModel):
@@ -197,6 +198,7 @@ class _Bench:
         self.spaces = tuple(in_spaces)
         self.features = {s.name: s.features(reference.pictures) for s in self.spaces}
         self.instrument = instrument
+        self.of = reference.shards
         self.seed = seed
         labelled = [row for row, label in enumerate(reference.labels) if label is not None]
         known = reference.take(labelled)
@@ -229,19 +231,29 @@ class _Bench:
             experts_per_step=None if runs is None else runs[0],
             passes_per_picture=None if runs is None else sum(runs) * system.steps,
             spaces={name: quality for name, (quality, _) in found.items()},
-            shares=self._shares(features[ENCODER]),
+            shares=self._shares(features[ENCODER], made.shards, system.shards),
             reading=self._reading(made),
             ensemble=system.ensemble,
             routing=system.routing,
         )
         return row, {name: near for name, (_, near) in found.items()}
 
-    def _shares(self, features: Tensor) -> Shares | None:
+    def _shares(
+        self, features: Tensor, asked: Sequence[str], law: Sequence[str] | None
+    ) -> Shares | None:
+        """Shares among records, and pictures of prompts, of the shards that a system models.
+
+        The commons may be of other contents than all of them, and an ensemble may be without some.
+        """
         if self.instrument is None:
             return None
-        real = self.instrument.count(self.features[ENCODER])
-        made = self.instrument.count(features)
-        return compare(self.instrument.names, made, real, seed=self.seed)
+        among = self.instrument.names if law is None else law
+        made = features[[shard in among for shard in asked]]
+        real = self.features[ENCODER][[shard in among for shard in self.of]]
+        if not (len(made) and len(real)):
+            return None
+        counts = self.instrument.count(made), self.instrument.count(real)
+        return compare(self.instrument.names, *counts, seed=self.seed)
 
     def _reading(self, made: Records) -> Reading | None:
         labelled = [row for row, label in enumerate(made.labels) if label is not None]

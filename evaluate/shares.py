@@ -106,4 +106,6 @@ def _redraw(counts: Tensor, n: int, seed: int, *words: str | int) -> Tensor:
     generator = seeds.generator(seed, "evaluate", "shares", *words)
     weights = (counts.double() / counts.sum()).expand(_REPEATS, -1)
     drawn = torch.multinomial(weights, n, replacement=True, generator=generator)
-    return functional.one_hot(drawn, len(counts)).sum(dim=1)
+    return torch.zeros(_REPEATS, len(counts), dtype=torch.long).scatter_add_(
+        1, drawn, torch.ones_like(drawn)
+    )

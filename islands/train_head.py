@@ -245,7 +245,7 @@ def _text_band(head: GateHead, pack: Pack, anchor: Anchor) -> Band:
     sides = pack.cond(torch.tensor(pack.held_out)), anchor.commons.cond(torch.tensor(anchor.rows))
     own, others = (head.raw_text(cond)[~cond.is_null] for cond in sides)
     if not (len(own) and len(others)):  # nor has it learnt what captions say
-        return Band(t=1.0, slope=0.0, intercept=0.0, loss=math.log(2), overlap=1.0, mean_ratio=1.0)
+        return Band(t=1.0, slope=0.0, intercept=0.0, loss=math.log(2), overlap=1.0, mean_ratio=0.0)
     return _band(1.0, own, others, drawn=(len(sides[0]), len(sides[1])))
 
 

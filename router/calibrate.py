@@ -28,7 +28,7 @@ _BINS = 15
 _BATCH = 500
 # A debiased calibration error from which on the weights are not taken at their word, where chance
 # makes less than half of it.
-MOST_ERROR = 0.05
+MOST_ERROR = 0.02
 _SURE = 3.0  # standard errors by which a head must be worse than its prior to be called so
 
 
@@ -58,7 +58,9 @@ class GateCalibration(BaseModel):
     # As their islands measured them.
     heads: dict[str, HeadCalibration] = Field(default_factory=dict)
     warnings: list[str] = Field(default_factory=list)
-    recommended: str | None = None  # the routing to use where the gate cannot be trusted
+    # The routing to use where the gate cannot be trusted; None where it can, or no routing does
+    # without what cannot.
+    recommended: str | None = None
 
 
 @dataclass(frozen=True)
@@ -134,9 +136,18 @@ def measure_gate(
         unprompted=found[False],
         heads=alone,
         warnings=warnings,
-        # Drawn before there is anything to see, and kept: exact whatever the heads say later.
-        recommended="once" if warnings else None,
+        recommended="once" if warnings and not _bad_captions(found[True], alone) else None,
     )
+
+
+def _bad_captions(prompted: Sequence[GateBand], heads: Mapping[str, HeadCalibration]) -> bool:
+    """Whether what captions say alone is off too.
+
+    If it is not, `once` does without the rest: it draws before there is anything to see, and keeps
+    what it drew, so that it is exact whatever the heads say later.
+    """
+    told = any(band.t == 1 and (_is_off(band) or band.worse_than_prior) for band in prompted)
+    return told or any(head.of_captions() for head in heads.values())
 
 
 def _chosen(packs: Mapping[str, Pack], seed: int, count: int) -> list[tuple[int, Tensor]]:

@@ -60,13 +60,15 @@ def sample_settings(
     Samples of one seed are numbers `first` onwards. With a seed for each, every one is number
     `first` of its own, so that it is what it would be alone.
     """
-    alone = not isinstance(seed, int)
+    alone = isinstance(seed, Sequence)
     routings = _each("routing", [routing] if isinstance(routing, str) else routing, count)
     scales = _each("guidance", [guidance] if isinstance(guidance, int | float) else guidance, count)
-    seeded = _each("seed", [seed] if isinstance(seed, int) else seed, count)
+    seeded = _each("seed", seed if isinstance(seed, Sequence) else [seed], count)
     parsed = {text: parse_routing(text, shards) for text in dict.fromkeys(routings)}
     return [
-        SampleSettings(parsed[routings[i]], scales[i], seeded[i], first if alone else first + i)
+        SampleSettings(
+            parsed[routings[i]], scales[i], int(seeded[i]), first if alone else first + i
+        )
         for i in range(count)
     ]
 

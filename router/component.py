@@ -147,9 +147,9 @@ def check_expert(
             cure="assemble the ensemble again",
         )
     picture = ensemble.picture
-    size = config["sample_size"]
-    height, width = (size, size) if isinstance(size, int) else tuple(size)
-    made_for = (config["in_channels"], height, width)
+    size = config.get("sample_size")
+    sides = [size, size] if isinstance(size, int) else size
+    made_for = (config.get("in_channels"), *(sides or ("any height", "any width")))
     if made_for != picture.shape:
         raise Refused(
             f"The ensemble is of pictures {picture.shape}; the expert of {shard} is for {made_for}",

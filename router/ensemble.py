@@ -76,6 +76,18 @@ class TraceStep:
     x_data: Tensor  # (batch, ...), where the velocity points to from here
 
 
+def joined(parts: Sequence[TraceStep]) -> TraceStep:
+    """One step of several batches, as that of one."""
+    if len(parts) == 1:
+        return parts[0]
+    of_all = ("gate_weights", "weights", "null_gate_weights", "null_weights", "x_data")
+    return TraceStep(
+        t=parts[0].t,
+        experts_run=sum(part.experts_run for part in parts),
+        **{name: torch.cat([getattr(part, name) for part in parts]) for name in of_all},
+    )
+
+
 class Trajectory:
     """The velocity along one batch's way from noise to data, each sample by its own settings.
 
@@ -133,9 +145,9 @@ class Trajectory:
         if shards == 1:
             return x_t.new_ones(n, 1), x_t.new_ones(n, 1)  # there is nothing to decide
         wanted = self._chooser.undecided
-        null_wanted = wanted & self._chooser.guided & (not self._one_posterior)
         if self.trace is not None:
             wanted = torch.ones_like(wanted)  # for who reads it
+        null_wanted = wanted & self._chooser.guided & (not self._one_posterior)
         rows = torch.cat([wanted, null_wanted]).nonzero()[:, 0]
         if len(rows) == 0:
             return x_t.new_zeros(n, shards), x_t.new_zeros(n, shards)

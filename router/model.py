@@ -15,6 +15,7 @@ from torch import Tensor
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser
+from atoll.core.disk import drop
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.families import check_shapes
 from atoll.core.manifest import Picture
@@ -243,7 +244,10 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         for shard, place in zip(
             self.shards, self._paged.folders if self._paged else [], strict=False
         ):
-            shutil.copytree(place, folder / "experts" / shard)
+            target = folder / "experts" / shard
+            if target.resolve() != place.resolve():  # it may be saved where it was loaded from
+                drop(target)
+                shutil.copytree(place, target)
         if isinstance(self.gate, JointGate):
             self.gate.classifier.save(folder / JOINT)
         else:

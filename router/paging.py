@@ -55,7 +55,8 @@ class PagedExperts(Sequence[ExpertVelocity]):
     """Experts as functions, at most `budget` bytes of their weights in memory at once.
 
     The least recently run goes first, of experts with the same network by being written over. They
-    are on the device of what they are asked about. `dtype` None keeps that of the files.
+    are on the device of what they are asked about. `dtype` None is float32, as experts are that are
+    loaded whole, whatever their files are in.
     """
 
     def __init__(
@@ -65,8 +66,8 @@ class PagedExperts(Sequence[ExpertVelocity]):
         budget: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._dtype = dtype
-        self._places = [_place(folder, dtype) for folder in folders]
+        self._dtype = dtype or torch.float32
+        self._places = [_place(folder, self._dtype) for folder in folders]
         self._slots: list[_Slot] = []  # the least recently run first
         self._budget = budget
         self._coming: list[int] = []  # still to be brought of what was asked for last
@@ -174,7 +175,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
                 os.posix_fadvise(opened.fileno(), 0, 0, os.POSIX_FADV_WILLNEED)
 
 
-def _place(folder: Path, dtype: torch.dtype | None) -> _Place:
+def _place(folder: Path, dtype: torch.dtype) -> _Place:
     card = read_card(folder)
     files = tuple(folder / name for name in weight_files(folder) if name.endswith(".safetensors"))
     config = json.loads((folder / NETWORK_CONFIG).read_text())
@@ -183,15 +184,15 @@ def _place(folder: Path, dtype: torch.dtype | None) -> _Place:
     return _Place(folder, card, shape, files, sum(_bytes(file, dtype) for file in files))
 
 
-def _bytes(file: Path, dtype: torch.dtype | None) -> int:
-    """What a file's tensors take in memory, those of floating point in `dtype` if it is given."""
+def _bytes(file: Path, dtype: torch.dtype) -> int:
+    """What a file's tensors take in memory, those of floating point in `dtype`."""
     total = 0
     with _opened(file) as opened:
         for name in opened.keys():  # noqa: SIM118
             described = opened.get_slice(name)
             kind = described.get_dtype()  # such as F32, BF16, I64, BOOL
             bits = int("".join(sign for sign in kind if sign.isdigit()) or 8)
-            each = dtype.itemsize if dtype is not None and "F" in kind else bits // 8
+            each = dtype.itemsize if "F" in kind else bits // 8
             total += math.prod(described.get_shape()) * each
     return total
 

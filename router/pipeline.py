@@ -63,6 +63,7 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
 
     _callback_tensor_inputs: ClassVar[list[str]] = ["latents"]
     _optional_components: ClassVar[list[str]] = ["vae"]
+    model_cpu_offload_seq: ClassVar[str] = "text_encoder->transformer->vae"
 
     def __init__(
         self,
@@ -87,6 +88,9 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         self,
         prompt: str | Sequence[str] = "",
         *,
+        latents: Tensor | None = None,
+        generator: None = None,
+        return_dict: bool = True,
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int = 30,
@@ -100,8 +104,11 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         trace: bool = False,
         callback_on_step_end: StepEnd | None = None,
         callback_on_step_end_tensor_inputs: Sequence[str] = ("latents",),
-    ) -> AtollOutput:
+    ) -> AtollOutput | tuple[Any, ...]:
         """Pictures for each prompt in turn; picture number i has the noise of (seed, first + i).
+
+        Or that of `latents`, x_data's shape for each picture. There is no `generator`: a picture's
+        noise and draws are its seed's, whatever is sampled beside it.
 
         `height` and `width` are in pixels, the main shape's by default; of a shape that no expert
         was trained on pictures are made as well, and look it. `routing` is as `parse_routing`
@@ -114,6 +121,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
         if unknown := set(callback_on_step_end_tensor_inputs) - set(self._callback_tensor_inputs):
             raise UsageError(f"A callback asks for {sorted(unknown)}", allowed="latents")
+        if generator is not None:
+            raise UsageError("Noise is drawn by seed and number here", cure="seed=7 for generator")
         prompts = [prompt] if isinstance(prompt, str) else list(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts:
@@ -136,7 +145,13 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             one_posterior=one_posterior,
             trace=trace,
         )
-        x_t = x_noise(settings, picture.shape).to(self.device)
+        if latents is None:
+            latents = x_noise(settings, picture.shape)
+        elif latents.shape != (len(prompts), *picture.shape):
+            raise UsageError(
+                f"latents are {tuple(latents.shape)}", allowed=f"{(len(prompts), *picture.shape)}"
+            )
+        x_t = latents.to(self.device)
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
         set_times(scheduler, num_inference_steps, self.device)
@@ -152,7 +167,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         if self.vae is not None and output_type != "latent":
             x_t = Autoencoder(self.vae).decode(x_t)
         images = to_pil(x_t) if output_type == "pil" else x_t
-        return AtollOutput(images=images, trace=trajectory.trace)
+        made = AtollOutput(images=images, trace=trajectory.trace)
+        return made if return_dict else made.to_tuple()
 
     def _picture(self, height: int | None, width: int | None) -> Picture:
         """The shape of x_data for pictures of some pixels; refused where there is none."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -104,8 +105,8 @@ class Routing:
         return ",".join(f"{rule}{end}" for rule, end in zip(self.rules, ends, strict=True))
 
     def band(self, t: float) -> int:
-        """Which of the rules holds at `t`."""
-        return sum(t <= end for end in self.above)
+        """Which of the rules holds at `t`, in float32 as a solver's times are."""
+        return sum(bool(np.float32(t) <= np.float32(end)) for end in self.above)
 
 
 def parse_routing(text: str, shards: Sequence[str]) -> Routing:
@@ -203,12 +204,13 @@ def _nucleus(weights: Tensor, mass: float) -> Tensor:
     if mass >= 1:
         # Beside a sum rounded to 1 the smallest weights would seem to be needed no more.
         return weights > 0
-    ordered, place = weights.double().sort(dim=1, descending=True, stable=True)
+    # On the CPU, as `draw`.
+    ordered, place = weights.cpu().double().sort(dim=1, descending=True, stable=True)
     # An expert is needed while those before it hold less than the mass; the first always is.
     before = torch.cat([torch.zeros_like(ordered[:, :1]), ordered.cumsum(dim=1)[:, :-1]], dim=1)
     needed = (before < mass * ordered.sum(dim=1, keepdim=True)) & (ordered > 0)
     # Back from sorted places to shards: `place[b, i]` is the shard that stands i-th.
-    return torch.zeros_like(needed).scatter(1, place, needed)
+    return torch.zeros_like(needed).scatter(1, place, needed).to(weights.device)
 
 
 def draw(weights: Tensor, uniform: Tensor) -> Tensor:
@@ -216,10 +218,10 @@ def draw(weights: Tensor, uniform: Tensor) -> Tensor:
 
     In float64 on the CPU wherever the weights are, because not every accelerator has float64.
     """
-    cumulative = weights.double().cpu().cumsum(dim=1)
+    cumulative = weights.cpu().double().cumsum(dim=1)
     cumulative = cumulative / cumulative[:, -1:]
     # Below 1, where the last shard with any weight ends and those without would begin.
-    uniform = uniform.double().cpu().clamp(max=1 - 2.0**-53).contiguous()
+    uniform = uniform.cpu().double().clamp(max=1 - 2.0**-53).contiguous()
     return torch.searchsorted(cumulative, uniform, right=True).to(weights.device)
 
 

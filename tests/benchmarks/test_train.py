@@ -40,11 +40,12 @@ def counting(log: list[str], name: str) -> Peer:
 
 def test_all_take_as_many_steps_in_turns() -> None:
     log: list[str] = []
+    settled: list[int] = []
 
     def ours(steps: int, before: object) -> None:
         assert callable(before)
         for _ in range(steps):
-            before()
+            before(lambda: settled.append(len(log)))
             log.append("ours")
 
     peers = {name: counting(log, name) for name in ("bare", "usual")}
@@ -53,6 +54,7 @@ def test_all_take_as_many_steps_in_turns() -> None:
     assert log[:9] == ["bare"] * 3 + ["usual"] * 3 + ["ours"] * 3
     laps = ["ours", "bare", "usual", "ours", "usual", "bare"] * 2
     assert log[9:] == [*laps, "ours"]
+    assert settled == [9, 10, 13, 16, 19]  # where a turn of ours begins or ends
     assert [each.keys() for each in times.rounds] == [{"ours", "bare", "usual"}] * 4
 
 

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -89,6 +90,58 @@ def test_paged_experts_make_the_same_pictures(made: Path, tmp_path: Path) -> Non
     little = atoll("sample", made, "--expert-gib", 1e-5, "--json")
     assert little.code == 3
     assert "more memory" in json.loads(little.out)["error"]["cure"]
+
+
+def test_more_pictures_than_are_sampled_at_once(
+    made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same ones, whatever they are sampled beside, and one trace of all."""
+
+    def draw(name: str) -> tuple[dict[str, object], list[bytes], dict[str, Any]]:
+        said = done(
+            "sample", made, "a handwritten 3", "a handwritten 5", "--count=3", "--steps=3",
+            "--routing=sample:1", "--guidance=2", "--trace", "--out", tmp_path / name,
+        )  # fmt: skip
+        return said, pictures(said), json.loads((tmp_path / name / "trace.json").read_text())
+
+    one, at_once, trace = draw("one")
+    monkeypatch.setattr("atoll.cli.systems._AT_ONCE", 4)
+    other, in_two, traces = draw("two")
+    assert in_two == at_once
+    for name in ("experts_per_step", "null_experts_per_step"):
+        assert other[name] == pytest.approx(one[name])
+    for step, joined in zip(trace["steps"], traces["steps"], strict=True):
+        assert joined["experts_run"] == step["experts_run"]
+        assert joined["weights"] == step["weights"]
+
+
+@pytest.mark.parametrize("gib", ["nan", "inf", "0", "-1"])
+def test_memory_for_experts_is_a_number_and_of_an_ensemble(made: Path, gib: str) -> None:
+    said = atoll("sample", made, f"--expert-gib={gib}", "--json")
+    assert said.code == 2
+    assert said.error["allowed"] == "a number above 0"
+    for name in ("base", f"islands/{SHARD}/expert", "soups/all"):
+        said = atoll("sample", made / name, "--expert-gib=1", "--json")
+        assert said.code == 2
+        assert "one network" in said.error["what"]
+
+
+def test_a_scheduler_that_is_not_followed_is_said_aloud(made: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(made / "ensemble", tmp_path / "copy"))
+    draw = ("sample", folder, "--steps=1", "--out", tmp_path / "out")
+    assert "scheduler of its own" not in atoll(*draw).err
+    settings = folder / "scheduler/scheduler_config.json"
+    settings.write_text(json.dumps({**json.loads(settings.read_text()), "shift": 3.0}))
+    assert "scheduler of its own (FlowMatchEuler)" in atoll(*draw).err
+
+
+def test_one_routing_by_two_names_is_measured_once(made: Path, tmp_path: Path) -> None:
+    said = done(
+        "evaluate", made, "--reference", made, "--routing=mass:0.9", "--routing=mass:.9",
+        "--count=20", "--steps=1", "--out", tmp_path / "out",
+    )  # fmt: skip
+    rows = said["metrics"]["rows"]
+    assert [row["name"] for row in rows] == ["real records", "mass:0.9"]
 
 
 def test_an_expert_is_its_oracle(made: Path, tmp_path: Path) -> None:

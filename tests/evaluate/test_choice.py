@@ -58,8 +58,9 @@ def evaluation(*rows: Row) -> Evaluation:
         ([("full", 0.1, 0.2, 20), ("top-k:1", 0.1, 0.3, 5)], "full", "none has shares"),
         # Nothing is known of shares.
         ([("full", 0.1, None, 20), ("mass:0.9", 0.1, None, 9)], "mass:0.9", "9 passes"),
-        # Level in everything: the first that was asked for.
-        ([("once", 0.1, 0, 5), ("top-k:1", 0.1, 0, 5)], "once", "of 2 routings"),
+        # Level in everything: of one law with the ensemble, and the first that was asked for.
+        ([("top-k:1", 0.1, 0, 5), ("once", 0.1, 0, 5)], "once", "of 2 routings"),
+        ([("top-k:1", 0.1, 0, 5), ("mass:0.9", 0.1, 0, 5)], "top-k:1", "of 2 routings"),
     ],
 )
 def test_the_cheapest_of_the_good_ones(rows: list[Made], expected: str, why: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -105,6 +106,45 @@ def test_a_perfect_system_is_not_better_than_real_records(measured: ev.Evaluatio
     for name in ("real records", "full"):
         kid = rows[name].spaces["pixels"].kid
         assert kid.low <= 0 <= kid.high
+
+
+def test_shares_are_among_the_shards_that_a_system_models() -> None:
+    """Neither the commons' contents nor those of a shard that is missing are due from it."""
+    others = Records(
+        pictures(30, first=900).pictures, ("a left one",) * 30, (None,) * 30, ("commons",) * 30
+    )
+    encoder = FlatEncoder()
+    train = pictures(40, first=500)
+    sides = {s: [i for i, x in enumerate(train.shards) if x == s] for s in ("left", "right")}
+    instrument = from_records(
+        {side: embed(encoder, train.take(rows).pictures) for side, rows in sides.items()}
+    )
+    whole = pictures(50)
+    both = Records(
+        torch.cat([whole.pictures, others.pictures]),
+        whole.captions + others.captions,
+        whole.labels + others.labels,
+        whole.shards + others.shards,
+    )
+    systems = [
+        replace(system("all", 0.0), shards=("left", "right")),
+        replace(system("one", 0.0), shards=("right",)),
+        replace(system("with base", 0.0), shards=("left", "right", "commons")),
+        replace(system("of another run", 0.0), shards=("x",)),
+    ]
+    found = ev.evaluate_systems(
+        systems, both, encoder, seed=0, count=40, instrument=instrument, real=both,
+    )  # fmt: skip
+    rows = {row.name: row.shares for row in found.rows}
+    for name in ("real records", "all"):
+        assert rows[name] is not None
+        assert rows[name].reference == {"left": 25, "right": 25}
+        assert rows[name].distance.n < 40
+    assert rows["one"].reference == {"left": 0, "right": 25}
+    assert rows["one"].counts["left"] == 0
+    assert rows["one"].distance.value == 0
+    assert rows["with base"].distance.n_reference == 80
+    assert rows["of another run"] is None
 
 
 def test_better_systems_score_better_and_the_pairs_say_so(measured: ev.Evaluation) -> None:

@@ -146,6 +146,40 @@ def test_a_head_out_of_sight_is_named(packs) -> None:
     assert found.heads["b"].prompted[0].overlap == 0.001
 
 
+@pytest.mark.parametrize("how", ["found", "told"])
+def test_where_captions_mislead_too_no_routing_is_recommended(packs, how: str) -> None:
+    """`once` would draw by them."""
+
+    def misled(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
+        first = torch.tensor([0.9, 0.05, 0.05]).expand(len(t), -1)
+        return torch.where(((t == 1) & ~cond.is_null)[:, None], first, gate()(x_t, t, cond))
+
+    flat = Band(t=1, slope=0, intercept=0, loss=0.69, overlap=1, mean_ratio=1)
+    config = HeadConfig(shard="b", trunk_sha256="0", calibration=HeadCalibration(text=flat))
+    asked, heads = (misled, {}) if how == "found" else (gate(), {"b": config})
+    found = measure_gate(asked, packs, heads=heads, seed=0)
+    if how == "found":
+        assert all("at t = 1, with prompt" in warning for warning in found.warnings)
+    else:
+        assert found.warnings == ["b was worse than its prior by captions alone"]
+    assert found.recommended is None
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (None, []),
+        (Band(t=1, slope=0, intercept=0, loss=0.69, overlap=1, mean_ratio=0), []),  # no captions
+        (
+            Band(t=1, slope=1, intercept=0, loss=0.1, overlap=0.001, mean_ratio=1),
+            ["has no overlap with the anchor by captions alone"],
+        ),
+    ],
+)
+def test_what_captions_say_alone_is_warned_of(text: Band | None, said: list[str]) -> None:
+    assert HeadCalibration(text=text).warnings() == said
+
+
 def test_fewer_records_are_a_seeded_choice_of_all(packs) -> None:
     few = [measure_gate(gate(), packs, seed=seed, count=200) for seed in (0, 0, 1)]
     assert few[0].n == 200

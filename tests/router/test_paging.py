@@ -157,6 +157,23 @@ def test_in_16_bits_they_are_what_a_resident_one_is(folders: list[Path]) -> None
             assert torch.equal(paged[k](*batch(2)), alone.velocity(*batch(2)))
 
 
+def test_files_in_16_bits_take_what_they_take_in_memory(
+    folders: list[Path], tmp_path: Path
+) -> None:
+    """An expert is float32 there where nothing else is asked for, as one that is loaded whole."""
+    small = Denoiser.load(folders[0])
+    small.network.to(torch.bfloat16)
+    small.save(tmp_path / "small")
+    with pytest.raises(ConfigError, match="more than"):
+        PagedExperts([tmp_path / "small"], budget=bytes_of(folders[0]) - 1)
+    paged = PagedExperts([tmp_path / "small", folders[1]], budget=bytes_of(folders[0]))
+    for k in (0, 1, 0):  # each written over the other
+        network = paged.expert(k).network
+        taken = sum(value.nbytes for value in network.state_dict().values())
+        assert taken == bytes_of(folders[0])
+        assert len(paged.resident) == 1
+
+
 @pytest.mark.parametrize("harm", ["cut", "gone", "foreign"])
 def test_weights_that_were_harmed_are_refused_and_the_others_go_on(
     folders: list[Path], tmp_path: Path, harm: str
@@ -202,6 +219,10 @@ def test_a_paged_ensemble_makes_the_same_pictures_and_saves_the_same_folder(
     assert torch.equal(*made)
     assert dict(paged.config) == dict(resident.config)
     paged.save_pretrained(tmp_path / "saved")
+    paged.save_pretrained(tmp_path / "saved")  # over itself
+    EnsembleModel.from_pretrained(tmp_path / "saved", expert_bytes=room).save_pretrained(
+        tmp_path / "saved"  # and from there
+    )
     assert sha256_folder(tmp_path / "saved") == sha256_folder(folder / "transformer")
     with pytest.raises(ConfigError, match="more than"):
         EnsembleModel.from_pretrained(folder / "transformer", expert_bytes=room - 1)

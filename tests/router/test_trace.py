@@ -43,10 +43,13 @@ def opened(data: bytes) -> Image.Image:
     return image
 
 
+@pytest.mark.parametrize("routing", ["top-k:2", "once", "oracle:s1"])
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
-def test_json_round_trip(make_world: Callable[..., Any], guidance: float) -> None:
+def test_json_round_trip(make_world: Callable[..., Any], guidance: float, routing: str) -> None:
     world = make_world(1)
-    trajectory = world.trajectory("top-k:2", [1, 2, 0], trace=True, guidance=guidance)
+    if routing.startswith("oracle"):
+        routing = f"oracle:{world.names[1]}"
+    trajectory = world.trajectory(routing, [1, 2, 0], trace=True, guidance=guidance)
     noise = seeds.normal(0, "x_noise", first=0, count=3, shape=(2,)).double()
     sampler.euler(trajectory, noise, sampler.times(4).double())
     text = json.dumps(trace_json(trajectory.trace, world.names, list("abcd")), allow_nan=False)

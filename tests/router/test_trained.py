@@ -30,7 +30,7 @@ from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage, sha256_file, sha256_folder
 from atoll.core.trunk import Trunk
 from atoll.router.assemble import assemble
-from atoll.router.chooser import sample_settings
+from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.ensemble import Trajectory
 from atoll.router.gate import Gate
 from atoll.router.model import EnsembleModel
@@ -216,6 +216,21 @@ def test_a_batch_can_be_cut(pipeline: Any, routing: str) -> None:
     for step, told in enumerate(whole.trace):
         weights = torch.cat([part.trace[step].weights for part in parts])
         torch.testing.assert_close(weights, told.weights, rtol=1e-3, atol=1e-4)
+
+
+def test_what_a_user_of_diffusers_tries(pipeline: Any) -> None:
+    options: dict[str, Any] = {"num_inference_steps": 2, "output_type": "pt"}
+    made = pipeline(PROMPTS, seed=4, **options)
+    images, *_ = pipeline(PROMPTS, seed=np.int64(4), return_dict=False, **options)
+    assert torch.equal(images, made.images)
+    settings = sample_settings(len(PROMPTS), pipeline.transformer.shards, seed=4)
+    given = x_noise(settings, pipeline.transformer.ensemble_config.picture.shape)
+    assert torch.equal(pipeline(PROMPTS, latents=given, **options).images, made.images)
+    with pytest.raises(UsageError, match="latents are"):
+        pipeline(PROMPTS[:1], latents=given, **options)
+    with pytest.raises(UsageError, match=r"seed=7"):
+        pipeline(PROMPTS, generator=torch.Generator(), **options)
+    assert all(hasattr(pipeline, name) for name in pipeline.model_cpu_offload_seq.split("->"))
 
 
 def test_concurrent_calls_do_not_disturb_one_another(pipeline: Any) -> None:
