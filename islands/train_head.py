@@ -88,7 +88,7 @@ def _pixels(commons: Pack) -> tuple[Tensor, Tensor]:
             sums += torch.stack([values.sum(1), values.square().sum(1)])
             count += values.shape[1]
     mean, square = sums / count
-    std = (square - mean.square()).clamp(min=0).sqrt()
+    std = ((square - mean.square()).clamp(min=0) * count / max(1, count - 1)).sqrt()
     return mean.float()[:, None, None], std.float()[:, None, None]
 
 

@@ -343,4 +343,3 @@ def test_who_is_overtaken_before_it_publishes_leaves_its_heir_s_alone(
     with pytest.raises(Fenced):
         run_island(run.uri, shard)
     assert run.list(f"{here}/{part}") == [f"{here}/{part}/{PARTS[part]}"]
-    assert not run.exists(f"{here}/preview.png")
