@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 evidence: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.train --json
 	$(BIN)/python -m benchmarks.kills --json
+	$(BIN)/python -m benchmarks.heads out/heads
 
 format: $(VENV)/.dev
 	$(BIN)/ruff check --fix .

@@ -8,8 +8,9 @@ number images_seen = i is the same whatever the batch, the worker or the place w
 from __future__ import annotations
 
 import hashlib
+import threading
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
 
 import numpy as np
 import torch
@@ -85,11 +86,30 @@ def runs(items: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int, int]]:
         yield seed, first, count
 
 
-@lru_cache(maxsize=64)  # a stream over several shapes goes from one to the other and back
-def _permutation(stream: int, n: int) -> NDArray[np.int64]:
-    order = np.random.Generator(np.random.Philox(key=stream)).permutation(n)
-    order.flags.writeable = False
-    return order
+class _Permutations:
+    """Those used last: a stream over several shapes goes from one to the other and back."""
+
+    def __init__(self, most_bytes: int) -> None:
+        self._most, self._lock = most_bytes, threading.Lock()
+        self._kept: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+
+    def __call__(self, stream: int, n: int) -> NDArray[np.int64]:
+        with self._lock:
+            order = self._kept.pop((stream, n), None)
+            if order is None:
+                order = np.random.Generator(np.random.Philox(key=stream)).permutation(n)
+                order.flags.writeable = False
+            self._kept[stream, n] = order
+            while len(self._kept) > 1 and self.bytes > self._most:
+                self._kept.popitem(last=False)
+            return order
+
+    @property
+    def bytes(self) -> int:
+        return sum(order.nbytes for order in self._kept.values())
+
+
+_permutation = _Permutations(256 << 20)
 
 
 def order(seed: int, *words: str | int, first: int, count: int, n: int) -> NDArray[np.int64]:

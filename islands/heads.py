@@ -32,7 +32,7 @@ _START_SECONDS = 90.0
 _STOP_SECONDS = 20.0
 _DEAD_SECONDS = 300.0  # of a folder where nothing has moved
 _PREFIX = "atoll-ray-"
-_PORTS = (
+PORTS = (
     "--port", "--dashboard-port", "--ray-client-server-port", "--dashboard-agent-listen-port",
     "--dashboard-agent-grpc-port", "--runtime-env-agent-port", "--node-manager-port",
     "--object-manager-port",
@@ -67,7 +67,7 @@ class Head:
         token_file.touch(mode=0o600)
         token_file.write_text(token)
         (self.folder / "empty").mkdir()
-        named = dict(zip(_PORTS, ports, strict=True))
+        named = dict(zip(PORTS, ports, strict=True))
         memory = (
             [] if order.memory_gib is None else ["--memory", str(int(order.memory_gib * 2**30))]
         )
@@ -130,7 +130,7 @@ class Head:
     def restart(self) -> None:
         """End what is left of it and start anew, at other ports, with another token and folder."""
         self.end()
-        self._start(_free_ports(len(_PORTS)))
+        self._start(free_ports(len(PORTS)))
         self.wait()
 
     def ask_to_end(self) -> None:
@@ -156,12 +156,12 @@ def local_heads(orders: Sequence[HeadOrder]) -> Iterator[list[Head]]:
     """Start heads side by side, each with a token of its own, and end them all."""
     if orders:
         remove_dead_folders()
-    ports = _free_ports(len(_PORTS) * len(orders))
+    ports = free_ports(len(PORTS) * len(orders))
     heads: list[Head] = []
     try:
         # All from this thread: a head is told to die with the thread that started it.
         for n, order in enumerate(orders):
-            heads.append(Head(order, ports[n * len(_PORTS) : (n + 1) * len(_PORTS)]))
+            heads.append(Head(order, ports[n * len(PORTS) : (n + 1) * len(PORTS)]))
         for head in heads:
             head.wait_or_restart()
         yield heads
@@ -224,7 +224,7 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
     return environment
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Ports that were free together a moment ago."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]

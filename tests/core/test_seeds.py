@@ -179,6 +179,22 @@ def test_epochs_are_permutations_of_their_own() -> None:
     assert float(((counts - 500) ** 2 / 500).sum()) < 16.3  # chi-square, 3 degrees, one in 1000
 
 
+def test_permutations_are_kept_within_bounds_and_the_same_when_made_again() -> None:
+    permutation = seeds._Permutations(8 * 250)
+    kept = permutation(1, 100)
+    assert permutation(1, 100) is kept
+    permutation(2, 100)
+    permutation(1, 100)
+    permutation(3, 100)  # no room for three: the one used longest ago goes
+    assert permutation.bytes == 8 * 200
+    assert permutation(1, 100) is kept
+    again = permutation(2, 100)
+    assert sorted(again.tolist()) == list(range(100))
+    assert np.array_equal(again, seeds._Permutations(0)(2, 100))
+    assert len(permutation(4, 1000)) == 1000  # one that is larger than the bound stands alone
+    assert permutation.bytes == 8 * 1000
+
+
 def test_fraction_is_the_hash_that_it_says() -> None:
     digest = hashlib.sha256(b"held-out\x1frecord-1").digest()
     assert seeds.fraction("record-1", salt="held-out") == int.from_bytes(digest[:7], "little") / (

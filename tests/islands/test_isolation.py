@@ -97,7 +97,7 @@ def test_a_head_is_this_machines_alone_and_refuses_strangers_on_every_port(tmp_p
 def ports(head: Head) -> dict[int, str]:
     """The ports that a head was given, and what for."""
     told = psutil.Process(head.process).cmdline()
-    return {int(told[told.index(name) + 1]): name for name in heads._PORTS}
+    return {int(told[told.index(name) + 1]): name for name in heads.PORTS}
 
 
 def listening(head: Head) -> dict[int, set[str]]:

@@ -238,18 +238,18 @@ def test_a_local_head_asks_for_its_token_and_leaves_nothing_behind() -> None:
 def test_a_head_that_ends_at_its_start_is_tried_once_more_at_other_ports(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    free, given = heads._free_ports, []
+    free, given = heads.free_ports, []
 
     def at_first_none(count: int) -> list[int]:
         # As if others had taken one; Ray itself looks for half a minute before it believes that.
         given.append([99_999] * count if not given else free(count))
         return given[-1]
 
-    monkeypatch.setattr(heads, "_free_ports", at_first_none)
+    monkeypatch.setattr(heads, "free_ports", at_first_none)
     with local_head(1) as cluster:
         assert answer(cluster, cluster.token) == 200
     assert len(given) == 2
-    monkeypatch.setattr(heads, "_free_ports", lambda count: [99_999] * count)
+    monkeypatch.setattr(heads, "free_ports", lambda count: [99_999] * count)
     with pytest.raises(Failed, match="did not start and ended"), local_head(1):
         pass
 
