@@ -87,6 +87,9 @@ class Islands:
                 f"    python: {sys.executable}",
                 "    price: 1.5",
             ]
+            # Of a head that is yet to come: read anew whenever it is asked.
+            self._token(name).touch(mode=0o600)
+            self._token(name).write_text("not yet")
         self.file.write_text("\n".join(lines) + "\n")
         self.heads: dict[str, Head] = {}
 
@@ -97,9 +100,7 @@ class Islands:
         """Start one and hand its token over."""
         head = self.heads[name] = Head(HeadOrder(name, cpus=1), self._ports[name])
         head.wait()
-        file = self._token(name)
-        file.touch(mode=0o600)
-        file.write_text(head.cluster.token)
+        self._token(name).write_text(head.cluster.token)
         say(f"the {name} head answers")
         return head
 
@@ -108,6 +109,7 @@ class Islands:
         for name, head in self.heads.items():
             send(family(head.process) if head.alive() else [], signal.SIGCONT)
             head.end()
+        for name in NAMES:
             self._token(name).unlink()
 
 

@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -188,8 +188,14 @@ def compare(
 
 
 def routings(case: Case, schedule: Schedule) -> list[Row]:
-    """Rows of one expert, several experts, adaptive sets and mixed batches."""
+    """Rows of one expert, several experts, adaptive sets and mixed batches.
+
+    Groups have their bars on a GPU at 16 rows an expert and more, and mixed batches theirs at 32.
+    """
     rows = []
+    on_gpu = case.device.type == "cuda"
+    groups_count = not on_gpu or case.batch >= 16 * EXPERTS
+    where = f"GPU, batches of {case.batch}: " if on_gpu else ""
 
     def ratio(
         name: str, ours: Callable[[], object], peer: Callable[[], object], against: str,
@@ -197,7 +203,9 @@ def routings(case: Case, schedule: Schedule) -> list[Row]:
     ) -> None:  # fmt: skip
         value, each = compare(case, schedule, ours, peer)
         pairs = ", ".join(f"{one:.3f}" for one in each)
-        rows.append(row(name, value, "times", against=f"{against}; median of {pairs}", **bar))
+        bar = bar if groups_count else {}
+        told = f"{against}; median of {pairs}"
+        rows.append(row(f"{where}{name}", value, "times", against=told, **bar))
 
     one = sample_settings(case.batch, SHARDS, routing=f"oracle:{SHARDS[0]}")
     ratio(
@@ -224,9 +232,11 @@ def routings(case: Case, schedule: Schedule) -> list[Row]:
             partial(case.alone, settings),
         )
         # Small groups cost a processor more than their rows: the bar is one for a GPU.
-        bar = {"at_most": mean + MASS_OVER} if case.device.type == "cuda" and text != "once" else {}
+        counts = on_gpu and groups_count and text != "once"
+        bar = {"at_most": mean + MASS_OVER} if counts else {}
         against = f"one expert alone on all {case.batch}; {mean:.2f} experts a picture and step"
-        rows.append(row(f"{text}, in passes of one expert", value, "times", against=against, **bar))
+        name = f"{where}{text}, in passes of one expert"
+        rows.append(row(name, value, "times", against=against, **bar))
     seeded = list(range(case.batch))
     mixed = sample_settings(
         case.batch,
@@ -241,10 +251,10 @@ def routings(case: Case, schedule: Schedule) -> list[Row]:
             case.ours([each])
 
     value, each = compare(case, schedule, one_by_one, partial(case.ours, mixed))
-    bar = {"at_least": ONE_BY_ONE} if case.device.type == "cuda" else {}
+    bar = {"at_least": ONE_BY_ONE} if on_gpu and case.batch <= BATCH else {}
     against = f"one batch of {case.batch} with routings, guidance and seeds of their own; "
     against += "median of " + ", ".join(f"{one:.2f}" for one in each)
-    rows.append(row("one by one", value, "times", against=against, digits=2, **bar))
+    rows.append(row(f"{where}one by one", value, "times", against=against, digits=2, **bar))
     return rows
 
 
@@ -343,9 +353,10 @@ def main() -> None:
         return
     rows = routings(CPU, QUICK if given.quick else FULL)
     if torch.cuda.is_available():
-        rows += routings(GPU, QUICK if given.quick else FULL)
+        for batch in (BATCH, GPU.batch):
+            rows += routings(replace(GPU, batch=batch), QUICK if given.quick else FULL)
     else:
-        name = "mass:0.9, in passes of one expert, at 256 tokens"
+        name = f"GPU, batches of {GPU.batch}: mass:0.9, in passes of one expert"
         rows.append(unmeasured(row(name, None, "times", at_most=0), "no CUDA device"))
     rows += memory(*PAGED)
     show("routing", rows, as_json=given.json)

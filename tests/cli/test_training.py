@@ -6,7 +6,13 @@ import json
 import shutil
 from pathlib import Path
 
+import pytest
+
+from atoll.core.config import save_config
 from atoll.core.errors import Failed
+from atoll.core.storage import Storage
+from atoll.islands.base import WORK
+from atoll.islands.settings import BaseConfig
 from tests.cli.conftest import (
     BASE,
     SHARD,
@@ -118,6 +124,29 @@ def test_minutes_become_passes_once(partitioned, tmp_path, monkeypatch) -> None:
     assert plans(run) == planned
     assert atoll("train", run, "--passes=77", "--json").code == 7
     done("base", run, "--minutes=1")
+
+
+@pytest.mark.parametrize("command", ["base", "train"])
+def test_two_lengths_of_one_training_are_refused(based: Path, command: str) -> None:
+    said = atoll(command, based, "--minutes=1", "--passes=2", "--json")
+    assert said.code == 2
+    assert "two ways to say how long" in said.error["what"]
+
+
+def test_minutes_for_what_is_planned_without_them_are_refused(partitioned, tmp_path) -> None:
+    """As a command leaves it that was told no length and then interrupted."""
+    run = tmp_path / "run"
+    shutil.copytree(partitioned, run)
+    save_config(BaseConfig(recipe="unet-tiny"), Storage(run), WORK)
+    said = atoll("base", run, "--recipe=unet-tiny", "--minutes=1", "--json")
+    assert said.code == 3
+    assert "planned already" in said.error["what"]
+
+
+def test_minutes_that_more_islands_would_divide_are_said_to_last(based: Path) -> None:
+    said = atoll("train", based, "--minutes=0.01", "--set=slots=12", "--dry-run")
+    assert said.code == 0
+    assert "with 3 shards it takes 4 times as long" in said.err
 
 
 def test_minutes_of_the_base_are_probed_once_though_it_was_interrupted(

@@ -52,6 +52,13 @@ def test_an_island_has_its_own_number_of_workers() -> None:
     assert (found.workers, found.job_cpus, found.job_gpus) == (4, 16, 4)
 
 
+def test_processors_that_no_thread_uses_are_said_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    plan(Island(**CLUSTER, resources=Resources(cpus=8)), threads=8)
+    assert not caplog.records
+    plan(Island(**CLUSTER, resources=Resources(cpus=8)), threads=2)
+    assert "takes 8 CPUs and computes on 2: --set threads=8" in caplog.text
+
+
 @pytest.mark.parametrize("resources", [{"gpus": 1}, {"gpus": 8}, {"cpus": 5}])
 def test_what_does_not_divide_among_workers_is_refused(resources: dict[str, int]) -> None:
     island = Island(**CLUSTER, resources=Resources(workers=4, **resources))
