@@ -106,7 +106,7 @@ class Islands:
 
     def end(self) -> None:
         """End them all, and forget their tokens."""
-        for name, head in self.heads.items():
+        for head in self.heads.values():
             send(family(head.process) if head.alive() else [], signal.SIGCONT)
             head.end()
         for name in NAMES:
