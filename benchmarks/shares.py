@@ -8,17 +8,22 @@ so into the same clusters. From there the whole way is gone with the commands th
 Pictures are sampled without prompts, so that the prior alone says how often a shard is due. One
 instrument, the nearest of the clusters' centroids, reads sampled and real pictures alike: it must
 know each shard's held-out records for its own, and what two halves of all of them differ by is the
-least that can be expected. A second run resumes.
+least that can be expected. Routings are sampled side by side, one on each processor, each on one
+thread. A second run resumes.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import os
 import subprocess
 import sys
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +31,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 from PIL import Image
+from pydantic import BaseModel
 from torch import Tensor
 
 from atoll.cli.evaluating import instrument_of
@@ -46,8 +52,9 @@ COMMONS, PUBLIC_PART = "public.parquet", 0.1
 SIZE, HOLDOUT = 8, 0.5  # pixels of a side; half is 5,000 and more to compare with, twice
 ROUTINGS = ("once", "mass:0.9", "threshold:0.05", "full", "top-k:1")
 BIASED = ("top-k:1",)
+BASE_PASSES = 0.6  # beside one of an expert, whose records are fewer
 MARGIN, SMALLEST, KNOWN = 0.05, 0.8, 0.8
-STEPS, BATCH = 50, 250
+STEPS, BATCH = 50, 100
 
 
 def write_corpus(source: str, out: Path, *, share: float) -> None:
@@ -105,7 +112,7 @@ def cut(corpus: Path, run: Path) -> None:
 def train(corpus: Path, run: Path, *, passes: float) -> None:
     """A run with its ensemble, by the commands."""
     cut(corpus, run)
-    atoll("base", run, "--recipe", "unet-digits", "--passes", 3 * passes)
+    atoll("base", run, "--recipe", "unet-digits", "--passes", BASE_PASSES * passes)
     atoll("train", run, "--passes", passes)
     atoll("assemble", run)
 
@@ -116,6 +123,38 @@ def atoll(*arguments: object) -> None:
     ended = subprocess.run([script, *map(str, arguments)], check=False, stdout=sys.stderr)
     if ended.returncode:
         sys.exit(ended.returncode)
+
+
+class Found(BaseModel):
+    """What was sampled under one routing: pictures by the nearest shard, and experts a step."""
+
+    ensemble_sha256: str
+    steps: int
+    counts: list[int]
+    experts: float
+
+
+def found(run_uri: str, count: int, routing: str) -> Found:
+    """Sample and count; from the file beside the run where that was done before."""
+    torch.set_num_threads(1)
+    run = Storage(run_uri)
+    manifest = Manifest.load(run)
+    assert manifest.ensemble is not None
+    file = Path(f"{run_uri}-counts", f"{routing.replace(':', '-')}.json")
+    if file.exists():
+        there = Found.model_validate_json(file.read_text())
+        made_of = (there.ensemble_sha256, there.steps, sum(there.counts))
+        if made_of == (manifest.ensemble.sha256, STEPS, count):
+            return there
+    model = load_model(run.uri)
+    pictures, experts = sampled(model, routing, count)
+    counts = instrument_of(run, manifest).count(embed(model.encoder, pictures)).tolist()
+    made = Found(
+        ensemble_sha256=manifest.ensemble.sha256, steps=STEPS, counts=counts, experts=experts
+    )
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(made.model_dump_json())
+    return made
 
 
 def sampled(model: Model, routing: str, count: int) -> tuple[Tensor, float]:
@@ -133,12 +172,13 @@ def sampled(model: Model, routing: str, count: int) -> tuple[Tensor, float]:
 
 def measure(run: Storage, count: int) -> list[Row]:
     """The rows of all routings."""
-    manifest, model = Manifest.load(run), load_model(run.uri)
+    manifest = Manifest.load(run)
+    encoder = load_encoder(run.local(manifest.encoder.path))
     instrument = instrument_of(run, manifest)
     real = load_records(run, manifest)
     # Neither the commons' own nor more of one shard than of another: as the hash has held them out.
     private = [i for i, shard in enumerate(real.shards) if shard in manifest.shards]
-    features = embed(model.encoder, real.pictures[private])
+    features = embed(encoder, real.pictures[private])
     own = instrument.own(features, [real.shards[i] for i in private])
     order = seeds.order(0, "shares", first=0, count=len(private), n=len(private))
     halves = torch.from_numpy(order)[: 2 * count].chunk(2)
@@ -157,16 +197,18 @@ def measure(run: Storage, count: int) -> list[Row]:
         ),
     ]  # fmt: skip
     smallest = min(manifest.shards, key=lambda shard: manifest.shards[shard].records)
-    for routing in ROUTINGS:
-        pictures, experts = sampled(model, routing, n)
-        found = instrument.count(embed(model.encoder, pictures))
-        shares = compare(instrument.names, found, sum(counts, torch.zeros_like(found)), seed=0)
+    reference = sum(counts, torch.zeros_like(counts[0]))
+    processors = len(os.sched_getaffinity(0))
+    with ProcessPoolExecutor(processors, mp_context=get_context("spawn")) as pool:
+        made = list(pool.map(partial(found, run.uri, n), ROUTINGS))
+    for routing, each in zip(ROUTINGS, made, strict=True):
+        shares = compare(instrument.names, torch.tensor(each.counts), reference, seed=0)
         bars = {} if routing in BIASED else {"at_most": floor.distance.value + MARGIN}
         rows.append(
             row(
                 f"{routing}, total variation", shares.distance.value, "",
-                against=f"N={n} and {2 * n} held-out records; {_interval(shares)}; {experts:.2f} "
-                "experts a step", **bars,
+                against=f"N={n} and {2 * n} held-out records; {_interval(shares)}; "
+                f"{each.experts:.2f} experts a step", **bars,
             )
         )  # fmt: skip
         got = shares.counts[smallest] / n
@@ -194,7 +236,7 @@ def main() -> None:
     parser.add_argument("corpus", help="CIFAR-10 with the columns image and caption")
     parser.add_argument("out", type=Path, help="a folder for corpus and run")
     parser.add_argument("--pictures", type=int, default=5000, help="of every routing")
-    parser.add_argument("--passes", type=float, default=30.0, help="of every expert")
+    parser.add_argument("--passes", type=float, default=100.0, help="of every expert")
     parser.add_argument("--quick", action="store_true", help="a tenth of the records and pictures")
     parser.add_argument("--json", action="store_true")
     given = parser.parse_args()
