@@ -31,7 +31,7 @@ from atoll.islands.heads import PORTS, Head, HeadOrder, free_ports
 FROZEN_SECONDS, LATE_SECONDS, MOST_SECONDS = 45.0, 12.0, 1200.0
 NAMES = ("first", "second", "third")
 TRAIN = (
-    "--passes", "420", "--set", "watch.dead_seconds=18", "--set", "training.checkpoint_seconds=8",
+    "--passes", "60", "--set", "watch.dead_seconds=18", "--set", "training.checkpoint_seconds=8",
 )  # fmt: skip
 _began = time.monotonic()
 
@@ -89,7 +89,7 @@ class Islands:
             ]
             # Of a head that is yet to come: read anew whenever it is asked.
             self._token(name).touch(mode=0o600)
-            self._token(name).write_text("not yet")
+            self._token(name).write_text("not-yet")
         self.file.write_text("\n".join(lines) + "\n")
         self.heads: dict[str, Head] = {}
 
