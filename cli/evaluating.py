@@ -327,6 +327,8 @@ def gate_of(model: Model, run: Storage, manifest: Manifest) -> GateCalibration:
         log.warning("%s", warning)
     if found.recommended is not None:
         log.warning("--routing %s does without: it draws at the start", found.recommended)
+    elif found.warnings:
+        log.warning("no routing does without: one that draws at the start draws by the caption")
     return found
 
 

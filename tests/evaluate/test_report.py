@@ -256,6 +256,13 @@ def test_the_gates_calibration_is_drawn_and_warned_of(page: str) -> None:
     assert "0.050<span" in gate  # the error at t = 0.5
     assert "--routing once" in gate
     assert gate.count('class="mean"') == 6  # two charts of three lines
+    none = calibration().model_copy(update={"recommended": None})
+    data = everything()
+    assert data.evaluation is not None
+    told = data.evaluation.model_copy(update={"gates": {EVIL: none}})
+    said = render_report(dataclasses.replace(data, evaluation=told))
+    assert "No routing is recommended" in said
+    assert "--routing None" not in said
 
 
 def test_heat_strip_draws_each_weight_once() -> None:
