@@ -23,7 +23,7 @@ from atoll.core.journal import log, set_verbosity
 from atoll.core.outage import GRACE_SECONDS, PATIENCE_SECONDS, ride_out
 from atoll.core.storage import Storage
 from atoll.islands.island import run_island
-from atoll.islands.signs import Process, island_folder
+from atoll.islands.signs import Process, island_folder, submission
 from atoll.islands.state import NotBitwise
 
 SCHEMA_VERSION = 1  # of `exit.json`
@@ -81,7 +81,12 @@ def _say_the_end(
             process.speak()
             own.write_json(
                 f"{island_folder(shard)}/exit.json",
-                {"schema_version": SCHEMA_VERSION, "code": int(code), **facts},
+                {
+                    "schema_version": SCHEMA_VERSION,
+                    "submission_id": submission(),
+                    "code": int(code),
+                    **facts,
+                },
             )
 
     if code is ExitCode.FENCED:

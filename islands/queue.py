@@ -241,8 +241,7 @@ class Queue:
         assert site is not None
         now = self._now
         self._advance(work, advance)
-        # A zombie that wakes up before its heir has claimed the place has a last word too.
-        ended = exit_code(self._run, work.shard) is not None and self._speaks(work)
+        ended = self._said(work) is not None
         if not ended and site.answers() and not site.gone():
             try:
                 status = site.jobs.status(work.submission_id)
@@ -273,6 +272,10 @@ class Queue:
             self._leave(work, f"no sign of life from island {site.island.name} for {silence:.0f} s")
         elif training and still > self._config.watch.stalled_seconds:
             self._leave(work, f"it lives, and has taken no step for {still:.0f} s")
+
+    def _said(self, work: Work) -> ExitCode | None:
+        """How this attempt says that it has ended."""
+        return exit_code(self._run, work.shard, of=work.submission_id)
 
     def _begins(self, work: Work, status: str) -> bool:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
@@ -314,7 +317,7 @@ class Queue:
 
     def _finish(self, work: Work) -> None:
         """A job is over, by its own word or by Ray's."""
-        code = exit_code(self._run, work.shard)
+        code = self._said(work)
         reason, found = "", {}
         if code is ExitCode.DONE:
             try:
@@ -404,7 +407,7 @@ class Queue:
         silent = [work.shard for work in self._running]
         with unless_away("how the islands ended"):
             for work in self._running:
-                code = exit_code(self._run, work.shard)
+                code = self._said(work)
                 value = None if code is None else int(code)
                 self._journal(work, "ended", code=value, reason="interrupted")
                 if code in (ExitCode.INTERRUPTED, ExitCode.DONE):
@@ -437,7 +440,7 @@ class Queue:
         """By its own word, or by Ray's."""
         assert work.site is not None
         with contextlib.suppress(Failed, OSError):
-            if exit_code(self._run, work.shard) is not None:
+            if self._said(work) is not None:
                 return True
         with contextlib.suppress(Failed):
             return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED

@@ -88,10 +88,15 @@ def read_object(run: Storage, name: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def exit_code(run: Storage, shard: str) -> ExitCode | None:
-    """How an island's last attempt ended, if it did: its own word."""
-    code = read_object(run, f"{island_folder(shard)}/exit.json").get("code")
-    return None if code is None else ExitCode(int(code))
+def exit_code(run: Storage, shard: str, *, of: str | None = None) -> ExitCode | None:
+    """How an island's last attempt ended, if it did: its own word, or that `of` one submission.
+
+    One that was taken for dead may wake up and speak before its heir has claimed the place.
+    """
+    said = read_object(run, f"{island_folder(shard)}/exit.json")
+    if "code" not in said or (of is not None and said.get("submission_id") != of):
+        return None
+    return ExitCode(int(said["code"]))
 
 
 def committed(run: Storage, shard: str) -> int:

@@ -160,7 +160,7 @@ def _state(
         return ("stopped" if asked else "planned"), str(last.get("reason") or "")
     if last.get("event") == "given_up":
         return "failed", str(last.get("reason") or "")
-    if ended and _is_last_word(ended, last, process):
+    if ended and _is_last_word(ended, last):
         if ended.get("code") == ExitCode.INTERRUPTED:
             return "stopped", None
         return "failed", str(ended.get("reason") or "")
@@ -175,11 +175,11 @@ def _state(
     return ("running" if silent <= DEAD_SECONDS else "dead"), None
 
 
-def _is_last_word(ended: dict[str, Any], last: dict[str, Any], process: dict[str, Any]) -> bool:
+def _is_last_word(ended: dict[str, Any], last: dict[str, Any]) -> bool:
     """Whether it is of the latest attempt, and not of one that was taken for dead and woke up."""
-    if last.get("event") == "ended":
-        return last.get("code") == ended.get("code")
-    return not last or last.get("submission_id") == process.get("submission_id")
+    if last and ended.get("submission_id") != last.get("submission_id"):
+        return False
+    return last.get("event") != "ended" or last.get("code") == ended.get("code")
 
 
 def _speed(run: Storage, here: str, beat: dict[str, Any], *, done: bool) -> float | None:

@@ -64,11 +64,17 @@ def test_from_planned_to_done(run) -> None:
     assert now.eta_seconds == pytest.approx((now.of - 16) / 8, abs=0.1)
     beat(storage, "shard-00", speed=8, ago=61, process_ago=61)
     assert (row(run).state, row(run).silent_seconds) == ("dead", 61.0)
-    storage.write_json("islands/shard-00/exit.json", {"code": 7, "reason": "a changed shard"})
+    storage.write_json(
+        "islands/shard-00/exit.json", {"submission_id": "1", "code": 7, "reason": "a changed shard"}
+    )
     assert (row(run).state, row(run).reason) == ("failed", "a changed shard")
-    storage.write_json("islands/shard-00/exit.json", {"code": 6, "reason": "Stopped"})
+    storage.write_json(
+        "islands/shard-00/exit.json", {"submission_id": "1", "code": 6, "reason": "Stopped"}
+    )
     assert row(run).state == "stopped"
-    storage.write_json("islands/shard-00/exit.json", {"code": 0, "reason": ""})
+    storage.write_json(
+        "islands/shard-00/exit.json", {"submission_id": "1", "code": 0, "reason": ""}
+    )
     assert row(run).state == "done"
     assert not read_status(storage, manifest, now=NOW).ended
 
@@ -79,7 +85,9 @@ def test_one_that_waits_for_an_island_is_planned_until_none_is_left(run) -> None
     waiting = {"event": "waiting", "submission_id": "1", "reason": "cannot go on on island a"}
     controller(storage, "shard-00", submitted(50), refused, waiting)
     beat(storage, "shard-00", speed=8, ago=45, process_ago=45)
-    storage.write_json("islands/shard-00/exit.json", {"code": 7, "reason": "made otherwise"})
+    storage.write_json(
+        "islands/shard-00/exit.json", {"submission_id": "1", "code": 7, "reason": "made otherwise"}
+    )
     assert (row(run).state, row(run).reason) == ("planned", "cannot go on on island a")
     ask_to_stop(storage, "shard-00")
     assert row(run).state == "stopped"
@@ -105,10 +113,16 @@ def test_a_last_word_counts_for_the_attempt_that_spoke_it(run) -> None:
     controller(storage, "shard-00", submitted(50), ended(30, code=None, reason=frozen))
     beat(storage, "shard-00", speed=8, ago=47, process_ago=20)
     # It woke up, was stopped and said so; to be started again it is all the same.
-    storage.write_json("islands/shard-00/exit.json", {"code": 6, "reason": "Stopped"})
+    storage.write_json(
+        "islands/shard-00/exit.json", {"submission_id": "1", "code": 6, "reason": "Stopped"}
+    )
     assert (row(run).state, row(run).reason) == ("dead", frozen)
     controller(storage, "shard-00", submitted(10, "2"))
     assert row(run).state == "planned"
+    sign = {"name": "expert", "submission_id": "2", "unix_seconds": NOW - 1}
+    storage.write_json("islands/shard-00/process-heartbeat.json", sign)
+    assert row(run).state == "running"  # whatever the one before it said
+    storage.write_json("islands/shard-00/exit.json", {"submission_id": "2", "code": 6})
     controller(storage, "shard-00", ended(5, "2", code=6, reason="Stopped"))
     assert row(run).state == "stopped"
 
@@ -120,7 +134,9 @@ def test_speeds_are_compared_with_what_is_at_work_or_done(run) -> None:
     controller(storage, "shard-01", submitted(50), ended(30, code=None, reason="its process died"))
     assert row(run).percent == 120.0
     controller(storage, "shard-02", submitted(50), ended(30, code=7, reason="a changed shard"))
-    storage.write_json("islands/shard-02/exit.json", {"code": 7, "reason": "a changed shard"})
+    storage.write_json(
+        "islands/shard-02/exit.json", {"submission_id": "1", "code": 7, "reason": "a changed shard"}
+    )
     assert row(run).percent is None
 
 

@@ -202,7 +202,11 @@ def test_what_cannot_be_collected_is_given_up_and_the_others_go_on(
         raise Refused("It is not what its card says")
 
     at_work._collect = collect
-    run.write_json("islands/a/exit.json", {"code": 0, "reason": ""})
+    run.write_json("islands/a/exit.json", {"submission_id": "another's", "code": 6})
+    at_work._turn(lambda *_given, **_options: None)
+    assert at_work._running == [work]  # one that woke up, and spoke before this one had claimed
+    said = {"submission_id": work.submission_id, "code": 0, "reason": ""}
+    run.write_json("islands/a/exit.json", said)
     at_work._turn(lambda *_given, **_options: None)
     assert at_work._given_up == [work]
     assert work.reasons == ["It is not what its card says."]
@@ -222,15 +226,16 @@ def test_ctrl_c_asks_in_storage_and_claims_no_commit_that_nobody_spoke_of(
         asked = run.read_json(leave_request("a"))
         assert asked["submission_id"] == work.submission_id
         if commits and clock[0] > 60:  # longer than Ray would have waited
-            run.write_json("islands/a/exit.json", {"code": int(ExitCode.INTERRUPTED)})
+            said = {"submission_id": work.submission_id, "code": int(ExitCode.INTERRUPTED)}
+            run.write_json("islands/a/exit.json", said)
 
     monkeypatch.setattr(queue.time, "sleep", sleep, raising=False)
-    said = str(at_work._interrupted())
+    told = str(at_work._interrupted())
     if commits:
-        assert "Stopped; the islands have committed" in said
+        assert "Stopped; the islands have committed" in told
         assert jobs.stopped == []
     else:
-        assert "a did not say so, and will go on from their last commits" in said
+        assert "a did not say so, and will go on from their last commits" in told
         assert jobs.stopped == [work.submission_id]
 
 
