@@ -75,18 +75,16 @@ def _say_the_end(
 ) -> None:
     """Write `exit.json`, in time for a heir that an outage may have brought in."""
 
+    # That all is there is true whoever says so, and then a run has no trace of who did.
+    whose = {} if code is ExitCode.DONE else {"submission_id": submission()}
+
     def say() -> None:
         if not process.overtaken():
             # Whose word it is: of a launcher whose workers never began there is no sign yet.
             process.speak()
             own.write_json(
                 f"{island_folder(shard)}/exit.json",
-                {
-                    "schema_version": SCHEMA_VERSION,
-                    "submission_id": submission(),
-                    "code": int(code),
-                    **facts,
-                },
+                {"schema_version": SCHEMA_VERSION, "code": int(code), **whose, **facts},
             )
 
     if code is ExitCode.FENCED:

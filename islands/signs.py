@@ -89,14 +89,17 @@ def read_object(run: Storage, name: str) -> dict[str, Any]:
 
 
 def exit_code(run: Storage, shard: str, *, of: str | None = None) -> ExitCode | None:
-    """How an island's last attempt ended, if it did: its own word, or that `of` one submission.
+    """How an island's last attempt ended, if it did: its own word.
 
-    One that was taken for dead may wake up and speak before its heir has claimed the place.
+    Of one submission alone it is that all is done, whoever says so, or how that one failed: one
+    that was taken for dead may wake up and speak before its heir has claimed the place.
     """
     said = read_object(run, f"{island_folder(shard)}/exit.json")
-    if "code" not in said or (of is not None and said.get("submission_id") != of):
+    if "code" not in said:
         return None
-    return ExitCode(int(said["code"]))
+    code = ExitCode(int(said["code"]))
+    others = of is not None and said.get("submission_id") != of
+    return None if others and code is not ExitCode.DONE else code
 
 
 def committed(run: Storage, shard: str) -> int:

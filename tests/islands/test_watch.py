@@ -205,8 +205,7 @@ def test_what_cannot_be_collected_is_given_up_and_the_others_go_on(
     run.write_json("islands/a/exit.json", {"submission_id": "another's", "code": 6})
     at_work._turn(lambda *_given, **_options: None)
     assert at_work._running == [work]  # one that woke up, and spoke before this one had claimed
-    said = {"submission_id": work.submission_id, "code": 0, "reason": ""}
-    run.write_json("islands/a/exit.json", said)
+    run.write_json("islands/a/exit.json", {"code": 0, "reason": ""})
     at_work._turn(lambda *_given, **_options: None)
     assert at_work._given_up == [work]
     assert work.reasons == ["It is not what its card says."]
