@@ -136,9 +136,10 @@ def test_a_scheduler_that_is_not_followed_is_said_aloud(made: Path, tmp_path: Pa
 
 
 def test_one_routing_by_two_names_is_measured_once(made: Path, tmp_path: Path) -> None:
+    run = shutil.copytree(made, tmp_path / "run")
     said = done(
-        "evaluate", made, "--reference", made, "--routing=mass:0.9", "--routing=mass:.9",
-        "--count=20", "--steps=1", "--out", tmp_path / "out",
+        "evaluate", run, "--reference", run, "--routing=mass:0.9", "--routing=mass:.9",
+        "--count=20", "--steps=1",
     )  # fmt: skip
     rows = said["metrics"]["rows"]
     assert [row["name"] for row in rows] == ["real records", "mass:0.9"]
