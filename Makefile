@@ -32,6 +32,7 @@ check: $(VENV)/.dev
 evidence: $(VENV)/.dev
 	$(BIN)/python -m benchmarks.train --json
 	$(BIN)/python -m benchmarks.kills --json
+	rm -rf out/heads
 	$(BIN)/python -m benchmarks.heads out/heads
 
 format: $(VENV)/.dev

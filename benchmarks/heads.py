@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -169,11 +168,12 @@ def disturbed(out: Path, run: Path, islands: Islands) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("out", type=Path, help="a folder, which is made anew")
+    parser.add_argument("out", type=Path, help="a new or empty folder")
     out: Path = parser.parse_args().out
     os.environ["COLUMNS"] = "150"  # so wide are tables
-    shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True)
+    out.mkdir(parents=True, exist_ok=True)
+    if any(out.iterdir()):
+        raise SystemExit(f"{out} is not empty: name another folder, or remove it")
     run = out / "run"
     atoll("partition", write_digits(Storage(out)), run, "--shards", len(NAMES))
     atoll("base", run, "--passes", 20)

@@ -162,12 +162,12 @@ class Queue:
         if free and time.monotonic() >= work.not_before:
             self._start(work, min(free, key=work.rank))
 
-    def _wait(self, work: Work, reason: str) -> None:
+    def _wait(self, work: Work, reason: str, *, event: str = "waiting") -> None:
         """Say what a shard waits for, once."""
         if reason != work.waits_for:
             work.waits_for = reason
             log.warning("%s %s", work.shard, reason)
-            self._journal(work, "waiting", reason=reason)
+            self._journal(work, event, reason=reason)
 
     def _give_up(self, work: Work) -> None:
         """No island is left that could take it."""
@@ -281,8 +281,8 @@ class Queue:
         """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
         slow = self._now - work.started_at > _BEGIN_SECONDS
         if status == "PENDING":
-            if slow:
-                self._wait(work, f"is not begun on {self._why_pending(work)}")
+            if slow and not work.waits_for:
+                self._wait(work, f"is not begun on {self._why_pending(work)}", event="pending")
             return True
         return status == "RUNNING" and not self._speaks(work) and not slow
 

@@ -171,7 +171,8 @@ def _state(
         return "dead", str(last.get("reason") or "")
     began = last.get("submission_id") == process.get("submission_id")
     if silent is None or (last and not began):
-        return ("stopped" if asked else "planned"), None
+        why = str(last.get("reason") or "") if last.get("event") == "pending" else None
+        return ("stopped" if asked else "planned"), why
     return ("running" if silent <= DEAD_SECONDS else "dead"), None
 
 

@@ -96,6 +96,15 @@ def test_one_that_waits_for_an_island_is_planned_until_none_is_left(run) -> None
     assert (row(run).state, row(run).reason) == ("failed", "no island is left")
 
 
+def test_one_that_its_island_has_not_begun_says_why_until_it_runs(run) -> None:
+    storage, _ = run
+    pending = {"event": "pending", "submission_id": "1", "reason": "is not begun on island a"}
+    controller(storage, "shard-00", submitted(400), pending)
+    assert (row(run).state, row(run).reason) == ("planned", "is not begun on island a")
+    beat(storage, "shard-00", speed=8, ago=1)
+    assert (row(run).state, row(run).reason) == ("running", None)
+
+
 def test_a_killed_one_is_dead_until_it_is_started_again(run) -> None:
     storage, _ = run
     controller(storage, "shard-00", submitted(50), ended(40, reason="its process died"))

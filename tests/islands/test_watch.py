@@ -109,15 +109,8 @@ def test_time_without_storage_is_no_silence(
     away: type[Away], jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A job that could not be heard is given some looks before it is taken for dead."""
-    clock = [0.0]
-    monkeypatch.setattr(queue, "time", SimpleNamespace(monotonic=lambda: clock[0]))
-    run = Storage("away://run")
-    at_work = queue_of(run, jobs)
-    at_work._waiting = [Work("a", Choice(run, "a", TRAIN, at_work._sites))]
-    at_work._turn(lambda *_given, **_options: None)
+    at_work, clock = running(Storage("away://run"), jobs, monkeypatch)
     (work,) = at_work._running
-    beat = {"submission_id": work.submission_id, "name": "expert"}
-    run.write_json(process_heartbeat("a"), beat)
     looks = 0
     at_work._turn(lambda *_given, **_options: None)
     while at_work._running:
@@ -187,7 +180,7 @@ def test_what_a_job_waits_for_that_does_not_begin_is_said_once(
     assert len(at_work._running) == 1  # however long it is
     (line,) = (line for line in lines if "is not begun" in line)
     assert "on island there, which was asked for 1 CPUs and 0 GPUs: Job has not started" in line
-    (waiting,) = journal(Storage(tmp_path), "a", "waiting", CONTROLLER)
+    (waiting,) = journal(Storage(tmp_path), "a", "pending", CONTROLLER)
     assert "Job has not started" in waiting["reason"]
 
 
