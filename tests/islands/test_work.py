@@ -120,7 +120,7 @@ def test_with_no_such_island_left_it_is_told_what_is_missing_and_goes_on_by_leav
     said = raised.value
     assert "no island is left for it; those that take it: b" in said.what
     made = run.read_json(run.list(f"islands/{SHARD}/commits")[-1])["facts"]
-    assert f"made with device cpu, diffusers {made['diffusers']}, numpy" in said.what
+    assert f"made with device {made['device']}, diffusers {made['diffusers']}, numpy" in said.what
     assert "workers 1, and --allow-inexact-resume lets it go on elsewhere (b: diff" in said.what
     assert "--allow-inexact-resume" in said.cure
     (given_up,) = events(run, "given_up")
