@@ -207,26 +207,35 @@ class Storage:
                 cure="restore the file from a copy; nothing was changed",
             ) from error
 
-    def write_bytes(self, name: str, data: bytes) -> None:
-        """Replace the file: complete or not at all."""
+    def write_bytes(
+        self, name: str, data: bytes, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace the file: complete or not at all. `check` raises where it is not to be any more.
+
+        It is asked last of all: a process may be frozen for minutes while a disk takes the data.
+        """
         path = self._path(name, write=True)
 
         def write() -> None:
             with no_space_is_failure(name):
                 if not self.is_local:
+                    check()
                     in_folder(self._fs, path, lambda: self._fs.pipe_file(path, data))
                     return
                 with temporary_file(Path(path)) as temporary:
                     temporary.write_bytes(data)
                     fsync(temporary)
+                    check()
                     os.replace(temporary, path)
                     fsync(Path(path).parent)
 
         self._ask(f"writing {name}", write)
 
-    def write_json(self, name: str, value: Any) -> None:
-        """Replace a JSON file, in the one canonical layout."""
-        self.write_bytes(name, canonical_json(value))
+    def write_json(
+        self, name: str, value: Any, *, check: Callable[[], None] = lambda: None
+    ) -> None:
+        """Replace a JSON file, in the one canonical layout; `check` as for `write_bytes`."""
+        self.write_bytes(name, canonical_json(value), check=check)
 
     @contextlib.contextmanager
     def writing(self, name: str) -> Iterator[Path]:

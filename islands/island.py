@@ -118,9 +118,8 @@ def run_island(
             expert.network.to(device)
             decode = _decoder(run, order, pack)
             grid = preview_grid(expert, pack, order.config, seed=order.seed, decode=decode)
-        claim.check()
         for name, data in grid_files(order.plan.images_seen, grid).items():
-            run.write_bytes(f"{here}/{name}", data)
+            run.write_bytes(f"{here}/{name}", data, check=claim.check)
 
 
 def _begin(run: Storage, here: str) -> None:

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
-from atoll.core.errors import AtollError, ExitCode, Failed, Interrupted
+from atoll.core.errors import AtollError, ExitCode, Failed, Fenced, Interrupted
 from atoll.core.journal import log, set_verbosity
 from atoll.core.outage import GRACE_SECONDS, PATIENCE_SECONDS, ride_out
 from atoll.core.storage import Storage
@@ -78,14 +78,12 @@ def _say_the_end(
     # That all is there is true whoever says so, and then a run has no trace of who did.
     whose = {} if code is ExitCode.DONE else {"submission_id": submission()}
 
+    said = {"schema_version": SCHEMA_VERSION, "code": int(code), **whose, **facts}
+
     def say() -> None:
-        if not process.overtaken():
-            # Whose word it is: of a launcher whose workers never began there is no sign yet.
-            process.speak()
-            own.write_json(
-                f"{island_folder(shard)}/exit.json",
-                {"schema_version": SCHEMA_VERSION, "code": int(code), **whose, **facts},
-            )
+        # Whose word it is: of a launcher whose workers never began there is no sign yet.
+        process.speak()
+        own.write_json(f"{island_folder(shard)}/exit.json", said, check=process.check)
 
     if code is ExitCode.FENCED:
         return  # everything is left to its successor
@@ -94,6 +92,8 @@ def _say_the_end(
     patience = GRACE_SECONDS if soon else PATIENCE_SECONDS
     try:
         ride_out("writing exit.json", say, patience=lambda: patience)
+    except Fenced:
+        return
     except (Failed, OSError) as error:
         log.error(str(error))
 

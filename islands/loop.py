@@ -112,16 +112,19 @@ class Loop:
         *,
         held_out: Callable[[], float] | None = None,
         milestones: Milestones | None = None,
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         """Train to the planned images_seen; the module then holds the averaged weights.
 
-        Of several averages it is the one of least `held_out`. Raises `Interrupted` after SIGTERM
+        Of several averages it is the one of least `held_out`. `begun` is called once the state that
+        is gone on from has been taken, or none was there. Raises `Interrupted` after SIGTERM
         (committed), `Fenced` when another writer took over and `Failed` when the loss is no longer
         finite or storage stays away.
         """
         generation = self._group.gather(self._checkpoints.claim() if self._group.leads else 0)[0]
         self._checkpoints.generation = generation
         seen = self._resume()
+        begun()
         # Two, so that a heart beats while a large commit is on its way.
         leave = self._group.leave.is_set
         self._background, self._pulse = Background(leave=leave), Background(leave=leave)
@@ -294,8 +297,7 @@ class Loop:
 
     def _keep_metrics(self, seen: int) -> None:
         if self._group.leads:
-            self._checkpoints.check_fence()  # as below
-            self._metrics.keep(seen)
+            self._metrics.keep(seen, self._checkpoints.check_fence)
 
     def _write_metrics(self, seen: int) -> None:
         text = self._metrics.add(seen, self._state.means)
@@ -305,8 +307,8 @@ class Loop:
         name, storage, checkpoints = self._metrics.name, self._storage, self._checkpoints
 
         def work() -> None:
-            checkpoints.check_fence()  # the file is whole: a zombie's would replace its heir's
-            storage.write_bytes(name, text)
+            # The file is whole: a zombie's would replace its heir's.
+            storage.write_bytes(name, text, check=checkpoints.check_fence)
 
         self._background.submit("metrics", work)
 
@@ -325,9 +327,8 @@ class Loop:
         storage, checkpoints, folder = self._storage, self._checkpoints, self._folder
 
         def work() -> None:
-            checkpoints.check_fence()
             for name, data in files.items():
-                storage.write_bytes(f"{folder}/{name}", data)
+                storage.write_bytes(f"{folder}/{name}", data, check=checkpoints.check_fence)
 
         self._background.submit("a milestone", work)
 
@@ -348,8 +349,7 @@ class Loop:
         }
 
         def work() -> None:
-            checkpoints.check_fence()
-            storage.write_json(f"{name}/heartbeat.json", beat)
+            storage.write_json(f"{name}/heartbeat.json", beat, check=checkpoints.check_fence)
 
         self._pulse.submit("a heartbeat", work)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -101,14 +101,17 @@ class Metrics:
         self._lines.append(json.dumps(means.line(seen)) + "\n")
         return "".join(self._lines).encode()
 
-    def keep(self, seen: int) -> None:
-        """Drop the lines of steps that were lost with a killed writer, torn ones included."""
+    def keep(self, seen: int, check: Callable[[], None]) -> None:
+        """Drop the lines of steps that were lost with a killed writer, torn ones included.
+
+        `check` raises where another writer has taken over.
+        """
         if not self._lines and self._storage.exists(self.name):
             read = self._storage.read_bytes(self.name).decode(errors="replace")
             self._lines = [line + "\n" for line in read.splitlines()]
         self._lines = [line for line in self._lines if _seen(line) <= seen]
         if self._storage.exists(self.name):
-            self._storage.write_bytes(self.name, "".join(self._lines).encode())
+            self._storage.write_bytes(self.name, "".join(self._lines).encode(), check=check)
 
 
 def _seen(line: str) -> float:

@@ -171,7 +171,7 @@ class Process:
         self._leave = leave
         self._run = run
         self._shard = shard
-        self.overtaken = Claim(run, shard).overtaken
+        self._claim = Claim(run, shard)
         self._stage = "starting"
         self._ended = threading.Event()
 
@@ -181,10 +181,21 @@ class Process:
         with unless_away("a sign of life"):
             self.speak()
 
+    def check(self) -> None:
+        """Raise `Fenced` once overtaken."""
+        self._claim.check()
+
     def speak(self) -> None:
         """Give a sign of life now: what storage says next is known to be of this submission."""
-        if not self.overtaken():
-            self._beat()
+        sign = {
+            "schema_version": SCHEMA_VERSION,
+            "submission_id": submission(),
+            "process": os.getpid(),
+            "name": self._stage,
+            "unix_seconds": round(time.time(), 3),
+        }
+        with contextlib.suppress(Fenced):
+            self._run.write_json(process_heartbeat(self._shard), sign, check=self.check)
 
     @contextlib.contextmanager
     def watching(self) -> Iterator[None]:
@@ -206,10 +217,10 @@ class Process:
             # sign: without this thread a job looks dead, and hears no request.
             try:
                 with at_once():
-                    if self.overtaken():
+                    if self._claim.overtaken():
                         return
                     self._listen()  # first: from a full disk requests can be read
-                    self._beat()
+                    self.speak()
             except Exception as error:
                 if not silent:
                     log.warning("no sign of life, tried again until there is one: %s", error)
@@ -223,15 +234,3 @@ class Process:
             asked and asked["submission_id"] == submission()
         ):
             self._leave()
-
-    def _beat(self) -> None:
-        self._run.write_json(
-            process_heartbeat(self._shard),
-            {
-                "schema_version": SCHEMA_VERSION,
-                "submission_id": submission(),
-                "process": os.getpid(),
-                "name": self._stage,
-                "unix_seconds": round(time.time(), 3),
-            },
-        )

@@ -195,6 +195,31 @@ def test_publish_replaces_whole_and_keeps_nothing_of_before(
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["atoll.json", "c"]
 
 
+@pytest.mark.parametrize("allowed", [True, False])
+def test_a_file_is_replaced_only_where_that_is_allowed_last_of_all(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, allowed: bool
+) -> None:
+    """Who may write is asked when the data is on the disk, which may take a while."""
+    steps: list[str] = []
+    storage.write_bytes("x/metrics", b"heir")
+    monkeypatch.setattr("atoll.core.storage.fsync", lambda path: steps.append(Path(path).name))
+
+    def check() -> None:
+        steps.append("asked")
+        assert storage.read_bytes("x/metrics") == b"heir"
+        if not allowed:
+            raise Fenced("another has taken over")
+
+    with contextlib.nullcontext() if allowed else pytest.raises(Fenced):
+        storage.write_bytes("x/metrics", b"mine", check=check)
+    assert storage.read_bytes("x/metrics") == (b"mine" if allowed else b"heir")
+    assert storage.list() == ["x/metrics"]
+    if storage.is_local:
+        assert "metrics" in steps.pop(0)
+        assert [path.name for path in storage.local("x").iterdir()] == ["metrics"]
+    assert steps[0] == "asked"
+
+
 def test_writing_folder_publishes_only_what_ended_well(storage: Storage) -> None:
     with storage.writing_folder("x/expert") as folder:
         make(folder, a="1")

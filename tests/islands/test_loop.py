@@ -8,12 +8,14 @@ import os
 import signal
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
 from atoll.core.checkpoint import Checkpoints
+from atoll.core.disk import fsync
 from atoll.core.errors import ConfigError, Failed, Fenced, Interrupted, Refused
 from atoll.core.manifest import Plan
 from atoll.core.storage import Storage
@@ -129,6 +131,29 @@ def test_a_writer_that_was_succeeded_is_fenced(storage: Storage) -> None:
     network = module()
     Loop(storage, "run", network, COURSE, name="run").run(loss_of(network))
     assert all(torch.equal(v, straight(storage)[n]) for n, v in weights(network).items())
+
+
+def test_a_writer_that_is_succeeded_while_the_disk_takes_its_metrics_leaves_its_heir_s(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one that is frozen there; that its heir is through by then, its last file says."""
+    run, heirs = Storage(tmp_path), b"all that the heir has to say\n"
+    metrics = tmp_path / "run/metrics.jsonl"
+    plain, taken = fsync, []
+
+    def slow(path: Path) -> None:
+        plain(path)
+        if "metrics" in path.name and metrics.exists() and not taken:
+            taken.append(path)
+            Checkpoints(run, "run").claim()
+            metrics.write_bytes(heirs)
+
+    monkeypatch.setattr("atoll.core.storage.fsync", slow)
+    network = module()
+    with pytest.raises(Fenced):
+        Loop(run, "run", network, COURSE, name="run").run(loss_of(network))
+    assert taken
+    assert metrics.read_bytes() == heirs
 
 
 def poisoned(network: torch.nn.Module, *at: int, value: float = float("nan")) -> Loss:
