@@ -7,14 +7,16 @@ field; what a command really ran with is saved beside its result as `atoll.confi
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from threading import Event
 from types import UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
-from atoll.core.errors import ConfigError, did_you_mean
+from atoll.core.errors import ConfigError, MissingError, Refused, did_you_mean
 from atoll.core.storage import Storage
 
 CONFIG_NAME = "atoll.config.json"
@@ -127,6 +129,27 @@ def saved_config(kind: type[C], storage: Storage, folder: str) -> C | None:
     """What `save_config` wrote into that folder, if it did."""
     name = f"{folder}/{CONFIG_NAME}"
     return load_config(kind, storage.local(name)) if storage.exists(name) else None
+
+
+@contextmanager
+def remembering(config: Config, storage: Storage, folder: str) -> Iterator[Callable[[], None]]:
+    """Save what a command is asked; refused before `begun`, which this yields, it is forgotten.
+
+    The next command then starts from what the one before was asked. A failure or an interruption
+    forgets nothing.
+    """
+    earlier = saved_config(type(config), storage, folder)
+    save_config(config, storage, folder)
+    begun = Event()
+    try:
+        yield begun.set
+    except (ConfigError, MissingError, Refused):
+        if not begun.is_set():
+            if earlier is None:
+                storage.remove(f"{folder}/{CONFIG_NAME}")
+            else:
+                save_config(earlier, storage, folder)
+        raise
 
 
 def differences(earlier: Config, asked: Config) -> list[str]:

@@ -7,7 +7,7 @@ from typing import Any
 
 from atoll.core import recipes, seeds
 from atoll.core.cache import BlockCache
-from atoll.core.config import differences, save_config, saved_config
+from atoll.core.config import differences, remembering, saved_config
 from atoll.core.denoiser import Card, Denoiser
 from atoll.core.errors import ConfigError, Refused
 from atoll.core.families import check_shapes
@@ -130,23 +130,24 @@ def _train(
     base = new_base(manifest, commons, config)
     recipe = recipes.recipe_of(base.recipe)
     plan = plan_for(config.training, recipe, commons.card.records, base=True)
-    save_config(config, run, WORK)
-    trained = train_here(
-        run,
-        WORK,
-        base.denoiser,
-        commons,
-        config.training,
-        learning_rate=recipe.base_learning_rate,
-        plan=plan,
-        seed=manifest.seed,
-        stream="base",
-        threads=config.threads,
-        device=config.device,
-        origin={"recipe": base.recipe, "start_sha256": base.origin.get("start_sha256")},
-        bitwise_resume=config.bitwise_resume,
-        group=group,
-    )
+    with remembering(config, run, WORK) as begun:
+        trained = train_here(
+            run,
+            WORK,
+            base.denoiser,
+            commons,
+            config.training,
+            learning_rate=recipe.base_learning_rate,
+            plan=plan,
+            seed=manifest.seed,
+            stream="base",
+            threads=config.threads,
+            device=config.device,
+            origin={"recipe": base.recipe, "start_sha256": base.origin.get("start_sha256")},
+            bitwise_resume=config.bitwise_resume,
+            group=group,
+            begun=begun,
+        )
     run.write_folder(FOLDER, trained.save)
     sha256 = run.sha256(FOLDER)
     manifest.recipe = base.recipe

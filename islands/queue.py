@@ -1,15 +1,13 @@
 """The queue of shards and the islands that work it off, watched from storage.
 
-A job's word is its `exit.json`; Ray's is a hint. A shard whose job died, or gives no sign of life,
-or whose island went away, is started again at the next generation, elsewhere where there is an
-elsewhere; what it left behind is fenced. One that refuses is not started again, unless an island
-of another kind can take it (`work.py`). A stop request in storage is obeyed, by the job itself and
-here.
+A shard whose job died, or gives no sign of life, or whose island went away (`submission.py`), is
+started again at the next generation, elsewhere where there is an elsewhere; what it left behind is
+fenced. One that refuses is not started again, unless an island of another kind can take it
+(`work.py`). A stop request in storage is obeyed, by the job itself and here.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import secrets
 import time
@@ -34,30 +32,22 @@ from atoll.core.storage import Storage
 from atoll.islands.curves import Curves
 from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import (
-    ask_to_leave,
     committed,
-    exit_code,
     island_folder,
-    process_heartbeat,
     read_object,
-    signs_of_life,
     stop_request,
     write_journal,
-    write_log,
 )
 from atoll.islands.sites import Site
 from atoll.islands.state import Differing, in_words
-from atoll.islands.submit import ENDED, NotThere, Unreachable
+from atoll.islands.submission import Submission
+from atoll.islands.submit import Unreachable
 from atoll.islands.work import ALLOW, Choice, Work
 
 _POLL_SECONDS = 0.5
 _FAR_POLL_SECONDS = 3.0  # where storage is not local
-_LOG_SECONDS = 5.0
 _LEAVE_SECONDS = 90.0  # a step, and the grace that a last commit is given
 _LOOKS = 4  # at a silent job at least, before it is taken for dead
-_RAY_SAYS = "Running entrypoint for job "
-_TRAININGS = ("expert", "gate_head")  # stages of a job that consist of steps
-_BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 # An island's own exit code is the command's, where all that failed agree on it.
 _AS_RAISED: dict[ExitCode | None, type[AtollError]] = {
     kind.exit_code: kind for kind in (ConfigError, DataError, MissingError, Refused, Fenced)
@@ -75,12 +65,14 @@ class Queue:
         sites: Sequence[Site],
         collect: Callable[[str], None],
         curves: Curves,
+        begun: Callable[[], None] = lambda: None,
     ) -> None:
         self._run = run
         self._config = config
         self._sites = sites
         self._collect = collect
         self._curves = curves
+        self._begun = begun
         self._poll = _POLL_SECONDS if run.is_local else _FAR_POLL_SECONDS
         self._now, self._looked_at = 0.0, time.monotonic()
         self._waiting: list[Work] = []
@@ -90,7 +82,10 @@ class Queue:
         self._left_behind: list[tuple[Site, str]] = []  # to be stopped, once their island answers
 
     def work(self, plans: dict[str, int]) -> None:
-        """Train every shard, by name -> images_seen; raises at the end for those not finished."""
+        """Train every shard, by name -> images_seen; raises at the end for those not finished.
+
+        `begun` is called whenever one of them has taken a step.
+        """
         self._waiting = [
             Work(shard, Choice(self._run, shard, self._config, self._sites)) for shard in plans
         ]
@@ -189,6 +184,7 @@ class Queue:
         run.remove(f"{island_folder(work.shard)}/exit.json")
         here = str(run.local("").resolve()) if run.is_local else run.uri
         identity = f"{run_name}-{work.shard}-{generation}-{secrets.token_hex(4)}"
+        submission = Submission(run, work.shard, site, identity, now=self._now)
         try:
             code = site.jobs.submit(
                 island.prefix or here,
@@ -215,10 +211,8 @@ class Queue:
         self._waiting.remove(work)
         self._running.append(work)
         site.running += 1
-        work.site, work.submission_id, work.attempts = site, identity, work.attempts + 1
-        work.started_at = work.alive_at = work.stepped_at = work.logged_at = self._now
+        work.submission, work.attempts = submission, work.attempts + 1
         work.waits_for, work.turned_away = "", 0
-        work.signs = signs_of_life(self._run, work.shard)
         self._journal(
             work, "submitted", island=island.name, price=island.price, labels=island.labels,
             generation=generation, code_sha256=code,
@@ -237,69 +231,18 @@ class Queue:
     # -- what runs -------------------------------------------------------------------------------
 
     def _look_at(self, work: Work, advance: Advance) -> None:
-        site = work.site
-        assert site is not None
-        now = self._now
+        submission = work.submission
+        assert submission is not None
         self._advance(work, advance)
-        ended = self._said(work) is not None
-        if not ended and site.answers() and not site.gone():
-            try:
-                status = site.jobs.status(work.submission_id)
-            except NotThere as error:
-                log.debug("%s: %s", work.shard, error)  # its signs of life end too
-            except Failed as error:
-                site.missed(error)
-            else:
-                site.heard()
-                ended = status in ENDED
-                if self._begins(work, status):
-                    work.alive_at = now
-                if ended or now - work.logged_at > _LOG_SECONDS:
-                    self._keep_log(work)
-        signs = signs_of_life(self._run, work.shard)
-        if signs != work.signs:
-            # Beside the process, which may live on with a training that hangs.
-            if signs[1:] != work.signs[1:] or signs[0].get("name") != work.signs[0].get("name"):
-                work.stepped_at = now
-            work.signs, work.alive_at = signs, now
-        silence, still = now - work.alive_at, now - work.stepped_at
-        training = signs[0].get("name") in _TRAININGS
-        if ended:
-            self._finish(work)
-        elif site.gone():
-            self._leave(work, f"island {site.island.name} has ended")
-        elif silence > self._config.watch.dead_seconds:
-            self._leave(work, f"no sign of life from island {site.island.name} for {silence:.0f} s")
-        elif training and still > self._config.watch.stalled_seconds:
-            self._leave(work, f"it lives, and has taken no step for {still:.0f} s")
-
-    def _said(self, work: Work) -> ExitCode | None:
-        """How this attempt says that it has ended."""
-        return exit_code(self._run, work.shard, of=work.submission_id)
-
-    def _begins(self, work: Work, status: str) -> bool:
-        """Whether it waits in Ray's queue or loads libraries, where nothing of ours lives yet."""
-        slow = self._now - work.started_at > _BEGIN_SECONDS
-        if status == "PENDING":
-            if slow and not work.waits_for:
-                self._wait(work, f"is not begun on {self._why_pending(work)}", event="pending")
-            return True
-        return status == "RUNNING" and not self._speaks(work) and not slow
-
-    def _why_pending(self, work: Work) -> str:
-        """The island, and what Ray says of a job that asks for more than is free, or than is."""
-        site = work.site
-        assert site is not None
-        said = ""
-        with contextlib.suppress(Failed):
-            said = str(site.jobs.details(work.submission_id).get("message") or "")
-        asked = f"{site.cpus} CPUs and {site.gpus} GPUs"
-        return f"island {site.island.name}, which was asked for {asked}: {said}".rstrip(": ")
-
-    def _speaks(self, work: Work) -> bool:
-        """Whether the last sign of life of this shard is from the attempt that is waited for."""
-        beat = read_object(self._run, process_heartbeat(work.shard))
-        return beat.get("submission_id") == work.submission_id
+        heard = submission.look(self._now, self._config.watch)
+        if heard.stepped:
+            self._begun()
+        if heard.pending and not work.waits_for:
+            self._wait(work, f"is not begun on {submission.why_pending()}", event="pending")
+        if heard.ended:
+            self._finish(work, submission)
+        elif heard.dead:
+            self._leave(work, submission, heard.dead)
 
     def _advance(self, work: Work, advance: Advance) -> None:
         beat = read_object(self._run, f"{island_folder(work.shard)}/heartbeat.json")
@@ -308,43 +251,36 @@ class Queue:
             advance(seen - work.said, note=work.shard)
             work.said = seen
 
-    def _leave(self, work: Work, reason: str) -> None:
+    def _leave(self, work: Work, submission: Submission, reason: str) -> None:
         """Give a job up that may yet wake: the next generation fences it."""
-        assert work.site is not None
-        if not work.site.gone():
-            self._left_behind.append((work.site, work.submission_id))
-        self._end(work, None, reason)
+        if not submission.site.gone():
+            self._left_behind.append((submission.site, submission.name))
+        self._end(work, submission, None, reason)
 
-    def _finish(self, work: Work) -> None:
+    def _finish(self, work: Work, submission: Submission) -> None:
         """A job is over, by its own word or by Ray's."""
-        code = self._said(work)
-        reason, found = "", {}
+        code, reason, found = submission.how_it_ended()
         if code is ExitCode.DONE:
+            self._begun()
             try:
                 self._collect(work.shard)
             except AtollError as error:  # of this shard alone: the others are not to end with it
                 code, reason = error.exit_code, str(error)
-        elif code is None:
-            reason = "its process died"
-            # Ray's own line is in the log of a job that died at once behind what that said.
-            words = [line for line in self._keep_log(work) if not line.startswith(_RAY_SAYS)]
-            if words:
-                reason += f"; its last words: {words[-1]}"
-        else:
-            name = f"{island_folder(work.shard)}/exit.json"
-            said = read_object(self._run, name)
-            reason, found = str(said.get("reason", "")), said.get("differing", {})
-        self._end(work, code, reason, found)
+        self._end(work, submission, code, reason, found)
 
     def _end(
-        self, work: Work, code: ExitCode | None, reason: str, found: Differing | None = None
+        self,
+        work: Work,
+        submission: Submission,
+        code: ExitCode | None,
+        reason: str,
+        found: Differing | None = None,
     ) -> None:
         """Free the site; what is not done is stopped, started again or given up."""
-        site = work.site
-        assert site is not None
+        site = submission.site
         site.running -= 1
         self._running.remove(work)
-        self._keep_log(work)
+        submission.keep_log()
         self._journal(work, "ended", code=None if code is None else int(code), reason=reason)
         work.code = code
         work.choice.look()
@@ -397,17 +333,18 @@ class Queue:
 
     def _interrupted(self) -> Interrupted:
         """Ctrl-C: every job commits and leaves; one that does not is stopped."""
-        left = [work for work in self._running if self._asked_to_leave(work)]
+        running = [(work, work.submission) for work in self._running if work.submission]
+        left = [job for _, job in running if job.leave()]
         deadline = time.monotonic() + _LEAVE_SECONDS
         while left and time.monotonic() < deadline:
             time.sleep(_POLL_SECONDS)
-            left = [work for work in left if not self._has_left(work)]
-        for work in left:
-            self._stop(work)
-        silent = [work.shard for work in self._running]
+            left = [job for job in left if not job.has_left()]
+        for job in left:
+            job.stop()
+        silent = [work.shard for work, _ in running]
         with unless_away("how the islands ended"):
-            for work in self._running:
-                code = self._said(work)
+            for work, job in running:
+                code = job.said()
                 value = None if code is None else int(code)
                 self._journal(work, "ended", code=value, reason="interrupted")
                 if code in (ExitCode.INTERRUPTED, ExitCode.DONE):
@@ -416,35 +353,6 @@ class Queue:
         if silent:
             said = f"{', '.join(silent)} did not say so, and will go on from their last commits"
         return Interrupted(f"Stopped; {said}", cure="run the same command again, it resumes")
-
-    def _asked_to_leave(self, work: Work) -> bool:
-        """Ask a job in storage, where it finds the time for a last commit; false: stopped by Ray.
-
-        Ray kills seconds after it has asked. A job that has not begun has nothing to commit.
-        """
-        try:
-            if self._speaks(work):
-                ask_to_leave(self._run, work.shard, work.submission_id)
-                return True
-        except (Failed, OSError) as error:
-            log.debug("%s cannot be asked to leave: %s", work.shard, error)
-        self._stop(work)
-        return False
-
-    def _stop(self, work: Work) -> None:
-        assert work.site is not None
-        with contextlib.suppress(Unreachable):
-            work.site.jobs.stop(work.submission_id)
-
-    def _has_left(self, work: Work) -> bool:
-        """By its own word, or by Ray's."""
-        assert work.site is not None
-        with contextlib.suppress(Failed, OSError):
-            if self._said(work) is not None:
-                return True
-        with contextlib.suppress(Failed):
-            return work.site.gone() or work.site.jobs.status(work.submission_id) in ENDED
-        return False
 
     def _failed(self, total: int) -> AtollError:
         first = self._given_up[0]
@@ -460,21 +368,6 @@ class Queue:
             cure=cure,
         )
 
-    # -- what is written -------------------------------------------------------------------------
-
     def _journal(self, work: Work, event: str, **facts: Any) -> None:
-        write_journal(self._run, work.shard, event, work.submission_id, **facts)
-
-    def _keep_log(self, work: Work) -> list[str]:
-        """Copy what the job said into storage, where it outlives its island."""
-        site = work.site
-        assert site is not None
-        work.logged_at = self._now
-        if site.silent_since is not None or site.gone():
-            return []
-        try:
-            lines = site.jobs.logs(work.submission_id).strip().splitlines()
-        except Failed:
-            return []
-        write_log(self._run, work.shard, work.submission_id, site.island.name, lines)
-        return lines
+        name = "" if work.submission is None else work.submission.name
+        write_journal(self._run, work.shard, event, name, **facts)

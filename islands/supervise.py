@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from atoll.core import recipes
-from atoll.core.config import differences, save_config, saved_config
+from atoll.core.config import differences, remembering, saved_config
 from atoll.core.denoiser import read_card
 from atoll.core.errors import ConfigError, DataError, ExitCode, Refused, UsageError
 from atoll.core.journal import log
@@ -86,10 +86,8 @@ def train(
     _check_exclusive_create(run)
     todo = [name for name in wanted if name not in manifest.experts]
     _check_unchanged(run, config, done=[name for name in wanted if name not in todo], todo=todo)
-    save_config(config, run, "islands")
     for name in todo:
         run.remove(stop_request(name))
-        write_order(run, manifest, config, name)
     # Finished by an earlier command that died before it could write that down.
     for name in [name for name in todo if exit_code(run, name) is ExitCode.DONE]:
         _collect(run, manifest, name)
@@ -98,10 +96,14 @@ def train(
         return []
     plans = {name: plan.images_seen for name in todo if (plan := manifest.shards[name].plan)}
     curves = Curves(run, todo, config.watch.tracker)
-    with open_sites(config, len(todo)) as sites:
+    with remembering(config, run, "islands") as begun, open_sites(config, len(todo)) as sites:
+        for name in todo:
+            write_order(run, manifest, config, name)
         places = ", ".join(f"{site.island.name} ({site.at_once} at a time)" for site in sites)
         log.info("%d shards on %s, %d thread(s) each", len(todo), places, config.threads)
-        queue = Queue(run, config, sites, lambda shard: _collect(run, manifest, shard), curves)
+        queue = Queue(
+            run, config, sites, lambda shard: _collect(run, manifest, shard), curves, begun
+        )
         try:
             queue.work(plans)
         except BaseException:

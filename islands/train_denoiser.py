@@ -89,12 +89,13 @@ def train_here(
     group: Group | None = None,
     parallel: Parallel = "ddp",
     milestones: Milestones | None = None,
+    begun: Callable[[], None] = lambda: None,
 ) -> Denoiser:
     """Train a denoiser in this process, or in this and the others of a group.
 
     Its card decides what it learns to predict and on which path. Checkpoints and metrics go to
-    `folder`; those of another `origin` are not gone on from. What is returned is whole on every
-    rank.
+    `folder`; those of another `origin` are not gone on from, and `begun` is called once that is
+    known. What is returned is whole on every rank.
     """
     training = training.of(denoiser.card)
     with computing(device, threads) as chosen:
@@ -122,6 +123,7 @@ def train_here(
                 flow_matching(denoiser, coming, training),
                 held_out=_held_out(denoiser, pack, training, seed=seed, device=chosen),
                 milestones=milestones,
+                begun=begun,
             )
         network = learner.whole().to("cpu")
     card = denoiser.card.model_copy(

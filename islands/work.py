@@ -20,6 +20,7 @@ from atoll.islands.settings import TrainConfig
 from atoll.islands.signs import HEAD_TRAINING, island_folder
 from atoll.islands.sites import Site
 from atoll.islands.state import Differing, differing, in_words, made_with
+from atoll.islands.submission import Submission
 
 ALLOW = "--allow-inexact-resume"
 
@@ -101,17 +102,11 @@ class Work:
 
     shard: str
     choice: Choice
-    site: Site | None = None
-    submission_id: str = ""
+    submission: Submission | None = None  # the last one
     attempts: int = 0  # since one that got further
     committed: int = 0  # images in storage when the last attempt ended
     not_before: float = 0.0
     said: int = 0  # images that the progress bar has been told of
-    started_at: float = 0.0
-    signs: list[dict[str, Any]] = field(default_factory=list)
-    alive_at: float = 0.0  # by our clock: when its signs of life last changed
-    stepped_at: float = 0.0  # and when those of a training did
-    logged_at: float = 0.0
     waits_for: str = ""  # as it was last said
     turned_away: int = 0  # times in a row that an island could not be given it
     failed_at: list[str] = field(default_factory=list)  # islands, with repetition

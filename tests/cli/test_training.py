@@ -26,6 +26,8 @@ from tests.cli.conftest import (
     tree,
 )
 
+RATE = "training.optimizer.learning_rate=0.003"
+
 
 def plans(run: Path) -> dict[str, dict[str, int] | None]:
     manifest = json.loads((run / "manifest.json").read_text())
@@ -74,7 +76,7 @@ def test_one_island_after_the_other_is_all_at_once(based, trained, made, tmp_pat
 
 
 def test_what_is_trained_stays_as_it_was_asked_for(based, trained, untouched, tmp_path) -> None:
-    otherwise = "--set=training.optimizer.learning_rate=0.003"
+    otherwise = f"--set={RATE}"
     with untouched(based):
         done("base", based)  # a bare command means what the first one said
         said = atoll("base", based, otherwise, "--json")
@@ -246,7 +248,13 @@ def test_6_base_interrupted_and_resumed(partitioned, tmp_path) -> None:
     assert said.code == 6, said
     assert "same command again" in said.error["cure"]
     assert not (run / "base").exists()
-    done("base", run, *long)
+    asked = (run / "base-training/atoll.config.json").read_bytes()
+    for other in ("threads=2", RATE):
+        said = atoll("base", run, "--set", other, "--json")
+        assert said.code == 7
+        # The bare command is not told again what was refused.
+        assert (run / "base-training/atoll.config.json").read_bytes() == asked
+    done("base", run)
     assert resumed_from(run / "base-training") > 0
     assert tree(run / "base") == tree(straight / "base")
     assert done("base", run, *BASE[:1])["sha256"] == done("base", straight)["sha256"]
@@ -258,16 +266,14 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
     shutil.copytree(partitioned, run)
     said = interrupted(["base", str(run), *long], lambda: count(run / "base-training/commits") > 1)
     assert said.code == 6, said
-    for other in ("threads=2", "training.optimizer.learning_rate=0.1", "training.time.mean=1"):
-        said = atoll("base", run, "--set", other, "--json")
-        assert said.code == 7
-        assert "--allow-inexact-resume" in str(said.error["cure"])
+    said = atoll("base", run, "--set=training.time.mean=1", "--json")
+    assert said.code == 7
+    assert "--allow-inexact-resume" in str(said.error["cure"])
     said = atoll("base", run, "--recipe=dit-tiny", "--allow-inexact-resume", "--json")
     assert said.code == 7
     assert "origin.recipe unet-tiny then and dit-tiny now" in said.error["what"]
-    # On one thread: two wait for one another where others have the cores.
-    faster = ["--set=threads=1", "--set=training.optimizer.learning_rate=0.1"]
-    done("base", run, "--recipe=unet-tiny", *faster, "--allow-inexact-resume")
+    faster = "--set=training.optimizer.learning_rate=0.1"
+    done("base", run, faster, "--allow-inexact-resume")
     journal = (run / "base-training/journal.jsonl").read_text().splitlines()
     (resumed,) = [line for text in journal if (line := json.loads(text))["event"] == "resumed"]
     assert resumed["bitwise"] is False
@@ -285,6 +291,10 @@ def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     assert "committed" in said.error["what"]
     assert json.loads((here / "exit.json").read_text())["code"] == 6
     assert not (here / "expert").exists()
-    assert done("train", run, *long)["trained"] == ["shard-02"]
+    said = atoll("train", run, "--shard=shard-02", "--set", RATE, "--json")
+    assert said.code == 7
+    assert "0.003 now" in said.error["what"]
+    # The bare command is not told again what was refused, and finishes what the first one began.
+    assert done("train", run, "--shard=shard-02")["trained"] == ["shard-02"]
     assert resumed_from(here) > 0
     done("verify", run)

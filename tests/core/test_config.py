@@ -17,9 +17,11 @@ from atoll.core.config import (
     apply_overrides,
     load_config,
     parse_config,
+    remembering,
     save_config,
+    saved_config,
 )
-from atoll.core.errors import ConfigError, ExitCode
+from atoll.core.errors import ConfigError, ExitCode, Failed, Interrupted, MissingError, Refused
 from atoll.core.storage import Storage
 
 
@@ -167,6 +169,43 @@ def test_record_lies_beside_the_result_with_its_schema(tmp_path: Path) -> None:
     assert values.pop("schema_version") == 1
     assert values == json.loads(config.model_dump_json())
     assert load_config(Outer, tmp_path / CONFIG_NAME) == config
+
+
+@pytest.mark.parametrize("before", [None, Outer(seed=1)])
+@pytest.mark.parametrize("refusal", [ConfigError, MissingError, Refused])
+def test_what_is_refused_is_not_remembered(
+    tmp_path: Path, before: Outer | None, refusal: type[Exception]
+) -> None:
+    run = Storage(tmp_path)
+    if before is not None:
+        save_config(before, run, "x")
+
+    def refused() -> None:
+        with remembering(Outer(seed=2), run, "x"):
+            assert saved_config(Outer, run, "x") == Outer(seed=2)  # meanwhile it may be killed
+            raise refusal("no")
+
+    with pytest.raises(refusal):
+        refused()
+    assert saved_config(Outer, run, "x") == before
+
+
+@pytest.mark.parametrize("end", [None, Failed, Interrupted, KeyboardInterrupt, OSError])
+def test_what_goes_wrong_later_or_otherwise_is_remembered(
+    tmp_path: Path, end: type[BaseException] | None
+) -> None:
+    run = Storage(tmp_path)
+
+    def ended() -> None:
+        with remembering(Outer(seed=2), run, "x") as begun:
+            if end is not None:
+                raise end("no")
+            begun()
+            raise Refused("no")  # the word of one island, and another has begun
+
+    with pytest.raises(end or Refused):
+        ended()
+    assert saved_config(Outer, run, "x") == Outer(seed=2)
 
 
 @pytest.mark.parametrize(

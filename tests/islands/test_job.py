@@ -99,8 +99,8 @@ def kill_when(run: Storage, shard: str, moment: Callable[[], bool]) -> None:
 def test_resume_is_bitwise_after_kill_9_at_five_random_moments(fresh) -> None:
     longer = TRAIN.model_copy(
         update={
-            "training": DenoiserTraining(passes=30, checkpoints=25),
-            "head": TRAIN.head.model_copy(update={"images": 8192, "checkpoints": 20}),
+            "training": DenoiserTraining(passes=15, checkpoints=12),
+            "head": TRAIN.head.model_copy(update={"images": 4096, "checkpoints": 10}),
         }
     )
     straight, manifest = fresh("straight")

@@ -85,7 +85,9 @@ def test_an_island_that_answers_and_takes_no_job_leaves_the_shard_to_another(
     waiting.choice = Choice(run, "a", TRAIN, at_work._sites)
     waiting.not_before = 0.0
     at_work._turn(lambda *_given, **_options: None)
-    assert [work.site for work in at_work._running] == [other]
+    (work,) = at_work._running
+    assert work.submission is not None
+    assert work.submission.site is other
     assert waiting.turned_away == 0
 
 
@@ -134,7 +136,8 @@ def running(run: Storage, jobs: Jobs, monkeypatch: pytest.MonkeyPatch) -> tuple[
 
 
 def beat(run: Storage, work: Work, *, number: int = 0, stage: str = "expert") -> None:
-    sign = {"submission_id": work.submission_id, "name": stage, "unix_seconds": number}
+    assert work.submission is not None
+    sign = {"submission_id": work.submission.name, "name": stage, "unix_seconds": number}
     run.write_json(process_heartbeat("a"), sign)
 
 
@@ -144,7 +147,8 @@ def test_a_job_that_lives_and_takes_no_step_is_given_up_for_dead(
     run = Storage(tmp_path)
     at_work, clock = running(run, jobs, monkeypatch)
     (work,) = at_work._running
-    submission, number = work.submission_id, 0
+    assert work.submission is not None
+    submission, number = work.submission.name, 0
 
     def hours(count: float, *, stage: str, steps: bool) -> None:
         nonlocal number
@@ -205,6 +209,25 @@ def test_what_cannot_be_collected_is_given_up_and_the_others_go_on(
     assert work.code is ExitCode.REFUSED
 
 
+def test_a_shard_has_begun_once_a_training_of_this_job_gives_a_sign_of_life(
+    tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Until then its options may yet be refused; what an earlier job has left says nothing."""
+    run = Storage(tmp_path)
+    run.write_json("islands/a/heartbeat.json", {"images_seen": 8, "unix_seconds": 1})
+    at_work, _ = running(run, jobs, monkeypatch)
+    begun: list[bool] = []
+    at_work._begun = lambda: begun.append(True)
+    (work,) = at_work._running
+    for stage in ("starting", "expert"):
+        beat(run, work, stage=stage)
+        at_work._turn(lambda *_given, **_options: None)
+    assert not begun
+    run.write_json("islands/a/heartbeat.json", {"images_seen": 16, "unix_seconds": 2})
+    at_work._turn(lambda *_given, **_options: None)
+    assert begun
+
+
 @pytest.mark.parametrize("commits", [True, False])
 def test_ctrl_c_asks_in_storage_and_claims_no_commit_that_nobody_spoke_of(
     tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch, commits: bool
@@ -212,13 +235,15 @@ def test_ctrl_c_asks_in_storage_and_claims_no_commit_that_nobody_spoke_of(
     run = Storage(tmp_path)
     at_work, clock = running(run, jobs, monkeypatch)
     (work,) = at_work._running
+    assert work.submission is not None
+    name = work.submission.name
 
     def sleep(_seconds: float) -> None:
         clock[0] += 1.0
         asked = run.read_json(leave_request("a"))
-        assert asked["submission_id"] == work.submission_id
+        assert asked["submission_id"] == name
         if commits and clock[0] > 60:  # longer than Ray would have waited
-            said = {"submission_id": work.submission_id, "code": int(ExitCode.INTERRUPTED)}
+            said = {"submission_id": name, "code": int(ExitCode.INTERRUPTED)}
             run.write_json("islands/a/exit.json", said)
 
     monkeypatch.setattr(queue.time, "sleep", sleep, raising=False)
@@ -228,7 +253,7 @@ def test_ctrl_c_asks_in_storage_and_claims_no_commit_that_nobody_spoke_of(
         assert jobs.stopped == []
     else:
         assert "a did not say so, and will go on from their last commits" in told
-        assert jobs.stopped == [work.submission_id]
+        assert jobs.stopped == [name]
 
 
 def test_ctrl_c_while_storage_is_away_stops_the_jobs_and_waits_for_nothing(
