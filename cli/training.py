@@ -209,10 +209,10 @@ def trained_now(run: str, manifest: Manifest, trained: list[str]) -> Result:
 
 
 def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: float) -> BaseConfig:
-    """The configuration whose passes fill the minutes on this machine; asked once, then kept."""
+    """The configuration whose passes fill the minutes on this machine; asked until it has begun."""
     from atoll.core import recipes
     from atoll.core.cache import BlockCache
-    from atoll.core.config import save_config, saved_config
+    from atoll.core.config import saved_config
     from atoll.core.pack import open_pack
     from atoll.islands.base import WORK, new_base
     from atoll.islands.probe import images_per_second, passes_in
@@ -229,9 +229,7 @@ def base_within(run: Storage, manifest: Manifest, config: BaseConfig, minutes: f
         batch=batch, threads=config.threads, device=config.device,
     )  # fmt: skip
     passes = passes_in(minutes, speed=speed, islands_at_once=1, records=commons.card.records)
-    config = _with_passes(config, passes)
-    save_config(config, run, WORK)
-    return config
+    return _with_passes(config, passes)
 
 
 def experts_within(

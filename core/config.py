@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from atoll.core.errors import ConfigError, MissingError, Refused, did_you_mean
+from atoll.core.outage import unless_away
 from atoll.core.storage import Storage
 
 CONFIG_NAME = "atoll.config.json"
@@ -132,11 +133,13 @@ def saved_config(kind: type[C], storage: Storage, folder: str) -> C | None:
 
 
 @contextmanager
-def remembering(config: Config, storage: Storage, folder: str) -> Iterator[Callable[[], None]]:
+def remembering(
+    config: Config, storage: Storage, folder: str, *, forget: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], None]]:
     """Save what a command is asked; refused before `begun`, which this yields, it is forgotten.
 
-    The next command then starts from what the one before was asked. A failure or an interruption
-    forgets nothing.
+    The next command then starts from what the one before was asked; `forget` takes back what else
+    was written for this one. A failure or an interruption forgets nothing.
     """
     earlier = saved_config(type(config), storage, folder)
     save_config(config, storage, folder)
@@ -145,10 +148,12 @@ def remembering(config: Config, storage: Storage, folder: str) -> Iterator[Calla
         yield begun.set
     except (ConfigError, MissingError, Refused):
         if not begun.is_set():
-            if earlier is None:
-                storage.remove(f"{folder}/{CONFIG_NAME}")
-            else:
-                save_config(earlier, storage, folder)
+            with unless_away("taking back what was refused"):
+                if earlier is None:
+                    storage.remove(f"{folder}/{CONFIG_NAME}")
+                else:
+                    save_config(earlier, storage, folder)
+                forget()
         raise
 
 

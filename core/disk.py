@@ -15,7 +15,7 @@ import glob
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,11 +58,14 @@ def temporary_file(path: Path) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def replacing(folder: Path, *, alone: bool = False) -> Iterator[Path]:
+def replacing(
+    folder: Path, *, alone: bool = False, check: Callable[[], None] = lambda: None
+) -> Iterator[Path]:
     """An empty folder to fill; when the block ends without an error it becomes `folder`, at once.
 
     What stood there stays until then, and after any error. `alone` says that the new content is
-    made from the old: `Refused` while another such writer is at work on the folder.
+    made from the old: `Refused` while another such writer is at work on the folder. `check` raises
+    where the folder is not to be replaced any more, and is asked last, when all is on the disk.
     """
     folder = Path(os.path.realpath(folder))  # a link stays, what it points at is replaced
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -79,6 +82,7 @@ def replacing(folder: Path, *, alone: bool = False) -> Iterator[Path]:
             if folder.exists():
                 # Held until it is gone: under the hidden name it looks like a dead writer's.
                 locks.enter_context(_locked(folder))
+            check()
             _put_in_place(fresh, folder)
         except BaseException:
             shutil.rmtree(fresh, ignore_errors=True)

@@ -212,16 +212,21 @@ class Storage:
     ) -> None:
         """Replace the file: complete or not at all. `check` raises where it is not to be any more.
 
-        It is asked last of all: a process may be frozen for minutes while a disk takes the data.
+        It is asked first, and on a disk last too: a process may be frozen for minutes while that
+        takes the data. A store's put cannot be held back once it is on its way.
         """
         path = self._path(name, write=True)
+
+        def put() -> None:
+            check()
+            self._fs.pipe_file(path, data)
 
         def write() -> None:
             with no_space_is_failure(name):
                 if not self.is_local:
-                    check()
-                    in_folder(self._fs, path, lambda: self._fs.pipe_file(path, data))
+                    in_folder(self._fs, path, put)
                     return
+                check()  # whatever room there is: who has lost the place does not wait for any
                 with temporary_file(Path(path)) as temporary:
                     temporary.write_bytes(data)
                     fsync(temporary)
@@ -371,9 +376,8 @@ class Storage:
         path = Path(self._path(name, write=True))
         with no_space_is_failure(name):
             if self.is_local:
-                with replacing(path) as fresh:
+                with replacing(path, check=check) as fresh:
                     yield fresh
-                    check()
                 return
             with tempfile.TemporaryDirectory(prefix="atoll-") as scratch:
                 yield Path(scratch)
@@ -403,8 +407,9 @@ class Storage:
                 self.remove(f"{name}/{marker}")  # and removed first
             self.remove(name)
             for file in sorted(files, key=_marks):
-                check()  # an upload may hang for longer than it takes an heir to publish
-                self.write_bytes(f"{name}/{file.relative_to(folder).as_posix()}", file.read_bytes())
+                place = f"{name}/{file.relative_to(folder).as_posix()}"
+                # Of each: an upload may hang for longer than it takes an heir to publish.
+                self.write_bytes(place, file.read_bytes(), check=check)
 
     def sweep(self, name: str) -> None:
         """Clear away what killed writers left below a folder; a store keeps nothing of theirs."""

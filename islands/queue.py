@@ -84,7 +84,7 @@ class Queue:
     def work(self, plans: dict[str, int]) -> None:
         """Train every shard, by name -> images_seen; raises at the end for those not finished.
 
-        `begun` is called whenever one of them has taken a step.
+        `begun` is called once a training of one of them has taken a step, and again.
         """
         self._waiting = [
             Work(shard, Choice(self._run, shard, self._config, self._sites)) for shard in plans
@@ -208,6 +208,9 @@ class Queue:
             work.code = None
             self._again_or_not(work, site, str(error), retried=True)
             return
+        except BaseException:  # Ctrl-C: it may have arrived
+            self._left_behind.append((site, identity))
+            raise
         self._waiting.remove(work)
         self._running.append(work)
         site.running += 1
@@ -235,7 +238,7 @@ class Queue:
         assert submission is not None
         self._advance(work, advance)
         heard = submission.look(self._now, self._config.watch)
-        if heard.stepped:
+        if heard.begun:
             self._begun()
         if heard.pending and not work.waits_for:
             self._wait(work, f"is not begun on {submission.why_pending()}", event="pending")
@@ -261,7 +264,6 @@ class Queue:
         """A job is over, by its own word or by Ray's."""
         code, reason, found = submission.how_it_ended()
         if code is ExitCode.DONE:
-            self._begun()
             try:
                 self._collect(work.shard)
             except AtollError as error:  # of this shard alone: the others are not to end with it

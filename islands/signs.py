@@ -102,16 +102,20 @@ def exit_code(run: Storage, shard: str, *, of: str | None = None) -> ExitCode | 
     return None if others and code is not ExitCode.DONE else code
 
 
+def trainings(shard: str) -> tuple[str, str]:
+    """Where the expert's training writes, and the gate head's."""
+    here = island_folder(shard)
+    return here, f"{here}/{HEAD_TRAINING}"
+
+
 def committed(run: Storage, shard: str) -> int:
     """Images of the newest commits, of the expert's and of the gate head's training together."""
-    here = island_folder(shard)
-    return sum(newest_commit(run, place) or 0 for place in (here, f"{here}/{HEAD_TRAINING}"))
+    return sum(newest_commit(run, place) or 0 for place in trainings(shard))
 
 
 def signs_of_life(run: Storage, shard: str) -> list[dict[str, Any]]:
     """What changes while a job lives; compared with an earlier look, so that no clock matters."""
-    here = island_folder(shard)
-    beats = (f"{here}/heartbeat.json", f"{here}/{HEAD_TRAINING}/heartbeat.json")
+    beats = [f"{place}/heartbeat.json" for place in trainings(shard)]
     return [read_object(run, name) for name in (process_heartbeat(shard), *beats)]
 
 
@@ -142,10 +146,7 @@ class Claim:
 
     def __init__(self, run: Storage, shard: str) -> None:
         self._run = run
-        here = island_folder(shard)
-        self._found = {
-            place: newest_generation(run, place) for place in (here, f"{here}/{HEAD_TRAINING}")
-        }
+        self._found = {place: newest_generation(run, place) for place in trainings(shard)}
 
     def overtaken(self) -> bool:
         """Whether a later writer has claimed one of the places of this one."""

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import contextlib
 from dataclasses import dataclass
-from typing import Any
 
+from atoll.core.checkpoint import newest_generation
 from atoll.core.errors import ExitCode, Failed
 from atoll.core.journal import log
 from atoll.core.storage import Storage
@@ -21,6 +21,7 @@ from atoll.islands.signs import (
     process_heartbeat,
     read_object,
     signs_of_life,
+    trainings,
     write_log,
 )
 from atoll.islands.sites import Site
@@ -37,17 +38,14 @@ _BEGIN_SECONDS = 300.0  # an environment is set up, libraries are loaded
 class Heard:
     """What one look at a job comes to."""
 
-    stepped: bool = False  # one of its trainings has gone on since the last look
+    begun: bool = False  # a training of its own has taken a step
     ended: bool = False  # by its own word, or by Ray's
     pending: bool = False  # it has not begun for long
     dead: str = ""  # why it is to be taken for dead
 
 
 class Submission:
-    """A job from before it is submitted until it has ended or is left behind; times by one clock.
-
-    What the shard's last job left of its signs of life is none of this one's.
-    """
+    """A job from just before it is submitted until it ends or is left behind, by one clock."""
 
     def __init__(self, run: Storage, shard: str, site: Site, name: str, *, now: float) -> None:
         self.site = site
@@ -55,7 +53,9 @@ class Submission:
         self._run = run
         self._shard = shard
         self._began = now
-        self._signs: list[dict[str, Any]] = signs_of_life(run, shard)
+        self._signs = signs_of_life(run, shard)
+        # Of the expert's training and of the gate head's: what claims next is this job.
+        self._generations = [newest_generation(run, place) for place in trainings(shard)]
         self._alive_at = now  # when its signs of life last changed
         self._stepped_at = now  # and when those of a training did
         self._logged_at = now
@@ -81,20 +81,22 @@ class Submission:
                 if ended or now - self._logged_at > _LOG_SECONDS:
                     self._logged_at = now
                     self.keep_log()
-        stepped = self._listen(now)
+        self._listen(now)
         dead = "" if ended else self._why_dead(now, watch)
-        return Heard(stepped, ended, pending, dead)
+        return Heard(self._has_begun(), ended, pending, dead)
 
-    def _listen(self, now: float) -> bool:
-        """Take note of signs of life; whether a training was among those that gave one."""
+    def _listen(self, now: float) -> None:
         before, self._signs = self._signs, signs_of_life(self._run, self._shard)
-        stepped = self._signs[1:] != before[1:]
         if self._signs != before:
             self._alive_at = now
         # Beside the process, which may live on with a training that hangs.
-        if stepped or self._signs[0].get("name") != before[0].get("name"):
+        if self._signs[1:] != before[1:] or self._signs[0].get("name") != before[0].get("name"):
             self._stepped_at = now
-        return stepped
+
+    def _has_begun(self) -> bool:
+        """By heartbeats of later generations than there were: an earlier job's may go on."""
+        beats = zip(self._signs[1:], self._generations, strict=True)
+        return any(int(beat.get("generation", 0)) > before for beat, before in beats)
 
     def _why_dead(self, now: float, watch: WatchConfig) -> str:
         """Why nothing more is to be expected of it; empty where something is."""

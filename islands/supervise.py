@@ -7,7 +7,8 @@ not, unless another can take its shard. Only this process writes manifest and le
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
 
 from atoll.core import recipes
 from atoll.core.config import differences, remembering, saved_config
@@ -15,7 +16,7 @@ from atoll.core.denoiser import read_card
 from atoll.core.errors import ConfigError, DataError, ExitCode, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
-from atoll.core.manifest import Artefact, Expert, Manifest, check_artefact, require
+from atoll.core.manifest import Artefact, Expert, Manifest, Plan, check_artefact, require
 from atoll.core.outage import unless_away
 from atoll.core.places import check_islands
 from atoll.core.storage import Storage
@@ -38,12 +39,20 @@ _NOT_TOLD = {
 
 def plan_islands(run: Storage, manifest: Manifest, config: TrainConfig) -> None:
     """Fix batch and images_seen of every shard in the manifest; a plan that stands is not moved."""
+    for name, plan in _plans(manifest, config).items():
+        manifest.shards[name].plan = plan
+    manifest.save(run)
+
+
+def _plans(manifest: Manifest, config: TrainConfig) -> dict[str, Plan]:
+    """Every shard's plan; `Refused` where another one stands."""
     require(manifest.base, "base", "train it with `atoll base RUN`")
-    recipe = recipes.recipe_of(str(manifest.recipe))
+    recipe, plans = recipes.recipe_of(str(manifest.recipe)), {}
     for name, shard in manifest.shards.items():
         asked = config.training.passes is not None or config.training.batch is not None
         if shard.plan is not None and not asked:
-            continue  # nothing else was asked for than what stands
+            plans[name] = shard.plan  # nothing else was asked for than what stands
+            continue
         plan = plan_for(config.training, recipe, shard.records, base=False)
         if shard.plan is not None and shard.plan != plan:
             raise Refused(
@@ -51,8 +60,8 @@ def plan_islands(run: Storage, manifest: Manifest, config: TrainConfig) -> None:
                 f"{shard.plan.batch}; this command asks for {plan.images_seen} in {plan.batch}",
                 cure="leave out --passes and --minutes to go on as planned, or start a new run",
             )
-        shard.plan = plan
-    manifest.save(run)
+        plans[name] = plan
+    return plans
 
 
 def train(
@@ -82,7 +91,7 @@ def train(
     check_artefact(run, base)
     load_trunk(run, require(manifest.trunk, "trunk of its gate", "`atoll base RUN` trains it"))
     _check_path(run, base, config)
-    plan_islands(run, manifest, config)
+    _plans(manifest, config)
     _check_exclusive_create(run)
     todo = [name for name in wanted if name not in manifest.experts]
     _check_unchanged(run, config, done=[name for name in wanted if name not in todo], todo=todo)
@@ -94,24 +103,40 @@ def train(
         todo.remove(name)
     if not todo:
         return []
-    plans = {name: plan.images_seen for name in todo if (plan := manifest.shards[name].plan)}
-    curves = Curves(run, todo, config.watch.tracker)
-    with remembering(config, run, "islands") as begun, open_sites(config, len(todo)) as sites:
-        for name in todo:
-            write_order(run, manifest, config, name)
-        places = ", ".join(f"{site.island.name} ({site.at_once} at a time)" for site in sites)
-        log.info("%d shards on %s, %d thread(s) each", len(todo), places, config.threads)
-        queue = Queue(
-            run, config, sites, lambda shard: _collect(run, manifest, shard), curves, begun
-        )
-        try:
-            queue.work(plans)
-        except BaseException:
-            with unless_away("the end of the curves"):
-                curves.close()
-            raise
-        curves.close()
+    with _asked(run, manifest, config) as begun:
+        plans = {name: plan.images_seen for name in todo if (plan := manifest.shards[name].plan)}
+        curves = Curves(run, todo, config.watch.tracker)
+        with open_sites(config, len(todo)) as sites:
+            for name in todo:
+                write_order(run, manifest, config, name)
+            places = ", ".join(f"{site.island.name} ({site.at_once} at a time)" for site in sites)
+            log.info("%d shards on %s, %d thread(s) each", len(todo), places, config.threads)
+            queue = Queue(
+                run, config, sites, lambda shard: _collect(run, manifest, shard), curves, begun
+            )
+            try:
+                queue.work(plans)
+            except BaseException:
+                with unless_away("the end of the curves"):
+                    curves.close()
+                raise
+            curves.close()
     return todo
+
+
+@contextlib.contextmanager
+def _asked(run: Storage, manifest: Manifest, config: TrainConfig) -> Iterator[Callable[[], None]]:
+    """Plan and configuration, saved before the first job starts and forgotten where refused."""
+    stood = {name: shard.plan for name, shard in manifest.shards.items()}
+
+    def forget() -> None:
+        for name, plan in stood.items():
+            manifest.shards[name].plan = plan
+        manifest.save(run)
+
+    with remembering(config, run, "islands", forget=forget) as begun:
+        plan_islands(run, manifest, config)
+        yield begun
 
 
 def _check_path(run: Storage, base: Artefact, config: TrainConfig) -> None:

@@ -199,6 +199,29 @@ def test_a_batch_that_cannot_be_parted_is_refused_before_it_is_probed(based, unt
     assert "not to be had in 3 parts" in said.error["what"]
 
 
+@pytest.mark.parametrize("length", ["--passes=3", "--minutes=0.01"])
+def test_islands_that_cannot_be_leave_neither_plan_nor_options(
+    based, tmp_path, untouched, length: str
+) -> None:
+    """So the same command, mended, plans as if it were the first."""
+    file = tmp_path / "islands.yaml"
+    file.write_text("islands: [{name: a, local: true, gpus: 64}]")
+    with untouched(based):
+        said = atoll("train", based, length, "--islands", file, "--json")
+        assert said.code == 3
+        assert "is to have 64 GPUs" in said.error["what"]
+
+
+def test_a_base_that_is_refused_after_its_probe_is_not_remembered(partitioned, untouched) -> None:
+    with untouched(partitioned):
+        said = atoll(
+            "base", partitioned, "--recipe=unet-tiny", "--minutes=0.01",
+            "--set=training.lora.rank=2", "--json",
+        )  # fmt: skip
+        assert said.code == 3
+        assert "adapters" in said.error["what"]
+
+
 def test_averages_decay(based, untouched) -> None:
     with untouched(based):
         said = atoll("train", based, "--set=training.ema_decays=[0.9, 1.5]", "--json")

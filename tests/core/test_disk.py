@@ -16,7 +16,7 @@ import pytest
 
 from atoll.core import disk
 from atoll.core.disk import recover, replacing
-from atoll.core.errors import Refused
+from atoll.core.errors import Fenced, Refused
 from tests.waiting import PATIENCE_SECONDS
 
 SWAPS = pytest.mark.parametrize("swaps", [True, False])
@@ -94,6 +94,29 @@ def test_an_error_of_the_swap_is_raised_and_the_old_stays(folder: Path, tmp_path
     with pytest.raises(FileNotFoundError):
         disk._exchange(tmp_path / "nothing", folder)
     assert (folder / "weights").read_text() == "old"
+
+
+def test_the_right_to_a_folder_is_asked_for_when_all_of_it_is_on_the_disk(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing that takes long is left between the answer and the swap."""
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    steps: list[str] = []
+    monkeypatch.setattr("atoll.core.disk.fsync", lambda path: steps.append(path.name))
+
+    def lost() -> None:
+        steps.append("asked")
+        raise Fenced("another has taken over")
+
+    def write() -> None:
+        with replacing(folder, check=lost) as fresh:
+            (fresh / "large").write_bytes(b"x")
+
+    with pytest.raises(Fenced):
+        write()
+    assert steps[-2:] == ["large", "asked"]
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert [path.name for path in folder.parent.iterdir()] == [folder.name]
 
 
 def test_where_the_second_rename_fails_the_first_is_undone(

@@ -19,7 +19,7 @@ from atoll.core import outage
 from atoll.core.errors import ExitCode
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage
-from atoll.islands import queue, signs
+from atoll.islands import signs, submission
 from atoll.islands.heads import HeadOrder, local_heads
 from atoll.islands.job import main as job
 from atoll.islands.loop import Loop
@@ -197,7 +197,7 @@ def test_a_controller_and_its_job_wait_for_a_full_disk_and_for_a_store_that_is_a
     order(undisturbed, manifest, shard, config)
     expected = finish_here(undisturbed, shard)
     monkeypatch.setattr(outage, "LONGEST_PAUSE", 0.5)
-    monkeypatch.setattr(queue, "_LOG_SECONDS", 0.2)
+    monkeypatch.setattr(submission, "_LOG_SECONDS", 0.2)
     with (
         small_disk(tmp_path / "disk", "64m") as fill,
         local_heads([HeadOrder("local", 1)]) as (head,),

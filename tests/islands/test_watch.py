@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from atoll.core.checkpoint import Checkpoints
 from atoll.core.errors import ExitCode, Failed, Interrupted, Refused
 from atoll.core.places import Island
 from atoll.core.storage import Storage
@@ -212,18 +213,19 @@ def test_what_cannot_be_collected_is_given_up_and_the_others_go_on(
 def test_a_shard_has_begun_once_a_training_of_this_job_gives_a_sign_of_life(
     tmp_path: Path, jobs: Jobs, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Until then its options may yet be refused; what an earlier job has left says nothing."""
+    """Until then its options may yet be refused; an earlier job that lives on says nothing."""
     run = Storage(tmp_path)
-    run.write_json("islands/a/heartbeat.json", {"images_seen": 8, "unix_seconds": 1})
+    Checkpoints(run, "islands/a").claim()
     at_work, _ = running(run, jobs, monkeypatch)
     begun: list[bool] = []
     at_work._begun = lambda: begun.append(True)
     (work,) = at_work._running
-    for stage in ("starting", "expert"):
+    for stage, seen in (("starting", 8), ("expert", 16)):
         beat(run, work, stage=stage)
+        run.write_json("islands/a/heartbeat.json", {"images_seen": seen, "generation": 1})
         at_work._turn(lambda *_given, **_options: None)
     assert not begun
-    run.write_json("islands/a/heartbeat.json", {"images_seen": 16, "unix_seconds": 2})
+    run.write_json("islands/a/heartbeat.json", {"images_seen": 8, "generation": 2})
     at_work._turn(lambda *_given, **_options: None)
     assert begun
 
