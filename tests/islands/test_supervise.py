@@ -399,7 +399,8 @@ def test_a_token_that_is_mended_brings_its_island_back_while_the_others_go_on(
             (tmp_path / "new").write_text(cluster.token)
             (tmp_path / "new").replace(token)
 
-        patient = TRAIN.model_copy(update=places)
+        # The other shard may take its time on busy cores, and nothing is said of the wait.
+        patient = TRAIN.model_copy(update={**places, "watch": WatchConfig(unreachable_seconds=600)})
         with beside(mend):
             assert train(run, manifest, patient, shards=[pinned, other]) == [pinned, other]
         assert len(said(refusal)) == 3  # and once by the second command
