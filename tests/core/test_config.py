@@ -190,6 +190,21 @@ def test_what_is_refused_is_not_remembered(
     assert saved_config(Outer, run, "x") == before
 
 
+def test_a_refusal_is_told_though_storage_is_away_by_then(tmp_path: Path) -> None:
+    run = Storage(tmp_path)
+
+    def away(_name: str) -> None:
+        raise Failed("no answer")
+
+    def refused() -> None:
+        with remembering(Outer(seed=2), run, "x"):
+            run.remove = away  # type: ignore[method-assign]
+            raise Refused("no")
+
+    with pytest.raises(Refused):
+        refused()
+
+
 @pytest.mark.parametrize("end", [None, Failed, Interrupted, KeyboardInterrupt, OSError])
 def test_what_goes_wrong_later_or_otherwise_is_remembered(
     tmp_path: Path, end: type[BaseException] | None

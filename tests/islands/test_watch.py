@@ -280,3 +280,17 @@ def test_ctrl_c_while_storage_is_away_stops_the_jobs_and_waits_for_nothing(
     assert len(jobs.stopped) == 1
     assert time.monotonic() - began < 60
     assert any("how the islands ended is left out" in line for line in lines)
+
+
+def test_ctrl_c_while_a_job_is_being_submitted_stops_it_too(tmp_path: Path, jobs: Jobs) -> None:
+    """The island may have it already, and nobody would know its name."""
+    given: list[str] = []
+
+    def submit(*_given: Any, submission_id: str, **_options: Any) -> None:
+        given.append(submission_id)
+        raise KeyboardInterrupt
+
+    jobs.submit = submit  # type: ignore[method-assign]
+    with pytest.raises(Interrupted):
+        queue_of(Storage(tmp_path), jobs).work({"a": 8})
+    assert jobs.stopped == given != []
