@@ -1,19 +1,22 @@
 """The correctly rounded integer-weighted mean `sum(p_i theta_i) / sum(p_i)`, one rounding in all.
 
-Reads tensors of float16, bfloat16 or float32 and returns one. The result is a mathematical
-function of its inputs, so order, chunking, threads and history cannot show in a single bit; zeros
-are +0. Three steps, each with its proof beside it: an exact sum, a quotient that lies on the right
-side of every number where rounding could turn, and one rounding. The test for an exact sum is
-Dekker's (Numer. Math. 18, 1971); round-to-odd is Boldo and Melquiond's (IEEE Trans. Computers 57,
-2008).
+Reads tensors of float16, bfloat16 or float32, in any mixture, and returns one. The result is a
+mathematical function of its inputs, so order, chunking, threads and history cannot show in a single
+bit; zeros are +0. Three steps, each with its proof beside it: an exact sum, a quotient that lies on
+the right side of every number where rounding could turn, and one rounding. The test for an exact
+sum is Dekker's (Numer. Math. 18, 1971); round-to-odd is Boldo and Melquiond's (IEEE Trans.
+Computers 57, 2008).
 
-Notation: total = sum(weights) <= 2**28; "24 bits" means a significand of that length, as float32's.
+Notation: total = sum(weights), reach = sum(|weights|), 0 < total <= reach <= 2**28; "24 bits" means
+a significand of that length, as float32's.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,13 +27,22 @@ MAX_TOTAL = 1 << 28
 # calling thread (its grain size), where a busy second core cannot hold them up.
 CHUNK = 1 << 15
 
-# dtype -> (integer of the same width, bits of the stored significand)
-_LAYOUT = {
-    torch.float16: (torch.int16, 10),
-    torch.bfloat16: (torch.int16, 7),
-    torch.float32: (torch.int32, 23),
+
+@dataclass(frozen=True)
+class _Format:
+    integer: torch.dtype  # of the same width
+    bits: int  # of the stored significand
+    bias: int  # of the exponent
+
+
+_FORMATS = {
+    torch.float16: _Format(torch.int16, 10, 15),
+    torch.bfloat16: _Format(torch.int16, 7, 127),
+    torch.float32: _Format(torch.int32, 23, 127),
 }
-DTYPES = tuple(_LAYOUT)
+DTYPES = tuple(_FORMATS)
+
+_BELOW = (1 << 29) - 1  # the bits of float64's significand that float32's has not
 
 
 class NotFiniteError(ValueError):
@@ -48,73 +60,125 @@ def mean(
     dtype: torch.dtype | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
-    """The mean of CPU tensors of one shape and dtype, in `dtype` or their own.
+    """The mean of CPU tensors of one shape, in `dtype` or the narrowest that holds all of theirs.
 
-    `weights` are positive integers with a sum of at most `MAX_TOTAL`. Raises `NotFiniteError` for
-    NaN and infinities, in the inputs or, where `dtype` is narrower, in the result.
+    `weights` are integers other than 0, with a positive sum; their magnitudes sum to at most
+    `MAX_TOTAL`. Raises `NotFiniteError` for NaN and infinities, in the inputs or, where the result
+    does not fit into its dtype, in the result.
     """
     first = tensors[0]
-    target = dtype or first.dtype
+    target = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
     assert len(tensors) == len(weights), (len(tensors), len(weights))
-    assert all(weight > 0 for weight in weights), weights
-    assert sum(weights) <= MAX_TOTAL, weights
-    assert {first.dtype, target} <= set(DTYPES), (first.dtype, target)
-    assert all(t.dtype == first.dtype and t.shape == first.shape for t in tensors)
+    assert all(weights), weights
+    assert sum(weights) > 0, weights
+    assert sum(map(abs, weights)) <= MAX_TOTAL, weights
+    assert {target, *(tensor.dtype for tensor in tensors)} <= set(DTYPES), target
+    assert all(tensor.shape == first.shape for tensor in tensors)
     # Flushed denormals would lose bits silently, and only on the thread that asked for it.
     assert float(torch.tensor(2.0**-149).double()) > 0, "torch.set_flush_denormal(False) is needed"
 
     flat = [tensor.reshape(-1) for tensor in tensors]
     out = torch.empty(first.numel(), dtype=target)
+    scratch = _Scratch(min(chunk, out.numel()))
     for start in range(0, out.numel(), chunk):
         stop = min(start + chunk, out.numel())
-        out[start:stop] = _mean([tensor[start:stop] for tensor in flat], weights, target)
-    if target != first.dtype and not bool(torch.isfinite(out).all()):
+        _mean([tensor[start:stop] for tensor in flat], weights, out[start:stop], scratch)
+    # A mean lies among its values, unless some of them count negatively.
+    bounded = min(weights) > 0 and all(tensor.dtype == target for tensor in tensors)
+    if not bounded and not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
     return out.reshape(first.shape)
 
 
-def _mean(values: list[Tensor], weights: Sequence[int], target: torch.dtype) -> Tensor:
-    total = sum(weights)
-    if _proven_exact(values, total):
-        sums = torch.zeros(values[0].numel(), dtype=torch.float64)
+class _Scratch:
+    """Memory for one chunk; taken once, as new pages cost more than what is computed in them."""
+
+    def __init__(self, count: int) -> None:
+        self._double = torch.empty(count, dtype=torch.float64)
+        self._long = torch.empty(count, dtype=torch.int64)
+        self._magnitude = {
+            integer: torch.empty(count, dtype=integer) for integer in (torch.int16, torch.int32)
+        }
+
+    def double(self, count: int) -> Tensor:
+        return self._double[:count]
+
+    def long(self, count: int) -> Tensor:
+        return self._long[:count]
+
+    def magnitude(self, integer: torch.dtype, count: int) -> Tensor:
+        return self._magnitude[integer][:count]
+
+
+def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _Scratch) -> None:
+    total, reach = sum(weights), sum(map(abs, weights))
+    span = _span(values, scratch)
+    if span.proves_exact(reach):
+        sums = scratch.double(out.numel()).zero_()  # from +0, to which -0 adds nothing
         for value, weight in zip(values, weights, strict=True):
             sums.add_(value, alpha=weight)
-        return _round(sums / total, target)
-    sums, inexact = _checked_sums(values, weights)
-    out = _round(sums / total, target)
+        if total & (total - 1):
+            sums.div_(total)
+        elif total > 1:
+            sums.mul_(1 / total)  # exact, and three times as fast
+        if span.normal_over(total):
+            _round_normal(sums, out, scratch)
+        else:
+            out.copy_(_round(sums, out.dtype))
+        return
+    checked, inexact = _checked_sums(values, weights)
+    out.copy_(_round(checked / total, out.dtype))
     where = inexact.nonzero().reshape(-1)
     if len(where):
         columns = [value[where].double().tolist() for value in values]
         settled = [_settle(column, weights) for column in zip(*columns, strict=True)]
-        out[where] = _round(torch.tensor(settled, dtype=torch.float64), target)
-    return out
+        out[where] = _round(torch.tensor(settled, dtype=torch.float64), out.dtype)
 
 
 # -- 1. the sum, exact -----------------------------------------------------------------------------
 
 
-def _proven_exact(values: list[Tensor], total: int) -> bool:
-    """Whether every sum over this chunk is exact in float64, whatever the order.
+@dataclass(frozen=True)
+class _Span:
+    """All values are multiples of 2**bottom, and smaller than 2**top."""
 
-    Every partial sum is a multiple of the last place of the smallest nonzero value, and at most
-    `total` times the largest value. If these lie at most 53 bits apart, it is a float64.
-    """
-    integer, bits = _LAYOUT[values[0].dtype]
-    largest_integer = torch.iinfo(integer).max
-    infinity = largest_integer >> bits << bits
-    low, high = largest_integer, 0
+    bottom: int
+    top: int
+
+    def proves_exact(self, reach: int) -> bool:
+        """Whether every sum is exact in float64, whatever the order.
+
+        Every partial sum is a multiple of 2**bottom too, and at most `reach` times the largest
+        value. If these lie at most 53 bits apart, it is a float64.
+        """
+        return self.top - self.bottom + (reach - 1).bit_length() <= 53
+
+    def normal_over(self, total: int) -> bool:
+        """Whether a sum over `total` is 0 or a normal float32."""
+        return self.bottom - total.bit_length() >= -126
+
+
+def _span(values: Sequence[Tensor], scratch: _Scratch) -> _Span:
+    bottom, top = [], []
     for index, value in enumerate(values):
+        layout = _FORMATS[value.dtype]
+        largest_integer = torch.iinfo(layout.integer).max
+        infinity = largest_integer >> layout.bits << layout.bits
         # Without the sign, floats are ordered as the integers of their bits.
-        magnitude = value.view(integer) & largest_integer
+        magnitude = scratch.magnitude(layout.integer, value.numel())
+        torch.bitwise_and(value.view(layout.integer), largest_integer, out=magnitude)
         smallest, largest = (int(end) for end in torch.aminmax(magnitude))
         if largest >= infinity:
             raise NotFiniteError(index)
         if smallest == 0:  # zeros are multiples of everything
             smallest = int(torch.where(magnitude == 0, largest_integer, magnitude).min())
-        low, high = min(low, smallest), max(high, largest)
-    # A subnormal's last place is one exponent higher than its field says: on the safe side.
-    exponents = (high >> bits) - (low >> bits)
-    return exponents + 1 + bits + (total - 1).bit_length() <= 53
+            if smallest == largest_integer:  # nothing else
+                continue
+        # Subnormal numbers have the last place of the smallest normal ones.
+        low, high = (max(end >> layout.bits, 1) - layout.bias for end in (smallest, largest))
+        bottom.append(low - layout.bits)
+        top.append(high + 1)
+    return _Span(min(bottom, default=0), max(top, default=0))
 
 
 def _checked_sums(values: list[Tensor], weights: Sequence[int]) -> tuple[Tensor, Tensor]:
@@ -159,6 +223,22 @@ def _settle(column: Sequence[float], weights: Sequence[int]) -> float:
 # place of the smaller one at least, which is more than 2**-53 of it. So q differs from c by more
 # than 2**-53 of the smaller one of q and c. But rounding moves q by no more than that. Hence
 # sums = c * total. As rounding is monotone, q lies on its true side of every other such number.
+
+
+def _round_normal(quotient: Tensor, out: Tensor, scratch: _Scratch) -> None:
+    """`_round` where every quotient is 0 or a normal float32: in place, so `quotient` is lost."""
+    if out.dtype == torch.float32:
+        out.copy_(quotient)
+        return
+    # Round to odd in 24 bits: cut off the bits below, and set the last one if any of them was set.
+    # Adding `_BELOW` to them carries exactly then. What is left is a float32, so this cast to 8 or
+    # 11 bits rounds once, where torch's own from float64 would first round to 24.
+    bits, rest = quotient.view(torch.int64), scratch.long(quotient.numel())
+    torch.bitwise_and(bits, _BELOW, out=rest)
+    bits.bitwise_or_(rest.add_(_BELOW)).bitwise_and_(~_BELOW)
+    out.copy_(quotient)
+    if out.dtype == torch.float16:
+        out.add_(0.0)  # float16 alone can underflow, to -0
 
 
 def _round(quotient: Tensor, target: torch.dtype) -> Tensor:

@@ -6,10 +6,11 @@ import itertools
 import math
 from collections.abc import Sequence
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -39,7 +40,8 @@ def rounded(value: Fraction, dtype: torch.dtype) -> float:
 def reference(
     tensors: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype | None = None
 ) -> Tensor:
-    target = dtype or tensors[0].dtype
+    dtypes = {tensor.dtype for tensor in tensors}
+    target = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
     means = []
     for column in zip(*(tensor.double().tolist() for tensor in tensors), strict=True):
         total = sum(w * Fraction(v) for w, v in zip(weights, column, strict=True))
@@ -51,10 +53,22 @@ def bits(tensor: Tensor) -> list[int]:
     return tensor.reshape(-1).view(INTEGER[tensor.dtype]).tolist()
 
 
+TOO_LARGE = "too large for the dtype"
+
+
+def mean_bits(tensors: Sequence[Tensor], weights: Sequence[int], **how: Any) -> list[int] | str:
+    try:
+        return bits(exact.mean(tensors, weights, **how))
+    except exact.NotFiniteError as error:
+        if error.index is None:
+            return TOO_LARGE
+        raise
+
+
 def check(tensors: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype | None = None):
-    assert bits(exact.mean(tensors, weights, dtype=dtype)) == bits(
-        reference(tensors, weights, dtype)
-    )
+    expected = reference(tensors, weights, dtype)
+    fits = bool(torch.isfinite(expected).all())
+    assert mean_bits(tensors, weights, dtype=dtype) == (bits(expected) if fits else TOO_LARGE)
 
 
 def any_bits(dtype: torch.dtype, count: int, *, seed: int) -> Tensor:
@@ -87,6 +101,31 @@ def test_other_target_dtypes_are_rounded_once(source, target):
     check(tensors, [2, 5, 4], target)
     tiny = [tensor * 2.0**-20 for tensor in tensors]
     check(tiny, [2, 5, 4], target)
+
+
+@pytest.mark.parametrize("target", [None, *DTYPES])
+@pytest.mark.parametrize("make", [like_weights, any_bits])
+def test_mixed_dtypes_are_rounded_once(make, target):
+    tensors = [make(dtype, 1500, seed=i) for i, dtype in enumerate([*DTYPES, *DTYPES])]
+    for chosen in (tensors, tensors[:2], tensors[1:3], tensors[::2]):
+        weights = [1 + i % 4 for i in range(len(chosen))]
+        check(chosen, weights, target)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("weights", [(1, 1, -1), (3, -2), (-1, 2, -3, 7), (2**27, -(2**27) + 1)])
+def test_negative_weights_are_rounded_once(dtype, weights):
+    tensors = [like_weights(dtype, 1500, seed=i) for i in range(len(weights))]
+    check(tensors, weights)
+    check([tensors[0], tensors[0] * (1 + 2.0**-6), *tensors[2:]], weights)  # most cancels
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_what_negative_weights_make_too_large_is_refused(dtype):
+    largest = torch.full((3,), torch.finfo(dtype).max, dtype=dtype)
+    with pytest.raises(exact.NotFiniteError) as caught:
+        exact.mean([largest, -largest], [2, -1])
+    assert caught.value.index is None
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -206,7 +245,7 @@ def test_zeros_are_positive(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_the_proof_of_exactness_is_not_too_generous(dtype):
     """At the edge of the condition the sum needs all 53 bits, and one more would break it."""
-    _, fraction = exact._LAYOUT[dtype]
+    fraction = exact._FORMATS[dtype].bits
     smallest = torch.finfo(dtype).smallest_normal
     for exponents in range(24, 53 - fraction):
         top = smallest * 2.0**exponents * (2 - torch.finfo(dtype).eps)
@@ -215,7 +254,7 @@ def test_the_proof_of_exactness_is_not_too_generous(dtype):
         values = [torch.tensor([value], dtype=dtype) for value in (top, smallest, smallest)]
         for total in (3, 4, 5, 2**10, 2**15 + 1, 2**20, 2**28):
             weights = [total - 2, 1, 1]
-            proven = exact._proven_exact(values, total)
+            proven = exact._span(values, exact._Scratch(1)).proves_exact(total)
             assert proven == (exponents + 1 + fraction + (total - 1).bit_length() <= 53)
             if proven:
                 true = sum(w * Fraction(float(v)) for w, v in zip(weights, values, strict=True))
@@ -254,25 +293,33 @@ def test_shapes_are_kept():
     assert torch.equal(exact.mean([turned, turned], [1, 2]), turned)
 
 
-values = {
-    torch.float16: st.floats(width=16, allow_nan=False, allow_infinity=False),
-    torch.bfloat16: st.integers(0, 2**16 - 1).filter(lambda raw: raw & 0x7F80 != 0x7F80),
-    torch.float32: st.floats(width=32, allow_nan=False, allow_infinity=False),
-}
+def _value(dtype: torch.dtype) -> st.SearchStrategy[float]:
+    width = torch.iinfo(INTEGER[dtype])
+    raw = st.integers(width.min, width.max)
+    value = raw.map(lambda r: float(torch.tensor(r, dtype=INTEGER[dtype]).view(dtype)))
+    return value.filter(math.isfinite)
+
+
+values = {dtype: _value(dtype) for dtype in DTYPES}
 
 
 @st.composite
 def mixtures(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
-    dtype = draw(st.sampled_from(DTYPES))
+    """Tensors of one dtype or several, and weights of which some may be negative."""
     size = draw(st.sampled_from(SIZES))
     count = draw(st.integers(1, 6))
-    rows = [draw(st.lists(values[dtype], min_size=count, max_size=count)) for _ in range(size)]
+    several = st.lists(st.sampled_from(DTYPES), min_size=size, max_size=size)
+    dtypes = draw(st.one_of(st.sampled_from(DTYPES).map(lambda dtype: [dtype] * size), several))
+    tensors = [
+        torch.tensor(draw(st.lists(values[dtype], min_size=count, max_size=count)), dtype=dtype)
+        for dtype in dtypes
+    ]
     weight = st.one_of(st.integers(1, 9), st.integers(1, exact.MAX_TOTAL // 8))
     weights = [draw(weight) for _ in range(size)]
-    if dtype == torch.bfloat16:
-        raw = torch.tensor(rows, dtype=torch.int32).to(torch.int16)
-        return list(raw.view(dtype)), weights
-    return [torch.tensor(row, dtype=dtype) for row in rows], weights
+    if draw(st.booleans()):
+        weights = [-w if draw(st.booleans()) else w for w in weights]
+        assume(sum(weights) > 0)
+    return tensors, weights
 
 
 @settings(max_examples=400)
@@ -287,8 +334,8 @@ def test_order_and_chunking_do_not_show(mixture, random, chunk):
     tensors, weights = mixture
     pairs = list(zip(tensors, weights, strict=True))
     random.shuffle(pairs)
-    again = exact.mean([t for t, _ in pairs], [w for _, w in pairs], chunk=chunk)
-    assert bits(exact.mean(tensors, weights)) == bits(again)
+    again = mean_bits([t for t, _ in pairs], [w for _, w in pairs], chunk=chunk)
+    assert mean_bits(tensors, weights) == again
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
