@@ -234,7 +234,9 @@ def _others(run: Storage, folder: Path, shard: str) -> bool:
     others = tuple(part for part in recipe.ingredients if part.shard != shard)
     if len(others) < len(recipe.ingredients):
         staying = recipe.model_copy(update={"ingredients": others})
-        find_ingredients(staying, folder, search=[run.local("islands")])
+        for opened in find_ingredients(staying, folder, search=[run.local("islands")]):
+            with opened.weights:
+                opened.read()
     return bool(others)
 
 

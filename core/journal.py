@@ -11,9 +11,11 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from rich import filesize
 from rich.console import Console
 from rich.progress import (
     BarColumn,
+    DownloadColumn,
     MofNCompleteColumn,
     Progress,
     TextColumn,
@@ -40,13 +42,14 @@ def set_verbosity(verbose: int) -> None:
 
 
 @contextmanager
-def progress(what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
-    """Count `total` units of work, some of which may be `done` already."""
+def progress(what: str, total: int, *, done: int = 0, in_bytes: bool = False) -> Iterator[Advance]:
+    """Count `total` units of work, or bytes, some of which may be `done` already."""
     if log.level > logging.INFO:
         yield lambda n=1, note="": None
     elif console.is_terminal:
         columns = (
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"), BarColumn(),
+            DownloadColumn() if in_bytes else MofNCompleteColumn(),
             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
         )  # fmt: skip
         with Progress(*columns, console=console, transient=True) as bars:
@@ -54,10 +57,10 @@ def progress(what: str, total: int, *, done: int = 0) -> Iterator[Advance]:
             yield lambda n=1, note="": bars.update(bar, advance=n, note=note)
         log.info("%s: done", what)
     else:
-        yield _throttled(what, total, done)
+        yield _throttled(what, total, done, filesize.decimal if in_bytes else str)
 
 
-def _throttled(what: str, total: int, done: int) -> Advance:
+def _throttled(what: str, total: int, done: int, shown: Callable[[int], str]) -> Advance:
     count, said = done, time.monotonic()
 
     def advance(n: int = 1, note: str = "") -> None:
@@ -65,6 +68,6 @@ def _throttled(what: str, total: int, done: int) -> Advance:
         count += n
         if count >= total or time.monotonic() - said >= LINE_SECONDS:
             said = time.monotonic()
-            log.info("%s: %d/%d %s", what, count, total, note)
+            log.info("%s: %s/%s %s", what, shown(count), shown(total), note)
 
     return advance

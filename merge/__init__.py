@@ -2,5 +2,6 @@
 
 In: expert folders (`config.json`, safetensors weights, `atoll.json`) that share one base.
 Out: a soup folder, itself an ordinary expert on disk, with its recipe in `soup.json`.
-Open first: `soup.py` (create, add, remove on one page), then `exact.py` (why every bit is right).
+Open first: `soup.py` (create, add, remove on one page), `stream.py` (how files go through it), then
+`exact.py` (why every bit is right).
 """

@@ -58,36 +58,39 @@ def mean(
     weights: Sequence[int],
     *,
     dtype: torch.dtype | None = None,
+    out: Tensor | None = None,
     chunk: int = CHUNK,
 ) -> Tensor:
     """The mean of CPU tensors of one shape, in `dtype` or the narrowest that holds all of theirs.
 
+    It is written to `out`, a contiguous tensor of that shape, if there is one, and has its dtype.
     `weights` are integers other than 0, with a positive sum; their magnitudes sum to at most
     `MAX_TOTAL`. Raises `NotFiniteError` for NaN and infinities, in the inputs or, where the result
     does not fit into its dtype, in the result.
     """
-    first = tensors[0]
-    target = dtype or functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    if out is None:
+        widest = functools.reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+        out = torch.empty(tensors[0].shape, dtype=dtype or widest)
     assert len(tensors) == len(weights), (len(tensors), len(weights))
     assert all(weights), weights
     assert sum(weights) > 0, weights
     assert sum(map(abs, weights)) <= MAX_TOTAL, weights
-    assert {target, *(tensor.dtype for tensor in tensors)} <= set(DTYPES), target
-    assert all(tensor.shape == first.shape for tensor in tensors)
+    assert {out.dtype, *(tensor.dtype for tensor in tensors)} <= set(DTYPES), out.dtype
+    assert all(tensor.shape == out.shape for tensor in tensors)
+    assert dtype in (None, out.dtype), (dtype, out.dtype)
     # Flushed denormals would lose bits silently, and only on the thread that asked for it.
     assert float(torch.tensor(2.0**-149).double()) > 0, "torch.set_flush_denormal(False) is needed"
 
-    flat = [tensor.reshape(-1) for tensor in tensors]
-    out = torch.empty(first.numel(), dtype=target)
-    scratch = _Scratch(min(chunk, out.numel()))
-    for start in range(0, out.numel(), chunk):
-        stop = min(start + chunk, out.numel())
-        _mean([tensor[start:stop] for tensor in flat], weights, out[start:stop], scratch)
+    flat, result = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
+    scratch = _Scratch(min(chunk, len(result)))
+    for start in range(0, len(result), chunk):
+        stop = min(start + chunk, len(result))
+        _mean([tensor[start:stop] for tensor in flat], weights, result[start:stop], scratch)
     # A mean lies among its values, unless some of them count negatively.
-    bounded = min(weights) > 0 and all(tensor.dtype == target for tensor in tensors)
+    bounded = min(weights) > 0 and all(tensor.dtype == out.dtype for tensor in tensors)
     if not bounded and not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
-    return out.reshape(first.shape)
+    return out
 
 
 class _Scratch:
@@ -96,6 +99,7 @@ class _Scratch:
     def __init__(self, count: int) -> None:
         self._double = torch.empty(count, dtype=torch.float64)
         self._long = torch.empty(count, dtype=torch.int64)
+        self._single = torch.empty(count, dtype=torch.float32)
         self._magnitude = {
             integer: torch.empty(count, dtype=integer) for integer in (torch.int16, torch.int32)
         }
@@ -105,6 +109,9 @@ class _Scratch:
 
     def long(self, count: int) -> Tensor:
         return self._long[:count]
+
+    def single(self, count: int) -> Tensor:
+        return self._single[:count]
 
     def magnitude(self, integer: torch.dtype, count: int) -> Tensor:
         return self._magnitude[integer][:count]
@@ -116,7 +123,9 @@ def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _S
     if span.proves_exact(reach):
         sums = scratch.double(out.numel()).zero_()  # from +0, to which -0 adds nothing
         for value, weight in zip(values, weights, strict=True):
-            sums.add_(value, alpha=weight)
+            # torch takes float16 to float64 an element at a time, and to float32 all at once.
+            half = value.dtype == torch.float16
+            sums.add_(scratch.single(len(value)).copy_(value) if half else value, alpha=weight)
         if total & (total - 1):
             sums.div_(total)
         elif total > 1:

@@ -6,6 +6,7 @@ Soup, arXiv 2406.08431), so ingredients must agree in everything but their weigh
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -15,8 +16,9 @@ from typing import Any
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.errors import AtollError, MissingError, Refused, UsageError
+from atoll.merge import exact
 from atoll.merge.recipe import Ingredient, Recipe, check_weight
-from atoll.merge.tensors import Weights
+from atoll.merge.weights import DTYPES, Layout, Weights
 
 CONFIG_NAME = "config.json"
 # What diffusers notes about the writer; no part of the network.
@@ -28,10 +30,22 @@ _CARD_FIELDS = ("base_sha256", "family", "prediction", "schedule", "latent_space
 class Opened:
     """An ingredient, its card, its configuration and its tensors, not yet read."""
 
+    folder: Path
     ingredient: Ingredient
     card: Card
     config: Mapping[str, Any]
     weights: Weights
+
+    def read(self) -> Ingredient:
+        """The ingredient with its digest, of open weights; refused if it was another."""
+        found = self.weights.sha256()
+        if self.ingredient.sha256 not in ("", found):
+            raise Refused(
+                f"The weights of '{self.ingredient.name}' in {self.folder} are not those that are "
+                f"in the soup, sha256 {self.ingredient.sha256[:16]}...",
+                cure="restore the expert from a copy, or name the folder that holds it",
+            )
+        return self.ingredient.model_copy(update={"sha256": found})
 
 
 def open_experts(experts: Mapping[Path, int], soup: Path) -> list[Opened]:
@@ -45,8 +59,9 @@ def find_ingredients(
 ) -> list[Opened]:
     """A soup's ingredients, all but `leave`, where the recipe has them or below `search`.
 
-    The digest decides: an expert of the right name and other weights is refused. The recorded path
-    stays, wherever the expert was found, so that a soup's bytes do not tell of its travels.
+    The digest decides among several of the right name; one alone is refused when it is `read` and
+    has other weights. The recorded path stays, wherever the expert was found, so that a soup's
+    bytes do not tell of its travels.
     """
     found = []
     for ingredient in recipe.ingredients:
@@ -59,7 +74,7 @@ def find_ingredients(
                 f"its card says {opened.card.shard}",
                 cure="restore soup.json or the expert from a copy",
             )
-        found.append(replace(opened, ingredient=ingredient))
+        found.append(opened)
     return found
 
 
@@ -84,8 +99,16 @@ def check_alike(opened: Sequence[Opened]) -> None:
             raise _strangers(pair, f"{CONFIG_NAME}: {key}", ours, theirs)
         ours, theirs = first.weights.layout, other.weights.layout
         for name in sorted(ours.keys() | theirs.keys()):
-            if ours.get(name) != theirs.get(name):
+            if not _alike(ours.get(name), theirs.get(name)):
                 raise _strangers(pair, f"tensor '{name}'", ours.get(name), theirs.get(name))
+
+
+def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
+    """Of one shape and dtype, or both of dtypes that are averaged."""
+    if ours is None or theirs is None:
+        return False
+    floats = DTYPES[ours.dtype] in exact.DTYPES and DTYPES[theirs.dtype] in exact.DTYPES
+    return ours.shape == theirs.shape and (floats or ours.dtype == theirs.dtype)
 
 
 def _open(folder: Path, weight: int, soup: Path) -> Opened:
@@ -108,11 +131,11 @@ def _open(folder: Path, weight: int, soup: Path) -> Opened:
         name=card.name,
         shard=card.shard,
         weight=weight,
-        sha256=weights.sha256(),
+        sha256="",
         # realpath: a relative path is walked by the system, not by the text of a link.
         path=Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(soup))).as_posix(),
     )
-    return Opened(ingredient, card, _config(folder), weights)
+    return Opened(folder, ingredient, card, _config(folder), weights)
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -128,18 +151,16 @@ def _config(folder: Path) -> dict[str, Any]:
 
 
 def _find(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Opened:
-    changed: list[Path] = []
-    for folder in _candidates(ingredient, soup, search):
-        opened = _open(folder, ingredient.weight, soup)
-        if opened.ingredient.sha256 == ingredient.sha256:
+    candidates = [
+        replace(_open(folder, ingredient.weight, soup), ingredient=ingredient)
+        for folder in _candidates(ingredient, soup, search)
+    ]
+    for opened in candidates[:-1]:
+        with opened.weights, contextlib.suppress(Refused):
+            opened.read()
             return opened
-        changed.append(folder)
-    if changed:
-        raise Refused(
-            f"The weights of '{ingredient.name}' in {changed[0]} are not those that are in the "
-            f"soup, sha256 {ingredient.sha256[:16]}...",
-            cure="restore the expert from a copy, or name the folder that holds it",
-        )
+    if candidates:
+        return candidates[-1]
     raise UsageError(
         f"The ingredient '{ingredient.name}' is not at {soup / ingredient.path}",
         cure="name the folder that holds the experts with --ingredients DIR",
@@ -147,13 +168,13 @@ def _find(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Opened:
 
 
 def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Path]:
-    """Expert folders of the ingredient's name: where it was, then all below `search`."""
+    """Expert folders of the ingredient's name: where it was, then all others below `search`."""
     places = [Path(os.path.realpath(soup)) / ingredient.path]
     for root in search:
         if not root.is_dir():
             raise UsageError(f"There is no folder {root}")
         places += sorted(file.parent for file in root.rglob(CARD_NAME))
-    for place in places:
+    for place in dict.fromkeys(Path(os.path.realpath(place)) for place in places):
         # Others' folders below the search root may be of any kind, ensembles among them.
         try:
             card = read_card(place)

@@ -27,7 +27,10 @@ Dtype = Literal["same", "float32", "bfloat16", "float16"]
 
 
 class Ingredient(BaseModel):
-    """One member of a soup. `sha256` is of its weights; `path` is relative to the soup's folder."""
+    """One member of a soup.
+
+    `sha256` is of its weights, empty until they are read; `path` is relative to the soup's folder.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -98,6 +101,13 @@ class Recipe(BaseModel):
     def to_bytes(self) -> bytes:
         """The file's content."""
         return canonical_json(self.model_dump(mode="json"))
+
+    def asked(self, *, digests: bool) -> Self:
+        """What a soup was asked to be, without the digest that it came to, and its parts' too."""
+        parts = self.ingredients
+        if not digests:
+            parts = tuple(part.model_copy(update={"sha256": ""}) for part in parts)
+        return self.model_copy(update={"ingredients": parts, "sha256": ""})
 
     @property
     def name(self) -> str:

@@ -8,29 +8,20 @@ Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-
-import torch
-from torch import Tensor
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json
-from atoll.merge import exact
 from atoll.merge.ingredients import CONFIG_NAME, Opened, check_alike, find_ingredients, open_experts
+from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
-from atoll.merge.tensors import DTYPES, WEIGHTS_NAME, Layout, write
-
-# Elements in memory at a time, over all ingredients: 16 MiB of float32.
-_ELEMENTS = 1 << 22
-_AVERAGED = {name for name, dtype in DTYPES.items() if dtype in exact.DTYPES}
-_FORMAT_NAME = {dtype: name for name, dtype in DTYPES.items()}
+from atoll.merge.stream import stream
+from atoll.merge.weights import WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -50,9 +41,12 @@ def create(out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same") -> 
     opened = open_experts(experts, out)
     recipe = _recipe(opened, dtype)
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            _check_same(out, recipe)
-        return _make(recipe, opened, partial, out)
+        there = _taken(out)
+        # What can be told before all is read, and then the rest.
+        _check_same(out, there, recipe, read=False)
+        made = _make(recipe, opened, partial, out)
+        _check_same(out, there, made.recipe, read=True)
+        return made
 
 
 def add(soup: Path, experts: Mapping[Path, int], *, search: Sequence[Path] = ()) -> Soup:
@@ -84,20 +78,18 @@ def show(soup: Path) -> Soup:
     return Soup(soup, read_card(soup), recipe)
 
 
-def mean_file(recipe: Recipe, opened: Sequence[Opened], *, file: BinaryIO | None = None) -> str:
-    """Write the soup's weights to `file`, or to nowhere, and return their hex sha256.
+def mean_file(recipe: Recipe, opened: Sequence[Opened], *, out: Path | None = None) -> Recipe:
+    """Write the soup's weights to `out`, or to nowhere; the recipe with all digests as they are.
 
     Of every tensor only a piece of each ingredient is in memory.
     """
     opened = sorted(opened, key=lambda one: one.ingredient.name)
-    layouts = {
-        name: _target(layout, recipe.dtype) for name, layout in opened[0].weights.layout.items()
-    }
-    pieces = functools.partial(_pieces, opened=opened, layouts=layouts)
-    with ExitStack() as stack:
-        for one in opened:
-            stack.enter_context(one.weights)
-        return write(layouts, pieces, file=file)
+    layouts, rule = mean_layouts(opened, recipe.dtype), mean_rule(opened)
+    with ExitStack() as closing:
+        weights = [closing.enter_context(one.weights) for one in opened]
+        digest = stream(weights, layouts, rule, out=out)
+        ingredients = tuple(one.read() for one in opened)
+    return recipe.model_copy(update={"ingredients": ingredients, "sha256": digest})
 
 
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
@@ -142,72 +134,27 @@ def _recipe(opened: Sequence[Opened], dtype: Dtype) -> Recipe:
     return recipe
 
 
-def _check_same(out: Path, recipe: Recipe) -> None:
-    """Refuse to write over anything but the same soup."""
-    if (out / RECIPE_NAME).is_file():
-        there = Recipe.load(out)
-        if there.model_copy(update={"sha256": ""}) == recipe:
-            return
+def _taken(out: Path) -> Recipe | None:
+    """The recipe of the soup that lies there; refused where something else does."""
+    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+        return None
+    if not (out / RECIPE_NAME).is_file():
+        raise Refused(f"{out} is not empty and holds no soup", cure="name another OUT")
+    return Recipe.load(out)
+
+
+def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) -> None:
+    """Refuse to write over anything but the same soup; before it is `read`, without digests."""
+    if there is not None and there.asked(digests=read) != recipe.asked(digests=read):
         raise Refused(
             f"There is another soup at {out}",
             cure="change it with `atoll soup add` and `atoll soup remove`, or name another OUT",
         )
-    raise Refused(f"{out} is not empty and holds no soup", cure="name another OUT")
 
 
 def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
     """Fill the folder `partial`, which will lie at `soup`."""
-    with (partial / WEIGHTS_NAME).open("wb") as file:
-        digest = mean_file(recipe, opened, file=file)
-    recipe = recipe.model_copy(update={"sha256": digest})
+    recipe = mean_file(recipe, opened, out=partial / WEIGHTS_NAME)
     for name, content in small_files(recipe, opened).items():
         (partial / name).write_bytes(content)
     return Soup(soup, read_card(partial), recipe)
-
-
-def _target(layout: Layout, dtype: Dtype) -> Layout:
-    if dtype == "same" or layout.dtype not in _AVERAGED:
-        return layout
-    return replace(layout, dtype=_FORMAT_NAME[getattr(torch, dtype)])
-
-
-def _pieces(
-    name: str, *, opened: Sequence[Opened], layouts: Mapping[str, Layout]
-) -> Iterator[Tensor]:
-    """The soup's tensor in pieces: the mean of floats; integers, if all agree, as they are."""
-    layout = opened[0].weights.layout[name]
-    target = DTYPES[layouts[name].dtype]
-    step = max(_ELEMENTS // len(opened), exact.CHUNK)
-    for first in range(0, layout.count, step):
-        count = min(step, layout.count - first)
-        values = [one.weights.read(name, first, count) for one in opened]
-        if layout.dtype in _AVERAGED:
-            yield _mean(values, opened, name=name, target=target)
-            continue
-        for value, one in zip(values, opened, strict=True):
-            if not torch.equal(value.view(torch.uint8), values[0].view(torch.uint8)):
-                raise Refused(
-                    f"The {layout.dtype} tensor '{name}' differs between "
-                    f"'{opened[0].ingredient.name}' and '{one.ingredient.name}'",
-                    allowed="integer tensors that are equal in all ingredients",
-                    cure="leave one of them out",
-                )
-        yield values[0]
-
-
-def _mean(
-    values: list[Tensor], opened: Sequence[Opened], *, name: str, target: torch.dtype
-) -> Tensor:
-    weights = [one.ingredient.weight for one in opened]
-    try:
-        return exact.mean(values, weights, dtype=target)
-    except exact.NotFiniteError as error:
-        if error.index is None:
-            raise Refused(
-                f"The mean of tensor '{name}' does not fit into {str(target)[6:]}",
-                cure="leave out --dtype, or choose bfloat16 or float32",
-            ) from error
-        raise Refused(
-            f"Tensor '{name}' of '{opened[error.index].ingredient.name}' holds NaN or infinity",
-            cure="leave this expert out, and look into its training",
-        ) from error

@@ -16,7 +16,7 @@ from atoll.core.storage import sha256_file
 from atoll.merge.ingredients import check_alike, find_ingredients
 from atoll.merge.recipe import Recipe
 from atoll.merge.soup import mean_file, small_files
-from atoll.merge.tensors import WEIGHTS_NAME
+from atoll.merge.weights import WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
@@ -47,19 +47,19 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
     try:
         opened = find_ingredients(recipe, soup, search=search)
         check_alike(opened)
-        expected = mean_file(recipe, opened)
+        made = mean_file(recipe, opened)
     except Refused as refused:  # an ingredient that is not what it was
         return Verdict(soup, names, "", found, (str(refused),))
 
     problems = []
     if opened[0].card.base_sha256 != recipe.base_sha256:
         problems.append("soup.json names another base than the ingredients")
-    problems += _differences(WEIGHTS_NAME, expected, found)
-    wanted = small_files(recipe.model_copy(update={"sha256": expected}), opened)
+    problems += _differences(WEIGHTS_NAME, made.sha256, found)
+    wanted = small_files(made, opened)
     for name, content in wanted.items():
         there = sha256_file(soup / name) if (soup / name).is_file() else ""
         problems += _differences(name, hashlib.sha256(content).hexdigest(), there)
-    return Verdict(soup, names, expected, found, tuple(problems))
+    return Verdict(soup, names, made.sha256, found, tuple(problems))
 
 
 def _differences(name: str, expected: str, found: str) -> list[str]:

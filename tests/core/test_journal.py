@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator
 
 import pytest
+from rich.console import Console
 
 from atoll.core import journal
 
@@ -54,3 +56,21 @@ def test_setting_verbosity_again_does_not_double_the_lines(
     journal.set_verbosity(0)
     journal.log.info("once")
     assert capsys.readouterr().err == "once\n"
+
+
+@pytest.mark.parametrize(("in_bytes", "shown"), [(True, "2.0/5.0 GB"), (False, "2000000000/5000")])
+def test_a_terminal_has_a_bar(monkeypatch: pytest.MonkeyPatch, in_bytes: bool, shown: str) -> None:
+    screen = io.StringIO()
+    monkeypatch.setattr(journal, "console", Console(file=screen, force_terminal=True, width=120))
+    journal.set_verbosity(0)
+    with journal.progress("averaging", 5_000_000_000, in_bytes=in_bytes) as advance:
+        advance(2_000_000_000, note="well")
+    assert shown in screen.getvalue()
+    assert "well" in screen.getvalue()
+
+
+def test_bytes_are_said_as_sizes(capsys: pytest.CaptureFixture[str]) -> None:
+    journal.set_verbosity(0)
+    with journal.progress("averaging", 1_730_000_000, in_bytes=True) as advance:
+        advance(1_730_000_000)
+    assert capsys.readouterr().err == "averaging: 1.7 GB/1.7 GB \n"

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from atoll.core import disk
 from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageError
 from atoll.core.storage import sha256_folder
-from atoll.merge import exact, soup, tensors
+from atoll.merge import exact, soup
 from atoll.merge.verify import verify
+from atoll.merge.weights import INDEX_NAME, Weights
+from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 from tests.waiting import PATIENCE_SECONDS
-
-WEIGHTS = tensors.WEIGHTS_NAME
 
 
 @pytest.fixture
@@ -86,7 +86,7 @@ def change_file(path: Path, change) -> None:
         (lambda state: state.pop("conv_in.bias"), "conv_in.bias"),
         (lambda state: state.update(extra=torch.zeros(2)), "extra"),
         (lambda state: state.update({"conv_in.bias": torch.zeros(5)}), "conv_in.bias"),
-        (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].half()}), "conv_in.bias"),
+        (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].int()}), "conv_in.bias"),
         (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].double()}), "F64"),
         (lambda s: s["conv_in.bias"].fill_(float("nan")), "NaN"),
         (lambda s: s["conv_out.weight"][0, 0].fill_(float("inf")), "'conv_out.weight' of 'z'"),
@@ -220,7 +220,7 @@ def test_files_from_strangers(make_expert, pair):
         ('{"weight_map": {"x": "../../a/diffusion_pytorch_model.safetensors"}}', "outside"),
         ('{"weight_map": {"x": 3}}', "outside"),
     ):
-        (stranger / tensors.INDEX_NAME).write_text(index)
+        (stranger / INDEX_NAME).write_text(index)
         refused(Refused, pair, lambda: soup.add(pair, {stranger: 1}), word)
 
 
@@ -236,16 +236,7 @@ def test_no_space_left(make_expert, pair, monkeypatch, code, where):
 
     with monkeypatch.context() as patch:
         if where == "write":
-            real = Path.open
-
-            def open_full(self, mode="r", *args, **kwargs):
-                file = real(self, mode, *args, **kwargs)
-                if self.name != WEIGHTS or "w" not in mode:
-                    return file
-                file.close()
-                return real(Path("/dev/full"), mode, *args, **kwargs)
-
-            patch.setattr(Path, "open", open_full)
+            patch.setattr(os, "pwrite", full)
         elif where == "fsync":
             patch.setattr(os, "fsync", full)
         else:
@@ -288,8 +279,9 @@ def test_a_dtype_that_is_too_narrow(make_expert, tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read(make_expert):
     expert = make_expert("a")
-    with tensors.Weights(expert) as weights:
+    with Weights(expert) as weights:
         last = max(weights.layout, key=lambda name: (weights.layout[name].count, name))
         os.truncate(expert / WEIGHTS, 5000)
+        piece = torch.empty(weights.layout[last].count)
         with pytest.raises(Refused, match="shorter"):
-            weights.read(last, 0, weights.layout[last].count)
+            weights.read(last, 0, piece)

@@ -18,11 +18,12 @@ from safetensors.torch import load_file, save_file
 from atoll.core.denoiser import Denoiser, read_card
 from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import sha256_file, sha256_folder
-from atoll.merge import exact, soup, tensors
+from atoll.merge import exact, soup, stream
 from atoll.merge.ledger_entry import ledger_entry
 from atoll.merge.verify import verify
+from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
+from atoll.merge.weights import Weights
 
-WEIGHTS = tensors.WEIGHTS_NAME
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -110,6 +111,24 @@ def test_a_mean_of_one_is_itself_but_for_negative_zero(make_expert, tmp_path):
     assert all(torch.equal(mean[name], itself[name]) for name in itself)
 
 
+def test_experts_of_several_dtypes_meet_in_the_widest_or_in_the_chosen_one(make_expert, tmp_path):
+    dtypes = (torch.float16, torch.bfloat16, torch.float32)
+    experts = [make_expert(name, dtype=dtype) for name, dtype in zip("abc", dtypes, strict=True)]
+    parts = [load_file(path / WEIGHTS) for path in experts]
+    for chosen, several, dtype in (
+        ("same", 3, None),
+        ("same", 2, None),
+        ("bfloat16", 3, dtypes[1]),
+    ):
+        folder = tmp_path / f"{chosen}-{several}"
+        soup.create(folder, dict.fromkeys(experts[:several], 1), dtype=chosen)
+        assert verify(folder).holds
+        for name, value in load_file(folder / WEIGHTS).items():
+            values = [part[name] for part in parts[:several]]
+            assert value.dtype == (dtype or torch.float32)
+            assert torch.equal(value, exact.mean(values, [1] * several, dtype=dtype))
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_is_rounded_once_and_survives_changes(make_expert, tmp_path, dtype):
     experts = [make_expert(name) for name in "abc"]
@@ -143,25 +162,9 @@ def test_integer_tensors_that_agree_are_copied_and_pieces_do_not_show(
     assert state["empty"].shape == (0, 3)
     assert float(state["scalar"]) == 1.0
     assert torch.equal(state["half"], torch.ones(5, dtype=torch.float16))
-    monkeypatch.setattr(soup, "_ELEMENTS", 1)
+    monkeypatch.setattr(stream, "_PIECE_BYTES", 800)
     monkeypatch.setattr(exact, "CHUNK", 17)
     assert files(soup.create(tmp_path / "pieces", dict.fromkeys(experts, 1)).path) == files(out)
-
-
-def test_little_is_in_memory_at_a_time(make_expert, tmp_path, monkeypatch):
-    experts = [make_expert(name) for name in "abc"]
-    monkeypatch.setattr(soup, "_ELEMENTS", 30)
-    monkeypatch.setattr(exact, "CHUNK", 10)
-    asked = []
-    read = tensors.Weights.read
-
-    def spy(self, name, first, count):
-        asked.append(count)
-        return read(self, name, first, count)
-
-    monkeypatch.setattr(tensors.Weights, "read", spy)
-    soup.create(tmp_path / "soup", dict.fromkeys(experts, 1))
-    assert max(asked) == 10
 
 
 def test_verify_recomputes(make_expert, tmp_path):
@@ -270,7 +273,7 @@ def test_sharded_experts_give_the_same_mean(make_expert, tmp_path):
     network = UNet2DConditionModel.from_pretrained(b)
     (b / WEIGHTS).unlink()
     network.save_pretrained(b, max_shard_size="3KB")
-    assert len(tensors.Weights(b).files) > 1
+    assert len(Weights(b).files) > 1
     sharded = soup.create(tmp_path / "sharded", {a: 1, b: 1}).path
     assert files(sharded)[WEIGHTS] == files(expected)[WEIGHTS]
     assert verify(sharded).holds

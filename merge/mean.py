@@ -1,0 +1,71 @@
+"""The rule of a soup: a tensor's mean where it holds floats, itself where integers all agree."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from atoll.core.errors import Refused
+from atoll.merge import exact
+from atoll.merge.ingredients import Opened
+from atoll.merge.recipe import Dtype
+from atoll.merge.stream import Rule
+from atoll.merge.weights import DTYPES, Layout
+
+_AVERAGED = {name for name, dtype in DTYPES.items() if dtype in exact.DTYPES}
+_FORMAT_NAME = {dtype: name for name, dtype in DTYPES.items()}
+
+
+def mean_layouts(opened: Sequence[Opened], dtype: Dtype) -> dict[str, Layout]:
+    """What the mean of ingredients that are alike looks like."""
+    return {name: _mean_layout(name, opened, dtype) for name in opened[0].weights.layout}
+
+
+def mean_rule(opened: Sequence[Opened]) -> Rule:
+    """The exact mean of ingredients by their weights; errors name tensor and ingredient."""
+    names = [one.ingredient.name for one in opened]
+    weights = [one.ingredient.weight for one in opened]
+
+    def rule(name: str, values: Sequence[Tensor], out: Tensor) -> None:
+        if values[0].dtype not in exact.DTYPES:
+            _same(name, values, names)
+            out.copy_(values[0])
+            return
+        try:
+            exact.mean(values, weights, out=out)
+        except exact.NotFiniteError as error:
+            if error.index is None:
+                raise Refused(
+                    f"The mean of tensor '{name}' does not fit into {str(out.dtype)[6:]}",
+                    cure="leave out --dtype, or choose bfloat16 or float32",
+                ) from error
+            raise Refused(
+                f"Tensor '{name}' of '{names[error.index]}' holds NaN or infinity",
+                cure="leave this expert out, and look into its training",
+            ) from error
+
+    return rule
+
+
+def _mean_layout(name: str, opened: Sequence[Opened], dtype: Dtype) -> Layout:
+    layouts = [one.weights.layout[name] for one in opened]
+    if layouts[0].dtype not in _AVERAGED:
+        return layouts[0]
+    widest = functools.reduce(torch.promote_types, (DTYPES[each.dtype] for each in layouts))
+    chosen = widest if dtype == "same" else getattr(torch, dtype)
+    return replace(layouts[0], dtype=_FORMAT_NAME[chosen])
+
+
+def _same(name: str, values: Sequence[Tensor], names: Sequence[str]) -> None:
+    for value, other in zip(values, names, strict=True):
+        if not torch.equal(value.view(torch.uint8), values[0].view(torch.uint8)):
+            raise Refused(
+                f"The {_FORMAT_NAME[value.dtype]} tensor '{name}' differs between "
+                f"'{names[0]}' and '{other}'",
+                allowed="integer tensors that are equal in all ingredients",
+                cure="leave one of them out",
+            )

@@ -1,0 +1,206 @@
+"""Streams the tensors of several weights files through a rule into one file, piece by piece.
+
+In: open `Weights`, the layout of what comes out, and a rule that makes a piece of one tensor from
+the same piece of all. Out: a safetensors file, or its digest alone. Its bytes are those of
+`safetensors.torch.save_file`, so they depend on names, shapes, dtypes and values only.
+
+Pieces are made by several threads and written in the order of the file. Memory is taken once: it
+does not grow with the model, and with the number of files pieces become smaller.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import queue
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from atoll.core.journal import progress
+from atoll.merge import exact
+from atoll.merge.weights import DTYPES, Layout, Weights, as_bytes
+
+Rule = Callable[[str, Sequence[Tensor], Tensor], None]
+"""`rule(name, values, out)` fills a tensor's piece, `(count,)`, from the same of each file."""
+
+_MEMORY_BYTES = 1 << 28  # in all buffers
+_PIECE_BYTES = 1 << 23  # of one file at a time; disks like them large
+_ALIGNED = 64  # bytes: a cache line
+_SYNCED_BYTES = 1 << 28  # between two requests that written data be put on the disk
+_NO_FALLOCATE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
+_RANK = {name: rank for rank, name in enumerate(DTYPES)}
+
+
+def stream(
+    sources: Sequence[Weights],
+    layouts: Mapping[str, Layout],
+    rule: Rule,
+    *,
+    out: Path | None = None,
+    threads: int | None = None,
+) -> str:
+    """Make every tensor of `layouts` by the rule, write the file, and return its hex sha256.
+
+    Without `out` the bytes are only hashed: what the file would be. `threads` are all processors if
+    not given. Which pieces there are, and who makes them, shows in no bit if the rule is pointwise.
+    """
+    threads = threads or len(os.sched_getaffinity(0))
+    slots = threads + 1  # one is written while each thread makes another
+    head = header(layouts)
+    with contextlib.ExitStack() as closing:
+        sink = closing.enter_context(_Sink(out, len(head) + _size(layouts)))
+        advance = closing.enter_context(progress("averaging", _size(layouts), in_bytes=True))
+        sink.put(memoryview(head))
+        buffers: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
+        for _ in range(slots):
+            buffers.put(_Buffers(_MEMORY_BYTES // slots))
+        pool = closing.enter_context(ThreadPoolExecutor(threads, "stream"))
+        closing.callback(pool.shutdown, cancel_futures=True)
+
+        def made(piece: _Piece) -> tuple[_Buffers, Tensor]:
+            taken = buffers.get()
+            dtypes = _dtypes(piece.name, sources, layouts)
+            *values, result = taken.of(piece.count, dtypes)
+            for source, value in zip(sources, values, strict=True):
+                source.read(piece.name, piece.first, value)
+            rule(piece.name, values, result)
+            return taken, result
+
+        def written(future: Future[tuple[_Buffers, Tensor]]) -> None:
+            taken, result = future.result()
+            sink.put(as_bytes(result))
+            buffers.put(taken)
+            advance(result.nbytes)
+
+        at_work: deque[Future[tuple[_Buffers, Tensor]]] = deque()
+        for piece in _pieces(sources, layouts, _MEMORY_BYTES // slots):
+            if len(at_work) == slots:
+                written(at_work.popleft())
+            at_work.append(pool.submit(made, piece))
+        while at_work:
+            written(at_work.popleft())
+        return sink.sha256.hexdigest()
+
+
+def header(layouts: Mapping[str, Layout]) -> bytes:
+    """What comes before the tensors: its own length, and where each of them lies."""
+    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name in _order(layouts):
+        begin, end = end, end + layouts[name].bytes
+        entries[name] = {
+            "dtype": layouts[name].dtype,
+            "shape": layouts[name].shape,
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)  # the data begins aligned
+    return len(text).to_bytes(8, "little") + text
+
+
+def _order(layouts: Mapping[str, Layout]) -> list[str]:
+    return sorted(layouts, key=lambda name: (_RANK[layouts[name].dtype], name))
+
+
+def _size(layouts: Mapping[str, Layout]) -> int:
+    return sum(layout.bytes for layout in layouts.values())
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """Elements of a flattened tensor."""
+
+    name: str
+    first: int
+    count: int
+
+
+def _pieces(
+    sources: Sequence[Weights], layouts: Mapping[str, Layout], memory: int
+) -> Iterator[_Piece]:
+    """All tensors in the order of the file, in pieces for which that many bytes are enough."""
+    for name in _order(layouts):
+        widths = [dtype.itemsize for dtype in _dtypes(name, sources, layouts)]
+        room = (memory - _ALIGNED * len(widths)) // sum(widths)
+        step = max(min(_PIECE_BYTES // max(widths), room), 1)
+        if step > exact.CHUNK:
+            step -= step % exact.CHUNK
+        for first in range(0, layouts[name].count, step):
+            yield _Piece(name, first, min(step, layouts[name].count - first))
+
+
+def _dtypes(
+    name: str, sources: Sequence[Weights], layouts: Mapping[str, Layout]
+) -> list[torch.dtype]:
+    """Of a tensor in every file, and of the result."""
+    return [DTYPES[layout[name].dtype] for layout in (*(s.layout for s in sources), layouts)]
+
+
+class _Buffers:
+    """Memory for one piece of every file and of the result."""
+
+    def __init__(self, memory: int) -> None:
+        self._memory = torch.empty(memory, dtype=torch.uint8)
+
+    def of(self, count: int, dtypes: Sequence[torch.dtype]) -> list[Tensor]:
+        """Tensors of `count` elements each, of these dtypes, with any content."""
+        found, at = [], 0
+        for dtype in dtypes:
+            end = at + count * dtype.itemsize
+            found.append(self._memory[at:end].view(dtype))
+            at = end + -end % _ALIGNED
+        return found
+
+
+class _Sink:
+    """The file, written and hashed from its start to its end; a context manager."""
+
+    def __init__(self, path: Path | None, size: int) -> None:
+        self._path, self._size = path, size
+        self._descriptor = -1
+        self._written = self._synced = 0
+        self._syncing = ThreadPoolExecutor(1, "sync")
+        self._sync: Future[None] | None = None
+        self.sha256 = hashlib.sha256()
+
+    def __enter__(self) -> Self:
+        if self._path is None:
+            return self
+        self._descriptor = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o666)
+        try:
+            # In one stretch, and no space left is found before anything is computed.
+            os.posix_fallocate(self._descriptor, 0, self._size)
+        except OSError as error:
+            if error.errno not in _NO_FALLOCATE:
+                os.close(self._descriptor)
+                raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._syncing.shutdown()
+        if self._path is not None:
+            os.close(self._descriptor)
+
+    def put(self, data: memoryview) -> None:
+        """The next bytes."""
+        self.sha256.update(data)
+        while self._path is not None and data:
+            done = os.pwrite(self._descriptor, data, self._written)
+            self._written += done
+            data = data[done:]
+        if self._written - self._synced >= _SYNCED_BYTES:
+            # So that whoever waits for the whole file to be on the disk need not wait for all.
+            if self._sync is not None:
+                self._sync.result()
+            self._sync = self._syncing.submit(os.fdatasync, self._descriptor)
+            self._synced = self._written

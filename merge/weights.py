@@ -1,0 +1,217 @@
+"""The tensors of one component folder: where they lie, read in pieces, hashed on the way.
+
+Reads `diffusion_pytorch_model.safetensors` or diffusers' sharded index beside it. Format:
+https://huggingface.co/docs/safetensors (little-endian, header first).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from atoll.core.errors import MissingError, Refused
+
+WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
+INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+
+# The format's names, in the order in which the library lays tensors out: wide ones first, so that
+# every tensor stays aligned. Others (float8, float64, complex) have no place in a soup.
+DTYPES: dict[str, torch.dtype] = {
+    "U64": torch.uint64,
+    "I64": torch.int64,
+    "F32": torch.float32,
+    "U32": torch.uint32,
+    "I32": torch.int32,
+    "BF16": torch.bfloat16,
+    "F16": torch.float16,
+    "U16": torch.uint16,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_HASHED_BYTES = 1 << 22  # at a time, where a file is read for its digest alone
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A tensor's dtype by the format's name, and its shape."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def bytes(self) -> int:
+        return self.count * DTYPES[self.dtype].itemsize
+
+
+class Weights:
+    """The tensors of one component folder; a context manager that opens and closes its files.
+
+    While it is open, any thread may read. Every file is hashed from its start to its end beside the
+    reading, so that what is read in the order of the file is read once.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.layout: dict[str, Layout] = {}
+        self._files: list[_File] = []
+        self._places: dict[str, tuple[_File, int]] = {}  # file, and bytes from its start
+        for path in _paths(folder):
+            file = _File(path)
+            self._files.append(file)
+            for name, layout, offset in _header(path):
+                if name in self.layout:
+                    raise Refused(f"{folder} holds the tensor '{name}' twice")
+                self.layout[name] = layout
+                self._places[name] = (file, offset)
+
+    @property
+    def files(self) -> list[Path]:
+        """The weights files, sorted by name."""
+        return [file.path for file in self._files]
+
+    def __enter__(self) -> Self:
+        for file in self._files:
+            file.open()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for file in self._files:
+            file.close()
+
+    def sha256(self) -> str:
+        """Hex sha256 of the weights file; of several, over their sorted `sha256  name` lines.
+
+        The rest of what was not read since the files were opened is read for it.
+        """
+        digests = [(file.sha256(), file.path.name) for file in self._files]
+        if len(digests) == 1:
+            return digests[0][0]
+        lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
+        return hashlib.sha256(lines.encode()).hexdigest()
+
+    def read(self, name: str, first: int, piece: Tensor) -> None:
+        """Fill `piece`, `(count,)`, with the flattened tensor's elements from `first` on."""
+        file, offset = self._places[name]
+        file.read(offset + first * piece.itemsize, as_bytes(piece))
+
+
+class _File:
+    """One file, read at any place and hashed in order."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._descriptor = -1
+        self._hashing = threading.Lock()
+
+    def open(self) -> None:
+        self._descriptor = os.open(self.path, os.O_RDONLY)
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
+        self._sha256, self._hashed = hashlib.sha256(), 0  # bytes from the start
+
+    def close(self) -> None:
+        os.close(self._descriptor)
+
+    def read(self, at: int, into: memoryview) -> None:
+        self._fill(at, into)
+        end = at + len(into)
+        with self._hashing:
+            # Another thread may be ahead, or behind: then the gap is read here.
+            self._hash_up_to(at)
+            if self._hashed < end:
+                self._sha256.update(into[self._hashed - at :])
+                self._hashed = end
+
+    def sha256(self) -> str:
+        with self._hashing:
+            self._hash_up_to(os.fstat(self._descriptor).st_size)
+            return self._sha256.hexdigest()
+
+    def _hash_up_to(self, end: int) -> None:
+        while self._hashed < end:
+            data = memoryview(bytearray(min(end - self._hashed, _HASHED_BYTES)))
+            self._fill(self._hashed, data)
+            self._sha256.update(data)
+            self._hashed += len(data)
+
+    def _fill(self, at: int, into: memoryview) -> None:
+        while into:
+            got = os.preadv(self._descriptor, [into], at)
+            if not got:
+                raise Refused(f"{self.path} became shorter while it was read")
+            into, at = into[got:], at + got
+
+
+def as_bytes(piece: Tensor) -> memoryview:
+    """The memory of a contiguous tensor."""
+    return piece.reshape(-1).view(torch.uint8).numpy().data
+
+
+def _paths(folder: Path) -> list[Path]:
+    """The weights files of a component folder, sorted by name."""
+    if (folder / WEIGHTS_NAME).is_file():
+        return [folder / WEIGHTS_NAME]
+    index = folder / INDEX_NAME
+    try:
+        names = set(json.loads(index.read_text())["weight_map"].values())
+    except FileNotFoundError:
+        raise MissingError(
+            f"There are no weights in {folder}", allowed=f"{WEIGHTS_NAME} or {INDEX_NAME}"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise Refused(f"{index} is not an index of safetensors files ({error!r})") from error
+    # An index from a stranger must not lead out of its folder.
+    if not names or not all(isinstance(n, str) and n == os.path.basename(n) for n in names):
+        raise Refused(f"{index} names files outside its folder", allowed="names of files beside it")
+    for name in sorted(names):
+        if not (folder / name).is_file():
+            raise MissingError(f"{index} names {name}, which is not there")
+    return [folder / name for name in sorted(names)]
+
+
+def _header(file: Path) -> list[tuple[str, Layout, int]]:
+    """The checked header of one file: each tensor's name, layout and bytes from the start."""
+    # The format's own library refuses overlaps, gaps, wrong sizes and truncated files.
+    try:
+        with safe_open(file, framework="pt"):
+            pass
+    except (SafetensorError, OSError) as error:
+        raise Refused(f"{file} is not a safetensors file: {error}") from error
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    found = []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        if entry["dtype"] not in DTYPES:
+            raise Refused(
+                f"The tensor '{name}' of {file} is {entry['dtype']}",
+                allowed=", ".join(DTYPES),
+                cure="convert the expert to float32, bfloat16 or float16",
+            )
+        layout = Layout(entry["dtype"], tuple(entry["shape"]))
+        found.append((name, layout, 8 + length + entry["data_offsets"][0]))
+    return found
