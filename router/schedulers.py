@@ -26,6 +26,7 @@ from atoll.core import sampler
 from atoll.core.errors import UsageError
 
 _FLOW = "flow_prediction"
+_NOISE = 0.99  # a solver in log-SNR cannot begin at 1, where that is infinite, but close to it
 
 
 class _Unscaled:
@@ -59,6 +60,7 @@ class FlowDPMSolver(DPMSolverMultistepScheduler):  # type: ignore[misc]
         """As diffusers', with fractions; a configuration that is of no flow is refused."""
         check_flow(self)
         super().set_timesteps(num_inference_steps, device=device, mu=mu, timesteps=timesteps)
+        check_grid(self, given=timesteps is not None)
         self.timesteps = _exact(self).to(device)
 
 
@@ -76,6 +78,7 @@ class FlowUniPC(UniPCMultistepScheduler):  # type: ignore[misc]
         check_flow(self)
         grid = None if sigmas is None else np.asarray(sigmas)
         super().set_timesteps(num_inference_steps, device=device, sigmas=grid, mu=mu)
+        check_grid(self, given=sigmas is not None)
         self.timesteps = _exact(self).to(device)
 
 
@@ -99,6 +102,29 @@ def check_flow(scheduler: SchedulerMixin) -> None:
         )
 
 
+def check_grid(scheduler: SchedulerMixin, *, given: bool = False) -> None:
+    """Refuse times that do not lead from noise to data, once a scheduler has set them.
+
+    Some settings of diffusers' are meant for schedules whose sigmas go far beyond 1; on a flow they
+    give NaN, or take pure noise for a picture that is nearly done, and nothing is said. Times that
+    were `given` may begin on the way.
+    """
+    sigmas = torch.as_tensor(scheduler.sigmas)
+    first, least = float(sigmas[0]), 0.0 if given else _NOISE
+    # All false of NaN. Shifts may round the first one to just above 1.
+    falling = bool((sigmas.diff() <= 0).all())
+    if not (falling and least <= first <= 1 + 1e-6 and float(sigmas[-1]) >= 0):
+        name = type(scheduler).__name__
+        shown = ", ".join(f"{value:.3g}" for value in sigmas.tolist())
+        raise UsageError(
+            f"The scheduler {name} is set to go by sigmas of {shown}",
+            allowed="sigmas that fall from 1, noise, to 0, data",
+            cure=f"{name}.from_config(pipe.scheduler.config, use_karras_sigmas=False, "
+            "use_exponential_sigmas=False, use_beta_sigmas=False), use_lu_lambdas=False and no "
+            "shift_terminal where it knows them",
+        )
+
+
 def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> None:
     """Ready a scheduler for a number of steps from noise to data, on our grid if it takes one."""
     check_flow(scheduler)
@@ -112,5 +138,6 @@ def set_times(scheduler: SchedulerMixin, steps: int, device: torch.device) -> No
         raise UsageError(
             f"The scheduler {type(scheduler).__name__} does not take {steps} steps: {error}"
         ) from error
+    check_grid(scheduler)
     # It would look its place up by the timestep, and some have two of the same.
     scheduler.set_begin_index(0)

@@ -229,6 +229,35 @@ def test_a_scheduler_of_another_kind_is_refused(pipe: Any, scheduler: Any) -> No
         pipe("1", num_inference_steps=2)
 
 
+@pytest.mark.parametrize("setting", ["karras_sigmas", "exponential_sigmas", "beta_sigmas"])
+@pytest.mark.parametrize(
+    "kind", [DPMSolverMultistepScheduler, UniPCMultistepScheduler, FlowDPMSolver, FlowUniPC]
+)
+def test_times_that_do_not_lead_from_noise_to_data_are_refused(
+    pipe: Any, kind: Any, setting: str
+) -> None:
+    """On a flow diffusers makes of these settings NaN, or a rising grid, and says nothing."""
+    flow = {"use_flow_sigmas": True, "prediction_type": "flow_prediction"}
+    pipe.scheduler = kind(**flow, **{f"use_{setting}": True})
+    with pytest.raises(UsageError, match=f"{kind.__name__} is set to go by sigmas of") as caught:
+        pipe("1", num_inference_steps=4)
+    assert f"use_{setting}=False" in (caught.value.cure or "")
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_shift_of_the_end_takes_more_than_one_step(pipe: Any) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift_terminal=0.1)
+    assert bool(pipe("1", num_inference_steps=2, output_type="latent").images.isfinite().all())
+    with pytest.raises(UsageError, match="sigmas of nan"):
+        pipe("1", num_inference_steps=1)
+
+
+@pytest.mark.parametrize("setting", ["karras_sigmas", "exponential_sigmas", "beta_sigmas"])
+def test_grids_that_do_lead_there_are_taken(pipe: Any, setting: str) -> None:
+    pipe.scheduler = FlowMatchEulerDiscreteScheduler(**{f"use_{setting}": True})
+    assert bool(pipe("1", num_inference_steps=4, output_type="latent").images.isfinite().all())
+
+
 def test_heun_draws_once_a_step(world: SmoothWorld, pipe: Any) -> None:
     """By the posterior of its first evaluation; the second, elsewhere, runs the same experts."""
     swapped(pipe, STOCK, "Heun")
