@@ -26,7 +26,7 @@ from atoll.core.manifest import Manifest, Plan
 from atoll.core.pack import Pack, join
 from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk, TrunkConfig, first_stride
-from atoll.islands.island import _head_course
+from atoll.islands.island import head_course
 from atoll.islands.loop import Loop
 from atoll.islands.settings import HeadTraining, TrainConfig, TrunkTraining
 from atoll.islands.train_head import anchor_of, calibrate, head_loss, label_shares
@@ -145,7 +145,7 @@ def _head(
     )
     anchor = anchor_of(commons, training.broad, held_out=False)
     loss = head_loss(head, trunk, pack, anchor, training, seed=0)
-    course = _head_course(TrainConfig(head=training), Plan(batch=1, images_seen=1), cost=0.0)
+    course = head_course(TrainConfig(head=training), Plan(batch=1, images_seen=1), cost=0.0)
     Loop(run, f"work/{name}", head, replace(course, checkpoint_seconds=None), name=name).run(loss)
     return calibrate(head, trunk, pack, commons, training, seed=0)
 

@@ -269,7 +269,9 @@ def resident_bytes() -> int:
     raise OSError("/proc/self/status has no VmRSS")
 
 
-def paged_memory(folder: Path, recipe: str, picture: Picture) -> dict[str, float]:
+def paged_memory(
+    folder: Path, recipe: str, picture: Picture, dtype: torch.dtype
+) -> dict[str, float]:
     """Most resident bytes beyond those before, as shares of one expert, with room for one."""
     import threading
 
@@ -290,7 +292,7 @@ def paged_memory(folder: Path, recipe: str, picture: Picture) -> dict[str, float
         thread.start()
         count = 1 if text == "once" else 2
         settings = sample_settings(count, SHARDS[: len(folders)], routing=text)
-        experts = PagedExperts(folders, budget=size)
+        experts = PagedExperts(folders, budget=size, dtype=dtype)
         trajectory = Trajectory(
             experts,
             lambda x_t, t, cond: x_t.new_full((len(x_t), len(folders)), 1 / len(folders)),
@@ -308,20 +310,27 @@ def paged_memory(folder: Path, recipe: str, picture: Picture) -> dict[str, float
     return found
 
 
-def memory(recipe: str, picture: Picture, count: int) -> list[Row]:
-    """Rows of the paged mode's peak, in a process that has made no experts."""
+def memory(
+    recipe: str, picture: Picture, count: int, dtype: torch.dtype = torch.float32
+) -> list[Row]:
+    """Rows of the paged mode's peak, in a process that has made no experts, with files of `dtype`.
+
+    A file is a few kilobytes more than the weights in it, which are what a budget counts.
+    """
+    name = str(dtype)[6:]
     with tempfile.TemporaryDirectory() as scratch:
         case = Case(recipe, picture, torch.device("cpu"), torch.float32, batch=1, steps=1)
         for k in range(count):
             network = build(recipe_of(recipe), picture, WIDTH, seed=k, pooled_width=WIDTH)
+            torch.nn.ModuleList([network]).to(dtype)
             Denoiser(network, case.card(SHARDS[k])).save(Path(scratch) / SHARDS[k])
             del network
-        command = [sys.executable, "-m", "benchmarks.routing", "--paged", scratch, recipe]
+        command = [sys.executable, "-m", "benchmarks.routing", "--paged", scratch, recipe, name]
         told = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     found: Mapping[str, float] = json.loads(told.splitlines()[-1])
     return [
         row(
-            f"paged `{text}`, peak of resident memory", found[text], "experts",
+            f"paged `{text}` in {name}, peak of resident memory", found[text], "experts",
             against=f"{count} experts of {recipe}, room for one; {found[f'{text} loads']:.0f} were "
             "brought in, activations included", at_most=2.0,
         )
@@ -344,12 +353,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--quick", action="store_true", help="a minute, on tiny experts")
     parser.add_argument("--json", action="store_true")
-    parser.add_argument("--paged", nargs=2, help=argparse.SUPPRESS)
+    parser.add_argument("--paged", nargs=3, help=argparse.SUPPRESS)
     given = parser.parse_args()
     torch.set_num_threads(1)
     if given.paged:
-        folder, recipe = given.paged
-        print(json.dumps(paged_memory(Path(folder), recipe, GPU.picture)))  # noqa: T201
+        folder, recipe, name = given.paged
+        found = paged_memory(Path(folder), recipe, GPU.picture, getattr(torch, name))
+        print(json.dumps(found))  # noqa: T201
         return
     rows = routings(CPU, QUICK if given.quick else FULL)
     if torch.cuda.is_available():
@@ -358,7 +368,8 @@ def main() -> None:
     else:
         name = f"GPU, batches of {GPU.batch}: mass:0.9, in passes of one expert"
         rows.append(unmeasured(row(name, None, "times", at_most=0), "no CUDA device"))
-    rows += memory(*PAGED)
+    for dtype in (torch.float32, torch.bfloat16):
+        rows += memory(*PAGED, dtype)
     show("routing", rows, as_json=given.json)
 
 

@@ -126,16 +126,19 @@ class Denoiser:
         write_card(folder, self.card)
 
     @classmethod
-    def load(cls, folder: Path) -> Denoiser:
+    def load(cls, folder: Path, dtype: torch.dtype | None = None) -> Denoiser:
         """Read a folder; the class comes from our table by the card's family, never from disk."""
         card = read_card(folder)
-        return cls(load_network(folder, card.family), card)
+        return cls(load_network(folder, card.family, dtype), card)
 
 
-def load_network(folder: Path, family: str, **changes: Any) -> nn.Module:
+def load_network(
+    folder: Path, family: str, dtype: torch.dtype | None = None, **changes: Any
+) -> nn.Module:
     """A family's network from a component folder, in evaluation mode; loading is strict.
 
-    `changes` replace values of its configuration.
+    It is in `dtype`, float32 by default, whatever its file is in. `changes` replace values of its
+    configuration.
     """
     if family not in FAMILIES:
         raise Refused(f"{folder} is of unknown family '{family}'", allowed=", ".join(FAMILIES))
@@ -152,6 +155,7 @@ def load_network(folder: Path, family: str, **changes: Any) -> nn.Module:
             local_files_only=True,
             use_safetensors=True,
             output_loading_info=True,
+            torch_dtype=dtype,  # so that it never stands in memory in a wider one
             **changes,
         )
     # The last three are what a damaged configuration makes of constructors.
@@ -159,6 +163,9 @@ def load_network(folder: Path, family: str, **changes: Any) -> nn.Module:
         raise MissingError(f"The weights in {folder} cannot be loaded: {error}") from error
     if found["missing_keys"] or found["unexpected_keys"] or found["mismatched_keys"]:
         raise Refused(f"The weights in {folder} are not those of its config.json: {found}")
+    # Some tables of positions it leaves in float32. Within a list, since diffusers warns of modules
+    # that are not there when its own are cast.
+    nn.ModuleList([network]).to(dtype)
     module: nn.Module = network.eval()
     return module
 

@@ -16,16 +16,15 @@ def choose_routing(evaluation: Evaluation, ensemble: str, ensemble_sha256: str) 
 
     Only those are asked whose shares of shards are right, or else the one whose shares are nearest,
     and whose KID in the encoder's space cannot be told from the least. Where its gate is not to be
-    trusted it is what the gate's calibration recommends, if that was measured.
+    trusted it is what the gate's calibration recommends, whether that was measured or not.
     """
     rows = [row for row in evaluation.rows if row.ensemble == ensemble]
     if not rows:
         return None
     gate = evaluation.gates.get(ensemble)
     if gate is not None and gate.recommended is not None:
-        safe = [row for row in rows if row.routing == gate.recommended]
-        if safe:
-            return _chosen(safe[0], "its gate is not to be trusted on the way", ensemble_sha256)
+        why = "its gate is not to be trusted on the way"
+        return Chosen(routing=gate.recommended, why=why, ensemble_sha256=ensemble_sha256)
     fair = [row for row in rows if _excess(row) <= SHARE_MARGIN]
     asked = fair or [min(rows, key=_excess)]
     best = min(asked, key=lambda row: row.spaces[ENCODER].kid.value)
@@ -35,12 +34,9 @@ def choose_routing(evaluation: Evaluation, ensemble: str, ensemble_sha256: str) 
         good,
         key=lambda row: (row.passes_per_picture or 0.0, _truncates(row), asked.index(row)),
     )
-    return _chosen(taken, _why(rows, fair, good, taken), ensemble_sha256)
-
-
-def _chosen(row: Row, why: str, ensemble_sha256: str) -> Chosen:
-    assert row.routing is not None
-    return Chosen(routing=row.routing, why=why, ensemble_sha256=ensemble_sha256)
+    assert taken.routing is not None
+    why = _why(rows, fair, good, taken)
+    return Chosen(routing=taken.routing, why=why, ensemble_sha256=ensemble_sha256)
 
 
 def _truncates(row: Row) -> bool:

@@ -216,7 +216,7 @@ def _head(run: Storage, order: IslandOrder, pack: Pack, commons: Pack, group: Gr
     trunk = load_trunk(run, order.trunk)
     config = HeadConfig(shard=order.name, trunk_sha256=order.trunk.sha256)
     place = f"{island_folder(order.name)}/{HEAD_TRAINING}"
-    course = _head_course(order.config, order.plan, cost=_head_cost(run, order, trunk, pack))
+    course = head_course(order.config, order.plan, cost=_head_cost(run, order, trunk, pack))
     course = replace(course, origin={"trunk_sha256": order.trunk.sha256})
     with computing(order.config.device, order.config.threads) as device:
         shares = label_shares(trunk, pack, settings, seed=order.seed)
@@ -240,7 +240,7 @@ def _head_cost(run: Storage, order: IslandOrder, trunk: Trunk, pack: Pack) -> fl
     return 2 * (shared + recipes.training_flops(own)) / expert  # of the shard, and of the anchor
 
 
-def _head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
+def head_course(config: TrainConfig, expert: Plan, *, cost: float) -> Course:
     settings = config.head
     return Course(
         plan=plan_beside(settings, expert, cost=cost),

@@ -7,10 +7,11 @@ alone.
 from __future__ import annotations
 
 import math
+import numbers
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,8 +27,6 @@ from atoll.router.routing import (
     renormalise,
     support,
 )
-
-_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -60,25 +59,36 @@ def sample_settings(
     Samples of one seed are numbers `first` onwards. With a seed for each, every one is number
     `first` of its own, so that it is what it would be alone.
     """
-    alone = isinstance(seed, Sequence)
-    routings = _each("routing", [routing] if isinstance(routing, str) else routing, count)
-    scales = _each("guidance", [guidance] if isinstance(guidance, int | float) else guidance, count)
-    seeded = _each("seed", seed if isinstance(seed, Sequence) else [seed], count)
+    routings = _each("routing", routing, count, str, "a text")
+    scales = _each("guidance", guidance, count, numbers.Real, "a number")
+    seeded = _each("seed", seed, count, numbers.Integral, "a whole number")
+    alone = isinstance(seed, Iterable)
+    if isinstance(seed, Iterable) and count > len(list(seed)):
+        raise UsageError(
+            f"One seed in a list for {count} pictures would make {count} times the same",
+            allowed="a number, or one for each in a list",
+        )
     parsed = {text: parse_routing(text, shards) for text in dict.fromkeys(routings)}
     return [
         SampleSettings(
-            parsed[routings[i]], scales[i], int(seeded[i]), first if alone else first + i
+            parsed[routings[i]], float(scales[i]), int(seeded[i]), first if alone else first + i
         )
         for i in range(count)
     ]
 
 
-def _each(name: str, values: Sequence[_Value], count: int) -> list[_Value]:
+def _each(name: str, given: object, count: int, kind: type, what: str) -> list[Any]:
+    """`count` values of a kind, from one or from as many."""
+    several = isinstance(given, Iterable) and not isinstance(given, kind)
+    values = list(given) if several else [given]  # type: ignore[call-overload]
+    for value in values:
+        if not isinstance(value, kind) or isinstance(value, bool):
+            raise UsageError(f"The {name} is {value!r}", allowed=f"{what}, or one for each picture")
     if len(values) not in (1, count):
         raise UsageError(
             f"{len(values)} values of {name} for {count} pictures", allowed="one, or one for each"
         )
-    return list(values) * (count if len(values) == 1 else 1)
+    return values * (count if len(values) == 1 else 1)
 
 
 class Chooser:

@@ -17,7 +17,8 @@ import diffusers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atoll.core.denoiser import Card, read_card
-from atoll.core.errors import MissingError, Refused
+from atoll.core.disk import drop
+from atoll.core.errors import AtollError, MissingError, Refused
 from atoll.core.head import GateHead, HeadConfig, read_head_config
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.storage import canonical_json, sha256_folder
@@ -44,6 +45,13 @@ class EnsembleConfig(BaseModel):
     base: bool = False  # whether the expert BASE is the base itself, of the commons' records
     missing: list[str]  # shards of the run whose expert was not there when this was assembled
     family: str | None = None  # whose forward it has, where that is not the first expert's
+
+    @model_validator(mode="after")
+    def _is_in_order(self) -> EnsembleConfig:
+        # As the file is written: experts are told apart by their place, too.
+        if list(self.records) != sorted(self.records):
+            raise ValueError(f"the shards are not in the order of their names: {[*self.records]}")
+        return self
 
     @model_validator(mode="after")
     def _has_its_base(self) -> EnsembleConfig:
@@ -84,6 +92,21 @@ def write_ensemble_config(
         **config.model_dump(mode="json", exclude_none=True),
     }
     (folder / "config.json").write_bytes(canonical_json(values))
+
+
+def drop_others(folder: Path, config: EnsembleConfig) -> None:
+    """Take out what an ensemble that was saved here before has and this one has not."""
+    try:
+        before = read_ensemble_config(folder)
+    except AtollError:
+        return  # what lies here is not ours
+    joint = config.gate == "joint"
+    for shard in before.records:
+        if shard not in config.records:
+            drop(folder / "experts" / shard)
+        if joint or shard not in config.present:
+            drop(folder / "gate" / shard)
+    drop(folder / (TRUNK if joint else JOINT))
 
 
 def copy_experts(folder: Path, experts: Mapping[str, Path]) -> None:

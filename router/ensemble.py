@@ -46,6 +46,7 @@ def mix(
     A sample with a sole expert gets that expert's output untouched, not multiplied by one. The sum
     is in the order of the experts, in whatever order they were run.
     """
+    wide = torch.promote_types(x_t.dtype, torch.float32)
     rows = {k: weights[:, k].nonzero()[:, 0] for k in range(len(experts))}
     wanted = [k for k, here in rows.items() if len(here)]
     velocities = {}
@@ -53,14 +54,14 @@ def mix(
         # The whole batch goes in as it is: the same shape, so the same kernels and the same bits.
         whole = len(rows[k]) == len(x_t)
         at = (x_t, t, cond) if whole else (x_t[rows[k]], t[rows[k]], cond[rows[k]])
-        # Before the sum: in 16 bits a weight of .999 would be a sole expert's.
-        velocities[k] = experts[k](*at).to(x_t)
-    mixed = torch.zeros_like(x_t)
+        velocities[k] = experts[k](*at).to(x_t.device, wide)
+    mixed = torch.zeros_like(x_t, dtype=wide)
     for k in wanted:
         v = velocities.pop(k)
+        # Not in 16 bits, where a weight of .999 would be a sole expert's.
         w = weights[rows[k], k].to(v).reshape(-1, *([1] * (v.ndim - 1)))
         mixed[rows[k]] = torch.where(w == 1, v, mixed[rows[k]] + w * v)
-    return mixed
+    return mixed.to(x_t.dtype)
 
 
 @dataclass(frozen=True)

@@ -294,7 +294,9 @@ class Stateless:
             return mean_of_draws(sole[:, None], len(shards)).to(p)
         if rule.kind == "once":
             assert self.experts is not None
-            return mean_of_draws(_for_rows(self.experts, len(p))[:, None], len(shards)).to(p)
+            return mean_of_draws(
+                _for_rows(self.experts, len(p), self.paired)[:, None], len(shards)
+            ).to(p)
         chosen = support(rule, p)
         if self.paired:
             null, conditional = chosen.chunk(2)
@@ -347,15 +349,16 @@ def stateless(
     return Stateless(routing, chosen, paired)
 
 
-def _for_rows(experts: Tensor, batch: int) -> Tensor:
+def _for_rows(experts: Tensor, batch: int, paired: bool) -> Tensor:
     """One expert a row; with guidance a pipeline sends every picture twice."""
-    if batch not in (len(experts), 2 * len(experts)):
+    times = 2 if paired else 1
+    if batch != times * len(experts):
         raise UsageError(
             f"Experts were drawn for {len(experts)} pictures, and there are {batch} rows",
-            allowed=f"{len(experts)}, or with guidance {2 * len(experts)}",
+            allowed=f"{len(experts)}, or with guidance and paired=True {2 * len(experts)}",
             cure="call set_routing again with experts for this batch",
         )
-    return experts.repeat(batch // len(experts))
+    return experts.repeat(times)
 
 
 def _check_paired(x_t: Tensor, t: Tensor) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ from torch import Tensor
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Denoiser
 from atoll.core.disk import drop
-from atoll.core.errors import MissingError, Refused, UsageError
+from atoll.core.errors import MissingError, Refused, UsageError, did_you_mean
 from atoll.core.families import check_shapes
 from atoll.core.manifest import Picture
 from atoll.router.chooser import Chooser, SampleSettings, sample_settings
@@ -25,12 +25,13 @@ from atoll.router.component import (
     TRUNK,
     EnsembleConfig,
     check_expert,
+    drop_others,
     load_gate,
     read_ensemble_config,
     write_ensemble_config,
 )
 from atoll.router.ensemble import ExpertVelocity, Trajectory, mix
-from atoll.router.forward import TextProjection, read_call, stateless
+from atoll.router.forward import PROJECTION_NAME, TextProjection, read_call, stateless
 from atoll.router.gate import Gate, JointGate
 from atoll.router.paging import PagedExperts
 
@@ -39,6 +40,15 @@ _log = logging.getLogger("atoll")
 # Solvers in log-SNR cannot begin at 1, where that is infinite, and begin with noise a little below:
 # DPM-Solver++ at .999, UniPC at 1 - 1e-6. Of noise a head can say nothing but from the caption.
 _START = 0.999
+
+
+# What diffusers' pipelines hand to every component: with None or False nothing is asked for, and
+# the others say how to load, not what.
+_REFUSED = ("variant", "device_map", "use_flashpack", "quantization_config")
+_UNUSED = (
+    "max_memory", "offload_folder", "offload_state_dict", "low_cpu_mem_usage", "disable_mmap",
+    "use_safetensors", "local_files_only",
+)  # fmt: skip
 
 
 class EnsembleModel(ModelMixin):  # type: ignore[misc]
@@ -187,14 +197,19 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         subfolder: str = "",
         family: str | None = None,
         expert_bytes: int | None = None,
+        torch_dtype: torch.dtype | None = None,
         **options: Any,
     ) -> EnsembleModel:
-        """Read a component folder; `torch_dtype` (or `dtype`) is the dtype of the experts.
+        """Read a component folder; `torch_dtype` is that of the experts, float32 by default.
 
         `family` names whose forward the ensemble has, the first expert's by default. With
         `expert_bytes` no more than so many bytes of experts are in memory at once: they are paged
-        from the folder (`PagedExperts`), and saved as they lie there.
+        from the folder (`PagedExperts`), and saved as they lie there. `options` are those that
+        diffusers' pipelines hand to every component; what cannot be done is refused.
         """
+        _check_options(options)
+        if not (torch_dtype is None or isinstance(torch_dtype, torch.dtype)):
+            raise UsageError(f"torch_dtype is {torch_dtype!r}", allowed="a torch.dtype")
         folder = Path(folder) / subfolder
         config = read_ensemble_config(folder)
         if family is not None:
@@ -206,14 +221,11 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                     f"The expert of {place.name} is not at {place}",
                     cure="assemble the ensemble again without it, or restore the folder",
                 )
-        dtype = options.get("torch_dtype") or options.get("dtype")
-        dtype = dtype if isinstance(dtype, torch.dtype) else None
         experts: list[Denoiser] | PagedExperts
         if expert_bytes is None:
-            experts = [Denoiser.load(place) for place in places]
-            torch.nn.ModuleList(each.network for each in experts).to(dtype=dtype)
+            experts = [Denoiser.load(place, torch_dtype) for place in places]
         else:
-            experts = PagedExperts(places, budget=expert_bytes, dtype=dtype)
+            experts = PagedExperts(places, budget=expert_bytes, dtype=torch_dtype)
         if config.missing:
             _log.warning(
                 "This is the ensemble of %d of %d shards, renormalised; missing: %s",
@@ -236,9 +248,21 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
         if len(spaces) > 1:
             raise Refused(f"The experts work in different latent spaces: {sorted(spaces)}")
 
-    def save_pretrained(self, folder: str | Path, **_options: Any) -> None:
-        """Write the component folder that `from_pretrained` reads."""
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        # Experts that are paged are cast as those that are there; where they are, x_t says.
+        if self._paged is not None:
+            dtype = fn(torch.empty(0, dtype=self._paged.dtype)).dtype
+            if dtype != self._paged.dtype:
+                self._paged.cast(dtype)
+        return super()._apply(fn, recurse)
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the component folder that `from_pretrained` reads, in the place of an older one.
+
+        Experts are written in the dtype in which they are here, those that are paged as they lie.
+        """
         folder = Path(folder)
+        drop_others(folder, self.ensemble_config)
         for shard, expert in zip(self.shards, self._resident, strict=False):
             expert.save(folder / "experts" / shard)
         for shard, place in zip(
@@ -256,4 +280,21 @@ class EnsembleModel(ModelMixin):  # type: ignore[misc]
                 head.save(folder / "gate" / shard)
         if self.text_projection is not None:
             self.text_projection.save(folder)
+        else:
+            drop(folder / PROJECTION_NAME)
         write_ensemble_config(folder, self.ensemble_config)
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
+    for name, value in options.items():
+        if name not in (*_REFUSED, *_UNUSED):
+            own = ("subfolder", "family", "expert_bytes", "torch_dtype")
+            raise UsageError(
+                f"An ensemble is not loaded by '{name}'. {did_you_mean(name, own)}".strip(),
+                allowed=", ".join(own),
+            )
+        if name in _REFUSED and value not in (None, False):
+            raise UsageError(
+                f"An ensemble is not loaded by {name}={value!r}",
+                cure="leave it out; expert_bytes=... pages experts, .to(device) moves the rest",
+            )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -56,7 +57,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
 
     The least recently run goes first, of experts with the same network by being written over. They
     are on the device of what they are asked about. `dtype` None is float32, as experts are that are
-    loaded whole, whatever their files are in.
+    loaded whole, whatever their files are in. Threads that ask at once are answered in turn.
     """
 
     def __init__(
@@ -66,26 +67,35 @@ class PagedExperts(Sequence[ExpertVelocity]):
         budget: int,
         dtype: torch.dtype | None = None,
     ) -> None:
-        self._dtype = dtype or torch.float32
-        self._places = [_place(folder, self._dtype) for folder in folders]
-        self._slots: list[_Slot] = []  # the least recently run first
+        self._folders = list(folders)
         self._budget = budget
-        self._coming: list[int] = []  # still to be brought of what was asked for last
+        # A network computes with one expert's weights until it is given another's.
+        self._running = threading.RLock()
         self.loads = 0  # experts brought into memory so far
-        largest = max(self._places, key=lambda place: place.bytes)
-        if largest.bytes > budget:
+        self.cast(dtype or torch.float32)
+
+    def cast(self, dtype: torch.dtype) -> None:
+        """Have the experts in another dtype from now on; those in memory are read again."""
+        places = [_place(folder, dtype) for folder in self._folders]
+        largest = max(places, key=lambda place: place.bytes)
+        if largest.bytes > self._budget:
             raise ConfigError(
                 f"The expert at {largest.folder} has {largest.bytes / 2**30:.2f} GiB of weights, "
-                f"more than the {budget / 2**30:.2f} GiB that experts may have",
+                f"more than the {self._budget / 2**30:.2f} GiB that experts may have",
                 cure="allow more memory, or load it in 16 bits",
             )
+        with self._running:
+            self._dtype, self._places = dtype, places
+            self._slots: list[_Slot] = []  # the least recently run first
+            self._coming: list[int] = []  # still to be brought of what was asked for last
 
     def __len__(self) -> int:
         return len(self._places)
 
     def __getitem__(self, k: Any) -> Any:
         def velocity(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
-            return self.expert(k, x_t.device).velocity(x_t, t, cond)
+            with self._running:
+                return self.expert(k, x_t.device).velocity(x_t, t, cond)
 
         return velocity
 
@@ -102,7 +112,12 @@ class PagedExperts(Sequence[ExpertVelocity]):
     @property
     def folders(self) -> list[Path]:
         """Where they are read from."""
-        return [place.folder for place in self._places]
+        return list(self._folders)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the experts in memory."""
+        return self._dtype
 
     @property
     def resident(self) -> list[int]:
@@ -111,10 +126,11 @@ class PagedExperts(Sequence[ExpertVelocity]):
 
     def order(self, wanted: Sequence[int]) -> list[int]:
         """Those in memory first: they would be written over by the others."""
-        here = [k for k in self.resident if k in wanted]
-        self._coming = [k for k in wanted if k not in here]
-        self._announce()
-        return here + self._coming
+        with self._running:
+            here = [k for k in self.resident if k in wanted]
+            self._coming = [k for k in wanted if k not in here]
+            self._announce()
+            return here + self._coming
 
     def _announce(self) -> None:
         """Have the next expert read while the one before it is computed with."""
@@ -122,7 +138,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
             self._read_ahead(self._coming[0])
 
     def expert(self, k: int, device: torch.device = CPU) -> Denoiser:
-        """Expert `k` in memory, brought there if need be; good until the next one is asked for."""
+        """Expert `k` in memory, brought there if need be; good until another one is asked for."""
         place = self._places[k]
         slot = next((slot for slot in self._slots if slot.expert == k), None)
         if slot is None:
@@ -131,8 +147,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
             self._announce()
         else:
             self._slots.remove(slot)
-        # Within a list, since diffusers warns of modules that are not there when its own are cast.
-        nn.ModuleList([slot.network]).to(device, self._dtype)
+        slot.network.to(device)
         self._slots.append(slot)
         return Denoiser(slot.network, place.card)
 
@@ -151,7 +166,7 @@ class PagedExperts(Sequence[ExpertVelocity]):
                 return alike
             while room < place.bytes:
                 room += self._slots.pop(0).bytes
-        network = Denoiser.load(place.folder).network
+        network = Denoiser.load(place.folder, self._dtype).network
         return _Slot(network, place.shape, place.bytes, k)
 
     @torch.no_grad()

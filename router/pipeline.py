@@ -115,7 +115,8 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         reads it; `guidance_scale` 1 runs no null branch. Both, and `seed`, may be one for each
         picture; with a seed of its own a picture is number `first` of that seed, as it would be
         alone. `one_posterior` is as of `Trajectory`. A scheduler of two evaluations a step is
-        followed by trace and callback at each, and draws once.
+        followed by trace and callback at each, and draws once. A callback that sets
+        `pipe._interrupt` ends it there.
         """
         if output_type not in ("pil", "pt", "latent"):
             raise UsageError(f"output_type is '{output_type}'", allowed="pil, pt, latent")
@@ -123,12 +124,14 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UsageError(f"A callback asks for {sorted(unknown)}", allowed="latents")
         if generator is not None:
             raise UsageError("Noise is drawn by seed and number here", cure="seed=7 for generator")
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = _prompts(prompt)
         prompts = [text for text in prompts for _ in range(num_images_per_prompt)]
         if not prompts:
             raise UsageError("No picture is asked for", allowed="one prompt or more, '' among them")
         encoder: Encoder = self.text_encoder
         model: EnsembleModel = self.transformer
+        device = self._execution_device
+        self._interrupt = False
         picture = self._picture(height, width)
         settings = sample_settings(
             len(prompts),
@@ -138,9 +141,12 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             seed=seed,
             first=first,
         )
+        _onload(encoder)
+        cond, null = encoder.condition(prompts), encoder.condition([""])
+        _onload(model)
         trajectory = model.trajectory(
-            encoder.condition(prompts),
-            encoder.condition([""]),
+            cond,
+            null,
             settings,
             one_posterior=one_posterior,
             trace=trace,
@@ -151,10 +157,11 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             raise UsageError(
                 f"latents are {tuple(latents.shape)}", allowed=f"{(len(prompts), *picture.shape)}"
             )
-        x_t = latents.to(self.device)
+        # The path and the gate in float32 at least; experts run in their own dtype.
+        x_t = latents.to(device, torch.promote_types(latents.dtype, torch.float32))
         # A scheduler keeps its place in itself; a copy lets requests run beside one another.
         scheduler = copy.deepcopy(self.scheduler)
-        set_times(scheduler, num_inference_steps, self.device)
+        set_times(scheduler, num_inference_steps, device)
         noise = _own_noise(scheduler, settings)
         for i, timestep in enumerate(scheduler.timesteps):
             # Not the timestep, which multistep schedulers round.
@@ -163,9 +170,14 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
             x_t = scheduler.step(velocity, timestep, x_t, return_dict=False, **noise)[0]
             if callback_on_step_end is not None:
                 told = dict.fromkeys(callback_on_step_end_tensor_inputs, x_t)
-                x_t = callback_on_step_end(self, i, timestep, told).pop("latents", x_t)
+                changes = callback_on_step_end(self, i, timestep, told) or {}
+                x_t = changes.pop("latents", x_t)
+            if self._interrupt:
+                break
         if self.vae is not None and output_type != "latent":
+            _onload(self.vae)
             x_t = Autoencoder(self.vae).decode(x_t)
+        self.maybe_free_model_hooks()
         images = to_pil(x_t) if output_type == "pil" else x_t
         made = AtollOutput(images=images, trace=trajectory.trace)
         return made if return_dict else made.to_tuple()
@@ -195,7 +207,7 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
     def save_pretrained(self, save_directory: str | Path, **options: Any) -> None:
         """Write the folder that `from_pretrained` reads, `atoll.json` included.
 
-        A loaded ensemble is written back byte for byte.
+        A loaded ensemble is written back byte for byte, if it is in the dtype of its files.
         """
         super().save_pretrained(save_directory, **options)
         folder = Path(save_directory)
@@ -206,6 +218,20 @@ class AtollPipeline(DiffusionPipeline):  # type: ignore[misc]
         (folder / CARD_NAME).write_bytes(
             canonical_json(ensemble_card(list(config.records), config.missing))
         )
+
+
+def _prompts(prompt: str | Sequence[str]) -> list[str]:
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt or [])
+    if not all(isinstance(each, str) for each in prompts):
+        raise UsageError(f"The prompt is {prompt!r}", allowed="a text, or several in a list")
+    return prompts
+
+
+def _onload(component: Any) -> None:
+    """Have accelerate bring a component that it offloads, as it does where forward is called."""
+    hook = getattr(component, "_hf_hook", None)
+    if hook is not None:
+        hook.pre_forward(component)
 
 
 def _own_noise(scheduler: Any, settings: Sequence[SampleSettings]) -> dict[str, Any]:

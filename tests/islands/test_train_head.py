@@ -18,7 +18,7 @@ from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import Storage
 from atoll.core.trunk import Features, Trunk, TrunkConfig, new_trunk
 from atoll.islands.course import Course
-from atoll.islands.island import _head_course
+from atoll.islands.island import head_course
 from atoll.islands.loop import Loop
 from atoll.islands.settings import (
     DenoiserTraining,
@@ -126,7 +126,7 @@ def test_a_shard_that_is_easily_told_from_the_anchor_fails_no_head(
     settings = HeadTraining(images=24_000, broad=0.0, condition_dropout=0.02)
     config = TrainConfig(head=settings.model_copy(update={"learning_rate": 4e-3}))
     head = new_head(HEAD, trunk)
-    course = _head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
+    course = head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
     loss = head_loss(head, trunk, shard, anchor_of(commons, 0.0, held_out=False), settings, seed=0)
     place = Storage(tmp_path / "run")
     Loop(place, "head", head, course, name="head").run(loss)
@@ -308,7 +308,7 @@ def test_a_wrong_sign_off_centre_leaves_the_odds_alone() -> None:
 
 def test_a_head_commits_by_the_clock_as_its_expert_does() -> None:
     config = TrainConfig(training=DenoiserTraining(checkpoint_seconds=5))
-    course = _head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
+    course = head_course(config, Plan(batch=1, images_seen=1), cost=0.0)
     assert (course.checkpoint_seconds, course.checkpoints) == (5, 2)
 
 

@@ -304,7 +304,7 @@ def test_once_with_drawn_experts_is_the_pipelines_once(
     ).images  # fmt: skip
     drawn = model.draw(cond, seed=8, first=2)
     assert len(drawn.unique()) > 1
-    model.set_routing("once", experts=drawn.tolist())
+    model.set_routing("once", experts=drawn.tolist(), paired=guided)
     x = x_noise(sample_settings(4, model.shards, seed=8, first=2), PICTURE.shape)
     scheduler = FlowMatchEulerDiscreteScheduler()
     scheduler.set_timesteps(sigmas=sampler.times(4)[:-1].tolist())
@@ -385,6 +385,11 @@ def test_halves_that_are_no_pair_are_refused(model: EnsembleModel, encoder: Enco
     model.set_routing("once", experts=[0, 1, 0])
     with pytest.raises(UsageError, match="drawn for 3 pictures"):
         model(x_at(4), 500.0, encoder.condition(PROMPTS).tokens)
+    # Twice as many are two branches of guidance only where that was said.
+    model.set_routing("once", experts=[0, 1])
+    with pytest.raises(UsageError, match="drawn for 2 pictures") as caught:
+        model(x_at(4), 500.0, encoder.condition(PROMPTS).tokens)
+    assert "paired=True" in (caught.value.allowed or "")
 
 
 def test_a_dit_is_told_which_captions_are_empty(encoder: Encoder) -> None:

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import shutil
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -157,6 +162,48 @@ def test_in_16_bits_they_are_what_a_resident_one_is(folders: list[Path]) -> None
             assert torch.equal(paged[k](*batch(2)), alone.velocity(*batch(2)))
 
 
+def test_threads_that_ask_at_once_are_each_answered_by_their_own_expert(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of one network there is one in memory, and whoever asks next gives it other weights."""
+    expert = PagedExperts.expert
+
+    def slowly(self: PagedExperts, *asked: Any) -> Denoiser:
+        found = expert(self, *asked)
+        time.sleep(0.005)  # time enough for others, were they let in
+        return found
+
+    monkeypatch.setattr(PagedExperts, "expert", slowly)
+    same = [folders[k] for k in (0, 1, 3)]
+    resident = [Denoiser.load(folder).velocity for folder in same]
+    paged = PagedExperts(same, budget=bytes_of(folders[0]))
+
+    def velocity(experts: Sequence[Any], number: int) -> Tensor:
+        weights = torch.eye(3)[[number % 3, number // 3 % 3]]
+        with torch.no_grad():
+            return mix(experts, weights, *batch(2))
+
+    with ThreadPoolExecutor(4) as pool:
+        made = list(pool.map(partial(velocity, paged), range(27)))
+    for number, v in enumerate(made):
+        assert torch.equal(v, velocity(resident, number))
+
+
+def test_cast_they_are_read_again_within_the_budget(folders: list[Path]) -> None:
+    room = bytes_of(folders[0])
+    paged = PagedExperts(folders[:2], budget=room, dtype=torch.bfloat16)
+    small = PagedExperts(folders[:2], budget=room // 2, dtype=torch.bfloat16)
+    for dtype in (torch.bfloat16, torch.float32):
+        paged.cast(dtype)
+        alone = Denoiser.load(folders[1], dtype)
+        with torch.no_grad():
+            assert torch.equal(paged[1](*batch(2)), alone.velocity(*batch(2)))
+        assert paged.expert(1).network.dtype == dtype
+    with pytest.raises(ConfigError, match="more than"):
+        small.cast(torch.float32)
+    assert small.dtype == torch.bfloat16
+
+
 def test_files_in_16_bits_take_what_they_take_in_memory(
     folders: list[Path], tmp_path: Path
 ) -> None:
@@ -218,6 +265,8 @@ def test_a_paged_ensemble_makes_the_same_pictures_and_saves_the_same_folder(
     ]
     assert torch.equal(*made)
     assert dict(paged.config) == dict(resident.config)
+    assert paged.to(torch.bfloat16)._paged.dtype == torch.bfloat16
+    assert paged.float()._paged.dtype == torch.float32
     paged.save_pretrained(tmp_path / "saved")
     paged.save_pretrained(tmp_path / "saved")  # over itself
     EnsembleModel.from_pretrained(tmp_path / "saved", expert_bytes=room).save_pretrained(

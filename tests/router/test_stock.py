@@ -148,7 +148,8 @@ def test_once_by_drawn_experts(
         PROMPTS, routing="once", guidance_scale=guidance, num_inference_steps=STEPS, seed=6,
         output_type="latent",
     ).images  # fmt: skip
-    model.set_routing("once", experts=model.draw(encoder.condition(PROMPTS), seed=6))
+    drawn = model.draw(encoder.condition(PROMPTS), seed=6)
+    model.set_routing("once", experts=drawn, paired=guidance > 1)
     pipe = stock(kind, model, FlowEuler())
     made = sampled(kind, pipe, encoder, guidance_scale=guidance, latents=latents(), **grid("Euler"))
     torch.testing.assert_close(made, expected, rtol=2e-4, atol=2e-4)

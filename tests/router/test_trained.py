@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from accelerate.hooks import ModelHook, add_hook_to_module
 from diffusers import DiffusionPipeline
 from PIL import Image
 from safetensors.torch import load_file
@@ -194,8 +195,28 @@ def test_saving_an_ensemble_with_missing_islands(trained: Path, tmp_path: Path) 
     assert digests(tmp_path / "saved") == digests(tmp_path / "run/ensemble")
     card = json.loads((tmp_path / "saved/atoll.json").read_text())
     assert card["missing"] == ["shard-02"]
-    # What more a folder held is its owner's affair, as with any pipeline of diffusers.
     assert not (tmp_path / "saved/transformer/experts/shard-02").exists()
+
+
+def test_saved_over_an_older_one_nothing_of_what_has_left_it_stays(
+    fresh: tuple[dict[str, Tensor], Path], trained: Path, tmp_path: Path
+) -> None:
+    run, saved = Storage(shutil.copytree(trained, tmp_path / "run")), tmp_path / "saved"
+    shutil.copytree(fresh[1], saved)
+    (saved / "transformer/experts/mine").mkdir()
+    manifest = Manifest.load(run)
+    del manifest.experts["shard-02"]
+    assemble(run, manifest)
+    partial = DiffusionPipeline.from_pretrained(tmp_path / "run/ensemble")
+    partial.save_pretrained(saved)
+    (saved / "transformer/experts/mine").rmdir()  # what was never ours is its owner's affair
+    assert digests(saved) == digests(tmp_path / "run/ensemble")
+    # Nor a gate of the other kind, or what an encoder had that now is without.
+    shutil.copytree(saved / "transformer/trunk", saved / "transformer/joint")
+    partial.transformer.text_projection = None
+    partial.save_pretrained(saved)
+    assert not (saved / "transformer/joint").exists()
+    assert not (saved / "transformer/text_projection.safetensors").exists()
 
 
 # -- the pipeline ----------------------------------------------------------------------------------
@@ -230,7 +251,58 @@ def test_what_a_user_of_diffusers_tries(pipeline: Any) -> None:
         pipeline(PROMPTS[:1], latents=given, **options)
     with pytest.raises(UsageError, match=r"seed=7"):
         pipeline(PROMPTS, generator=torch.Generator(), **options)
-    assert all(hasattr(pipeline, name) for name in pipeline.model_cpu_offload_seq.split("->"))
+    numbers = {"guidance_scale": np.float32(1), "seed": np.int64(4), "callback_on_step_end": quiet}
+    assert torch.equal(pipeline(PROMPTS, **numbers, **options).images, made.images)
+
+
+def quiet(*_: Any) -> None:
+    """A callback that changes nothing, and says so by nothing."""
+
+
+def test_a_callback_may_end_it(pipeline: Any) -> None:
+    seen = []
+
+    def twice(pipe: Any, step: int, _t: Tensor, _told: dict[str, Any]) -> dict[str, Any]:
+        seen.append(step)
+        pipe._interrupt = step == 1
+        return {}
+
+    options: dict[str, Any] = {"num_inference_steps": 4, "output_type": "pt"}
+    ended = pipeline("a bright dot", callback_on_step_end=twice, trace=True, **options)
+    assert (seen, len(ended.trace)) == ([0, 1], 2)
+    whole = pipeline("a bright dot", callback_on_step_end=quiet, trace=True, **options)
+    assert len(whole.trace) == 4
+
+
+def test_16_bit_noise_does_not_make_a_16_bit_path(pipeline: Any) -> None:
+    settings = sample_settings(len(PROMPTS), pipeline.transformer.shards, seed=4)
+    given = x_noise(settings, pipeline.transformer.ensemble_config.picture.shape).bfloat16()
+    options: dict[str, Any] = {"num_inference_steps": 3, "output_type": "pt"}
+    made = pipeline(PROMPTS, latents=given, **options).images
+    assert made.dtype == torch.float32
+    assert torch.equal(made, pipeline(PROMPTS, latents=given.float(), **options).images)
+
+
+def test_offloaded_components_are_brought_where_they_are_used(folder: Path) -> None:
+    """accelerate brings a component when its forward is called; here other methods are."""
+    pipe, brought = DiffusionPipeline.from_pretrained(folder), []
+
+    class Hook(ModelHook):  # type: ignore[misc]
+        def __init__(self, name: str) -> None:
+            self.name, self.execution_device = name, torch.device("cpu")
+
+        def pre_forward(self, module: Any, *given: Any, **named: Any) -> Any:
+            if self.name not in brought:
+                brought.append(self.name)
+            return super().pre_forward(module, *given, **named)
+
+    expected = pipe(PROMPTS, num_inference_steps=2, output_type="pt").images
+    for name in ("text_encoder", "transformer"):
+        assert name in pipe.model_cpu_offload_seq
+        add_hook_to_module(getattr(pipe, name), Hook(name))
+    made = pipe(PROMPTS, num_inference_steps=2, output_type="pt").images
+    assert brought == ["text_encoder", "transformer"]
+    assert torch.equal(made, expected)
 
 
 def test_concurrent_calls_do_not_disturb_one_another(pipeline: Any) -> None:
@@ -281,6 +353,15 @@ def test_the_seed_decides(pipeline: Any) -> None:
         ({"output_type": "np"}, "output_type is 'np'"),
         ({"prompt": []}, "No picture"),
         ({"num_images_per_prompt": 0}, "No picture"),
+        ({"prompt": None}, "No picture"),
+        ({"prompt": [3]}, "The prompt is [3]"),
+        ({"guidance_scale": None}, "The guidance is None"),
+        ({"guidance_scale": "2"}, "The guidance is '2'"),
+        ({"seed": None}, "The seed is None"),
+        ({"seed": 1.7}, "The seed is 1.7"),
+        ({"seed": True}, "The seed is True"),
+        ({"routing": 3}, "The routing is 3"),
+        ({"seed": [7], "num_images_per_prompt": 2}, "2 times the same"),
     ],
 )
 def test_wrong_arguments_list_the_choices(
@@ -377,6 +458,33 @@ def test_other_dtypes(
     for a, b in zip(made.trace, exact.trace, strict=True):
         assert a.gate_weights.dtype == torch.float32
         torch.testing.assert_close(a.gate_weights, b.gate_weights, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"expert_byte": 1}, "Did you mean 'expert_bytes'"),
+        ({"torch_dtype": "auto"}, "torch_dtype is 'auto'"),
+        ({"device_map": "balanced"}, "device_map='balanced'"),
+        ({"variant": "fp16"}, "variant='fp16'"),
+    ],
+)
+def test_what_an_ensemble_is_not_loaded_by_is_refused(
+    folder: Path, options: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(UsageError) as caught:
+        EnsembleModel.from_pretrained(folder / "transformer", **options)
+    assert said in str(caught.value)
+
+
+def test_in_the_dtype_of_its_files_an_ensemble_is_saved_byte_for_byte(
+    folder: Path, tmp_path: Path
+) -> None:
+    pipe = DiffusionPipeline.from_pretrained(folder, torch_dtype=torch.bfloat16)
+    for name in ("one", "other"):
+        pipe.save_pretrained(tmp_path / name)
+        pipe = DiffusionPipeline.from_pretrained(tmp_path / name, torch_dtype=torch.bfloat16)
+    assert digests(tmp_path / "one") == digests(tmp_path / "other")
 
 
 def test_loading_in_16_bits_leaves_the_files_alone(folder: Path) -> None:
