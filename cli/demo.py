@@ -49,7 +49,7 @@ from atoll.islands.supervise import train
 from atoll.islands.train_denoiser import train_here
 from atoll.merge import soup as soups
 from atoll.partitioner.pipeline import partition
-from atoll.router.assemble import add_export, assemble
+from atoll.router.assemble import assemble
 from atoll.router.calibrate import GateCalibration
 
 CONTROL = "monolith"
@@ -128,7 +128,7 @@ class _Demo:
         with exclusive(self.run_storage):
             manifest = Manifest.load(self.run_storage)
             for left in (report, "control"):
-                add_export(manifest, f"{self.place.uri}/{left}")
+                manifest.add_export(f"{self.place.uri}/{left}")
             manifest.save(self.run_storage)
 
     @contextmanager

@@ -44,7 +44,6 @@ from atoll.evaluate.views import (
 )
 from atoll.partitioner.assignments import cluster_name
 from atoll.partitioner.words import count_words, telling_words
-from atoll.router.assemble import add_export
 from atoll.router.calibrate import GateCalibration, measure_gate
 from atoll.router.component import BASE
 
@@ -89,7 +88,7 @@ def evaluate_models(
             place = Storage(out)
             place.write_json("metrics.json", evaluation.model_dump(mode="json"))
             write_report(data, place, name="report.html")
-            add_export(manifest, out)
+            manifest.add_export(out)
             manifest.save(run)
     return evaluation, f"{reference}/evaluation" if out is None else out
 

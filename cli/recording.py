@@ -7,7 +7,6 @@ from atoll.core.manifest import Artefact, Manifest
 from atoll.core.storage import Storage
 from atoll.merge.ledger_entry import ledger_entry
 from atoll.merge.soup import Soup
-from atoll.router.assemble import add_export
 
 
 def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
@@ -21,7 +20,7 @@ def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
     else:
         name = str(folder)
         entry = ledger_entry(folder, name)
-        add_export(manifest, name)
+        manifest.add_export(name)
     ledger = Ledger(run)
     known = [ledger.latest("expert", expert) for expert in entry.parents]
     ledger.append(

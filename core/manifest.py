@@ -7,6 +7,7 @@ that a run after a removal can be compared with one that never had the shard, by
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -181,6 +182,11 @@ class Manifest(Entry):
     def latent_space(self) -> str:
         """What training tensors are: pixels, or an autoencoder's latents."""
         return PIXELS if self.vae is None else self.vae.latent_space
+
+    def add_export(self, place: str) -> None:
+        """List a place outside the run, absolutely, so that a removal finds it again."""
+        uri = place if "://" in place else str(Path(place).resolve())
+        self.exports = sorted({*self.exports, uri})
 
     def artefacts(self) -> dict[str, str]:
         """Every artefact that is named here, by path -> sha256."""

@@ -69,7 +69,7 @@ def assemble(
     manifest.ensemble = Artefact(path="ensemble", sha256=run.sha256("ensemble"))
     if out is not None:
         export(run.local("ensemble"), out)
-        add_export(manifest, out)
+        manifest.add_export(out)
     _record(run, manifest, present, gate, with_base)
     return manifest.ensemble
 
@@ -115,12 +115,6 @@ def _export_place(out: str) -> tuple[Storage, str]:
     if place.list(name) and not place.exists(f"{name}/model_index.json"):
         raise Refused(f"{out} is not empty and holds no ensemble", cure="name another OUT")
     return place, name
-
-
-def add_export(manifest: Manifest, out: str) -> None:
-    """List a place outside the run, absolutely, so that a removal finds it again."""
-    uri = out if "://" in out else str(Path(out).resolve())
-    manifest.exports = sorted({*manifest.exports, uri})
 
 
 def _check_base(manifest: Manifest, gate: GateKind) -> None:

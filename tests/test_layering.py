@@ -199,6 +199,14 @@ def test_who_starts_islands_does_not_wait_for_diffusers() -> None:
     assert not loaded & {"diffusers", "ray", "scipy", "tensorboard"}
 
 
+@pytest.mark.parametrize("module", ["atoll.merge.verify", "atoll.cli.recording"])
+def test_who_makes_a_soup_does_not_wait_for_diffusers(module: str) -> None:
+    """It would take longer to load than small models take to average."""
+    loaded = _loaded_by(module)
+    assert "torch" in loaded
+    assert not loaded & {"diffusers", "ray", "scipy", "open_clip", "sklearn"}
+
+
 def test_command_line_loads_nothing_heavy() -> None:
     loaded = _loaded_by("atoll.cli.main")
     assert not loaded & {"torch", "diffusers", "ray", "faiss", "open_clip", "pyarrow", "sklearn"}

@@ -15,38 +15,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atoll.merge import exact
+from benchmarks.rounding import FORMATS, reference, rounded
 
 DTYPES = exact.DTYPES
-# dtype -> (bits of the significand, exponent of the smallest normal number)
-FORMATS = {torch.float16: (11, -14), torch.bfloat16: (8, -126), torch.float32: (24, -126)}
 INTEGER = {torch.float16: torch.int16, torch.bfloat16: torch.int16, torch.float32: torch.int32}
 SIZES = (2, 3, 5, 7)
-
-
-def rounded(value: Fraction, dtype: torch.dtype) -> float:
-    """IEEE 754 round to nearest, ties to even, subnormals included, from the definition."""
-    if not value:
-        return 0.0
-    precision, smallest = FORMATS[dtype]
-    exponent = 0
-    while abs(value) < Fraction(2) ** exponent:
-        exponent -= 1
-    while abs(value) >= Fraction(2) ** (exponent + 1):
-        exponent += 1
-    unit = Fraction(2) ** (max(exponent, smallest) - precision + 1)
-    return float(round(value / unit) * unit)  # round() of a Fraction is half to even
-
-
-def reference(
-    tensors: Sequence[Tensor], weights: Sequence[int], dtype: torch.dtype | None = None
-) -> Tensor:
-    dtypes = {tensor.dtype for tensor in tensors}
-    target = dtype or (dtypes.pop() if len(dtypes) == 1 else torch.float32)
-    means = []
-    for column in zip(*(tensor.double().tolist() for tensor in tensors), strict=True):
-        total = sum(w * Fraction(v) for w, v in zip(weights, column, strict=True))
-        means.append(rounded(total / sum(weights), target) + 0.0)  # -0 becomes +0
-    return torch.tensor(means, dtype=torch.float64).to(target)
 
 
 def bits(tensor: Tensor) -> list[int]:
