@@ -1,4 +1,4 @@
-"""`atoll soup`: create, add, remove, verify, show."""
+"""`atoll soup`: create, loo, add, remove, verify, show."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import typer
 from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
+    from atoll.merge.recipe import Dtype
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
@@ -25,6 +26,9 @@ SearchOption = Annotated[
 ]
 
 
+DtypeOption = Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")]
+
+
 def register(app: typer.Typer) -> None:
     """Add the group."""
     group = typer.Typer(help="Average experts into a soup, exactly.", no_args_is_help=True)
@@ -34,26 +38,38 @@ def register(app: typer.Typer) -> None:
     def create(
         out: Annotated[str, typer.Argument(metavar="OUT", help="The new soup's folder.")],
         expert: ExpertsArgument,
-        dtype: Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")] = "same",
+        dtype: DtypeOption = "same",
     ) -> Result:
         """Average experts, with integer weights, into a new soup."""
-        from typing import get_args
-
-        from atoll.core.errors import UsageError, did_you_mean
         from atoll.merge import soup
-        from atoll.merge.recipe import Dtype
 
-        choices = get_args(Dtype)
-        if dtype not in choices:
-            raise UsageError(
-                f"Unknown dtype '{dtype}'. {did_you_mean(dtype, choices)}".strip(),
-                allowed=", ".join(choices),
-            )
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(_local(out), weighted, dtype=dtype)  # type: ignore[arg-type]
+            made = soup.create(_local(out), weighted, dtype=_dtype(dtype))
             remember_in_all(made)
         return _result(made)
+
+    @command(group, "loo", example="atoll soup loo out/loo out/run/islands/*/expert")
+    def loo(
+        out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for the new soups.")],
+        expert: ExpertsArgument,
+        dtype: DtypeOption = "same",
+    ) -> Result:
+        """Leave one out: the soup of all experts but one, for every one, at OUT/without-NAME."""
+        from atoll.merge import soup
+
+        weighted = _weighted(expert)
+        with _at_work(Path(out), weighted) as remember_in_all:
+            made = soup.leave_one_out(_local(out), weighted, dtype=_dtype(dtype))
+            for each in made.values():
+                remember_in_all(each)
+        told = {name: _result(each) for name, each in made.items()}
+        return {
+            "soups": {
+                name: {k: v for k, v in each.items() if k != "text"} for name, each in told.items()
+            },
+            "text": "\n".join(f"without {name}: {each.path}" for name, each in made.items()),
+        }
 
     @command(group, "add", example="atoll soup add out/soup out/run/islands/shard-05/expert=2")
     def add(soup: SoupArgument, expert: ExpertsArgument, search: SearchOption = None) -> Result:
@@ -106,6 +122,22 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
 
         return _result(soups.show(_local(soup)))
+
+
+def _dtype(text: str) -> Dtype:
+    from typing import get_args
+
+    from atoll.core.errors import UsageError, did_you_mean
+    from atoll.merge.recipe import Dtype
+
+    choices: tuple[Dtype, ...] = get_args(Dtype)
+    for choice in choices:
+        if choice == text:
+            return choice
+    raise UsageError(
+        f"Unknown dtype '{text}'. {did_you_mean(text, choices)}".strip(),
+        allowed=", ".join(choices),
+    )
 
 
 def _local(folder: str) -> Path:

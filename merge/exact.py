@@ -17,6 +17,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -42,6 +43,7 @@ _FORMATS = {
 }
 DTYPES = tuple(_FORMATS)
 
+_Value = TypeVar("_Value")
 _BELOW = (1 << 29) - 1  # the bits of float64's significand that float32's has not
 
 
@@ -74,23 +76,70 @@ def mean(
     assert len(tensors) == len(weights), (len(tensors), len(weights))
     assert all(weights), weights
     assert sum(weights) > 0, weights
-    assert sum(map(abs, weights)) <= MAX_TOTAL, weights
-    assert {out.dtype, *(tensor.dtype for tensor in tensors)} <= set(DTYPES), out.dtype
-    assert all(tensor.shape == out.shape for tensor in tensors)
     assert dtype in (None, out.dtype), (dtype, out.dtype)
-    # Flushed denormals would lose bits silently, and only on the thread that asked for it.
-    assert float(torch.tensor(2.0**-149).double()) > 0, "torch.set_flush_denormal(False) is needed"
-
+    _check(tensors, weights, [out])
     flat, result = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
     scratch = _Scratch(min(chunk, len(result)))
     for start in range(0, len(result), chunk):
         stop = min(start + chunk, len(result))
         _mean([tensor[start:stop] for tensor in flat], weights, result[start:stop], scratch)
+    _check_finite(out, tensors, weights)
+    return out
+
+
+def leave_one_out(
+    tensors: Sequence[Tensor],
+    weights: Sequence[int],
+    outs: Sequence[Tensor],
+    *,
+    chunk: int = CHUNK,
+) -> None:
+    """The means of all tensors but one: `outs[i]`, contiguous, without `tensors[i]`.
+
+    Each has the very bits that `mean` makes of the others; where sums are exact each costs one
+    subtraction. `weights` are positive. Raises as `mean`, for whichever tensor it is.
+    """
+    assert len(tensors) == len(weights) == len(outs) > 1, (len(tensors), len(weights), len(outs))
+    assert min(weights) > 0, weights
+    _check(tensors, weights, outs)
+    total, flat = sum(weights), [tensor.reshape(-1) for tensor in tensors]
+    results = [out.view(-1) for out in outs]
+    scratch = _Scratch(min(chunk, len(flat[0])))
+    for start in range(0, len(flat[0]), chunk):
+        part = slice(start, start + chunk)
+        values = [tensor[part] for tensor in flat]
+        span = _span(values, scratch)
+        if span.proves_exact(total):
+            sums = _sums(values, weights, scratch)
+            for value, weight, out in zip(values, weights, results, strict=True):
+                # Exact as any sum of them: a multiple of the same power of two, and no larger.
+                rest = scratch.rest(len(value)).copy_(sums)
+                rest.add_(_wide(value, scratch), alpha=-weight)
+                _divide(rest, total - weight, span, out[part], scratch)
+            continue
+        for i, out in enumerate(results):
+            _mean(_without(values, i), _without(weights, i), out[part], scratch)
+    for i, out in enumerate(outs):
+        _check_finite(out, _without(tensors, i), _without(weights, i))
+
+
+def _check(tensors: Sequence[Tensor], weights: Sequence[int], outs: Sequence[Tensor]) -> None:
+    assert sum(map(abs, weights)) <= MAX_TOTAL, weights
+    assert {each.dtype for each in (*tensors, *outs)} <= set(DTYPES)
+    assert len({each.shape for each in (*tensors, *outs)}) == 1
+    # Flushed denormals would lose bits silently, and only on the thread that asked for it.
+    assert float(torch.tensor(2.0**-149).double()) > 0, "torch.set_flush_denormal(False) is needed"
+
+
+def _check_finite(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[int]) -> None:
     # A mean lies among its values, unless some of them count negatively.
     bounded = min(weights) > 0 and all(tensor.dtype == out.dtype for tensor in tensors)
     if not bounded and not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
-    return out
+
+
+def _without(values: Sequence[_Value], i: int) -> list[_Value]:
+    return [*values[:i], *values[i + 1 :]]
 
 
 class _Scratch:
@@ -98,6 +147,7 @@ class _Scratch:
 
     def __init__(self, count: int) -> None:
         self._double = torch.empty(count, dtype=torch.float64)
+        self._rest = torch.empty(count, dtype=torch.float64)
         self._long = torch.empty(count, dtype=torch.int64)
         self._single = torch.empty(count, dtype=torch.float32)
         self._magnitude = {
@@ -106,6 +156,9 @@ class _Scratch:
 
     def double(self, count: int) -> Tensor:
         return self._double[:count]
+
+    def rest(self, count: int) -> Tensor:
+        return self._rest[:count]
 
     def long(self, count: int) -> Tensor:
         return self._long[:count]
@@ -121,19 +174,7 @@ def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _S
     total, reach = sum(weights), sum(map(abs, weights))
     span = _span(values, scratch)
     if span.proves_exact(reach):
-        sums = scratch.double(out.numel()).zero_()  # from +0, to which -0 adds nothing
-        for value, weight in zip(values, weights, strict=True):
-            # torch takes float16 to float64 an element at a time, and to float32 all at once.
-            half = value.dtype == torch.float16
-            sums.add_(scratch.single(len(value)).copy_(value) if half else value, alpha=weight)
-        if total & (total - 1):
-            sums.div_(total)
-        elif total > 1:
-            sums.mul_(1 / total)  # exact, and three times as fast
-        if span.normal_over(total):
-            _round_normal(sums, out, scratch)
-        else:
-            out.copy_(_round(sums, out.dtype))
+        _divide(_sums(values, weights, scratch), total, span, out, scratch)
         return
     checked, inexact = _checked_sums(values, weights)
     out.copy_(_round(checked / total, out.dtype))
@@ -190,6 +231,19 @@ def _span(values: Sequence[Tensor], scratch: _Scratch) -> _Span:
     return _Span(min(bottom, default=0), max(top, default=0))
 
 
+def _sums(values: Sequence[Tensor], weights: Sequence[int], scratch: _Scratch) -> Tensor:
+    """The float64 sums, where all are proven exact."""
+    sums = scratch.double(len(values[0])).zero_()  # from +0, to which -0 adds nothing
+    for value, weight in zip(values, weights, strict=True):
+        sums.add_(_wide(value, scratch), alpha=weight)
+    return sums
+
+
+def _wide(value: Tensor, scratch: _Scratch) -> Tensor:
+    """torch takes float16 to float64 an element at a time, and to float32 all at once."""
+    return scratch.single(len(value)).copy_(value) if value.dtype == torch.float16 else value
+
+
 def _checked_sums(values: list[Tensor], weights: Sequence[int]) -> tuple[Tensor, Tensor]:
     """The float64 sums, and which of them were rounded on the way.
 
@@ -232,6 +286,18 @@ def _settle(column: Sequence[float], weights: Sequence[int]) -> float:
 # place of the smaller one at least, which is more than 2**-53 of it. So q differs from c by more
 # than 2**-53 of the smaller one of q and c. But rounding moves q by no more than that. Hence
 # sums = c * total. As rounding is monotone, q lies on its true side of every other such number.
+
+
+def _divide(sums: Tensor, total: int, span: _Span, out: Tensor, scratch: _Scratch) -> None:
+    """Exact sums over `total`, rounded to `out`; in place, so `sums` are lost."""
+    if total & (total - 1):
+        sums.div_(total)
+    elif total > 1:
+        sums.mul_(1 / total)  # exact, and three times as fast
+    if span.normal_over(total):
+        _round_normal(sums, out, scratch)
+    else:
+        out.copy_(_round(sums, out.dtype))
 
 
 def _round_normal(quotient: Tensor, out: Tensor, scratch: _Scratch) -> None:

@@ -36,6 +36,11 @@ class Opened:
     config: Mapping[str, Any]
     weights: Weights
 
+    def seen_from(self, soup: Path) -> Opened:
+        """The same as an ingredient of a soup that lies elsewhere."""
+        path = _relative(self.folder, soup)
+        return replace(self, ingredient=self.ingredient.model_copy(update={"path": path}))
+
     def read(self) -> Ingredient:
         """The ingredient with its digest, of open weights; refused if it was another."""
         found = self.weights.sha256()
@@ -132,10 +137,14 @@ def _open(folder: Path, weight: int, soup: Path) -> Opened:
         shard=card.shard,
         weight=weight,
         sha256="",
-        # realpath: a relative path is walked by the system, not by the text of a link.
-        path=Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(soup))).as_posix(),
+        path=_relative(folder, soup),
     )
     return Opened(folder, ingredient, card, _config(folder), weights)
+
+
+def _relative(folder: Path, soup: Path) -> str:
+    # realpath: a relative path is walked by the system, not by the text of a link.
+    return Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(soup))).as_posix()
 
 
 def _config(folder: Path) -> dict[str, Any]:

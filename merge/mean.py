@@ -25,22 +25,29 @@ def mean_layouts(opened: Sequence[Opened], dtype: Dtype) -> dict[str, Layout]:
     return {name: _mean_layout(name, opened, dtype) for name in opened[0].weights.layout}
 
 
-def mean_rule(opened: Sequence[Opened]) -> Rule:
-    """The exact mean of ingredients by their weights; errors name tensor and ingredient."""
+def mean_rule(opened: Sequence[Opened], *, without_one: bool = False) -> Rule:
+    """The exact mean of ingredients by their weights, or all of those without one.
+
+    Errors name tensor and ingredient.
+    """
     names = [one.ingredient.name for one in opened]
     weights = [one.ingredient.weight for one in opened]
 
-    def rule(name: str, values: Sequence[Tensor], out: Tensor) -> None:
+    def rule(name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         if values[0].dtype not in exact.DTYPES:
             _same(name, values, names)
-            out.copy_(values[0])
+            for out in outs:
+                out.copy_(values[0])
             return
         try:
-            exact.mean(values, weights, out=out)
+            if without_one:
+                exact.leave_one_out(values, weights, outs)
+            else:
+                exact.mean(values, weights, out=outs[0])
         except exact.NotFiniteError as error:
             if error.index is None:
                 raise Refused(
-                    f"The mean of tensor '{name}' does not fit into {str(out.dtype)[6:]}",
+                    f"The mean of tensor '{name}' does not fit into {str(outs[0].dtype)[6:]}",
                     cure="leave out --dtype, or choose bfloat16 or float32",
                 ) from error
             raise Refused(

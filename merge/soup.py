@@ -72,6 +72,49 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
         return _make(_recipe(opened, recipe.dtype), opened, partial, soup)
 
 
+def leave_one_out(
+    out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same"
+) -> dict[str, Soup]:
+    """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
+
+    Each is bitwise what `create` makes of the others there; the experts are read once for all.
+    """
+    opened = sorted(open_experts(experts, out), key=lambda one: one.ingredient.name)
+    if len(opened) < 2:
+        raise UsageError("Without one expert there has to be another", cure="name two or more")
+    _recipe(opened, dtype)
+    layouts = mean_layouts(opened, dtype)
+    if dtype == "same" and any(one.weights.layout != layouts for one in opened):
+        raise Refused(
+            "The experts are in several dtypes, so that the soups would be",
+            cure="choose one for all: --dtype float32, bfloat16 or float16",
+        )
+    left_out = {one.ingredient.name: out / f"without-{_file_name(one)}" for one in opened}
+    with no_space_is_failure(out.name), ExitStack() as closing:
+        partials = [closing.enter_context(replacing(s, alone=True)) for s in left_out.values()]
+        there = [_taken(soup) for soup in left_out.values()]
+        others = [
+            [one.seen_from(soup) for one in opened if one.ingredient.name != name]
+            for name, soup in left_out.items()
+        ]
+        recipes = [_recipe(each, dtype) for each in others]
+        for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
+            _check_same(soup, earlier, recipe, read=False)
+        with ExitStack() as reading:
+            weights = [reading.enter_context(one.weights) for one in opened]
+            outs = [partial / WEIGHTS_NAME for partial in partials]
+            digests = stream(weights, layouts, mean_rule(opened, without_one=True), outs=outs)
+            recipes = [
+                _read(recipe, each, digest)
+                for recipe, each, digest in zip(recipes, others, digests, strict=True)
+            ]
+        made = {}
+        for number, (name, soup) in enumerate(left_out.items()):
+            _check_same(soup, there[number], recipes[number], read=True)
+            made[name] = _fill(partials[number], recipes[number], others[number], soup)
+        return made
+
+
 def show(soup: Path) -> Soup:
     """Read a soup's card and recipe."""
     recipe = Recipe.load(soup)
@@ -87,9 +130,8 @@ def mean_file(recipe: Recipe, opened: Sequence[Opened], *, out: Path | None = No
     layouts, rule = mean_layouts(opened, recipe.dtype), mean_rule(opened)
     with ExitStack() as closing:
         weights = [closing.enter_context(one.weights) for one in opened]
-        digest = stream(weights, layouts, rule, out=out)
-        ingredients = tuple(one.read() for one in opened)
-    return recipe.model_copy(update={"ingredients": ingredients, "sha256": digest})
+        (digest,) = stream(weights, layouts, rule, outs=[out])
+        return _read(recipe, opened, digest)
 
 
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
@@ -154,7 +196,27 @@ def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) 
 
 def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
     """Fill the folder `partial`, which will lie at `soup`."""
-    recipe = mean_file(recipe, opened, out=partial / WEIGHTS_NAME)
+    return _fill(partial, mean_file(recipe, opened, out=partial / WEIGHTS_NAME), opened, soup)
+
+
+def _read(recipe: Recipe, opened: Sequence[Opened], digest: str) -> Recipe:
+    """The recipe with the digests of what came and of what was read for it."""
+    ingredients = tuple(one.read() for one in opened)
+    return recipe.model_copy(update={"ingredients": ingredients, "sha256": digest})
+
+
+def _fill(partial: Path, recipe: Recipe, opened: Sequence[Opened], soup: Path) -> Soup:
+    """Write what lies beside the weights."""
     for name, content in small_files(recipe, opened).items():
         (partial / name).write_bytes(content)
     return Soup(soup, read_card(partial), recipe)
+
+
+def _file_name(one: Opened) -> str:
+    name = one.ingredient.name
+    if "/" in name or "\0" in name:
+        raise Refused(
+            f"The expert {one.folder} is named {name!r}, and no folder can be",
+            cure="rename it in its atoll.json",
+        )
+    return name

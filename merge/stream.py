@@ -1,8 +1,9 @@
-"""Streams the tensors of several weights files through a rule into one file, piece by piece.
+"""Streams the tensors of several weights files through a rule into others, piece by piece.
 
 In: open `Weights`, the layout of what comes out, and a rule that makes a piece of one tensor from
-the same piece of all. Out: a safetensors file, or its digest alone. Its bytes are those of
-`safetensors.torch.save_file`, so they depend on names, shapes, dtypes and values only.
+the same piece of all. Out: one safetensors file or several of that layout, or their digests alone.
+Their bytes are those of `safetensors.torch.save_file`, so they depend on names, shapes, dtypes and
+values only.
 
 Pieces are made by several threads and written in the order of the file. Memory is taken once: it
 does not grow with the model, and with the number of files pieces become smaller.
@@ -30,8 +31,8 @@ from atoll.core.journal import progress
 from atoll.merge import exact
 from atoll.merge.weights import DTYPES, Layout, Weights, as_bytes
 
-Rule = Callable[[str, Sequence[Tensor], Tensor], None]
-"""`rule(name, values, out)` fills a tensor's piece, `(count,)`, from the same of each file."""
+Rule = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
+"""`rule(name, values, outs)` fills a tensor's pieces, `(count,)`, from the same of each file."""
 
 _MEMORY_BYTES = 1 << 28  # in all buffers
 _PIECE_BYTES = 1 << 23  # of one file at a time; disks like them large
@@ -46,50 +47,58 @@ def stream(
     layouts: Mapping[str, Layout],
     rule: Rule,
     *,
-    out: Path | None = None,
+    outs: Sequence[Path | None] = (None,),
     threads: int | None = None,
-) -> str:
-    """Make every tensor of `layouts` by the rule, write the file, and return its hex sha256.
+) -> list[str]:
+    """Make every tensor of `layouts` by the rule, write the files, and return their hex sha256.
 
-    Without `out` the bytes are only hashed: what the file would be. `threads` are all processors if
-    not given. Which pieces there are, and who makes them, shows in no bit if the rule is pointwise.
+    Where one of `outs` is None its bytes are only hashed: what the file would be. `threads` are all
+    processors if not given. Which pieces there are, and who makes them, shows in no bit if the rule
+    is pointwise.
     """
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
     head = header(layouts)
     with contextlib.ExitStack() as closing:
-        sink = closing.enter_context(_Sink(out, len(head) + _size(layouts)))
-        advance = closing.enter_context(progress("averaging", _size(layouts), in_bytes=True))
-        sink.put(memoryview(head))
+        size = len(head) + _size(layouts)
+        sinks = [closing.enter_context(_Sink(out, size)) for out in outs]
+        advance = closing.enter_context(progress("averaging", size * len(outs), in_bytes=True))
+        putting = closing.enter_context(ThreadPoolExecutor(threads, "put"))
+
+        def put(parts: Sequence[memoryview]) -> None:
+            """The next bytes of every file."""
+            list(putting.map(_Sink.put, sinks, parts))
+            advance(sum(part.nbytes for part in parts))
+
+        put([memoryview(head)] * len(sinks))
         buffers: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
         for _ in range(slots):
             buffers.put(_Buffers(_MEMORY_BYTES // slots))
         pool = closing.enter_context(ThreadPoolExecutor(threads, "stream"))
         closing.callback(pool.shutdown, cancel_futures=True)
 
-        def made(piece: _Piece) -> tuple[_Buffers, Tensor]:
+        def made(piece: _Piece) -> tuple[_Buffers, list[Tensor]]:
             taken = buffers.get()
-            dtypes = _dtypes(piece.name, sources, layouts)
-            *values, result = taken.of(piece.count, dtypes)
+            parts = taken.of(piece.count, _dtypes(piece.name, sources, layouts, len(outs)))
+            values, results = parts[: len(sources)], parts[len(sources) :]
             for source, value in zip(sources, values, strict=True):
                 source.read(piece.name, piece.first, value)
-            rule(piece.name, values, result)
-            return taken, result
+            rule(piece.name, values, results)
+            return taken, results
 
-        def written(future: Future[tuple[_Buffers, Tensor]]) -> None:
-            taken, result = future.result()
-            sink.put(as_bytes(result))
+        def written(future: Future[tuple[_Buffers, list[Tensor]]]) -> None:
+            taken, results = future.result()
+            put([as_bytes(result) for result in results])
             buffers.put(taken)
-            advance(result.nbytes)
 
-        at_work: deque[Future[tuple[_Buffers, Tensor]]] = deque()
-        for piece in _pieces(sources, layouts, _MEMORY_BYTES // slots):
+        at_work: deque[Future[tuple[_Buffers, list[Tensor]]]] = deque()
+        for piece in _pieces(sources, layouts, len(outs), _MEMORY_BYTES // slots):
             if len(at_work) == slots:
                 written(at_work.popleft())
             at_work.append(pool.submit(made, piece))
         while at_work:
             written(at_work.popleft())
-        return sink.sha256.hexdigest()
+        return [sink.sha256.hexdigest() for sink in sinks]
 
 
 def header(layouts: Mapping[str, Layout]) -> bytes:
@@ -126,11 +135,11 @@ class _Piece:
 
 
 def _pieces(
-    sources: Sequence[Weights], layouts: Mapping[str, Layout], memory: int
+    sources: Sequence[Weights], layouts: Mapping[str, Layout], outs: int, memory: int
 ) -> Iterator[_Piece]:
     """All tensors in the order of the file, in pieces for which that many bytes are enough."""
     for name in _order(layouts):
-        widths = [dtype.itemsize for dtype in _dtypes(name, sources, layouts)]
+        widths = [dtype.itemsize for dtype in _dtypes(name, sources, layouts, outs)]
         room = (memory - _ALIGNED * len(widths)) // sum(widths)
         step = max(min(_PIECE_BYTES // max(widths), room), 1)
         if step > exact.CHUNK:
@@ -140,14 +149,15 @@ def _pieces(
 
 
 def _dtypes(
-    name: str, sources: Sequence[Weights], layouts: Mapping[str, Layout]
+    name: str, sources: Sequence[Weights], layouts: Mapping[str, Layout], outs: int
 ) -> list[torch.dtype]:
-    """Of a tensor in every file, and of the result."""
-    return [DTYPES[layout[name].dtype] for layout in (*(s.layout for s in sources), layouts)]
+    """Of a tensor in every file, and of the results."""
+    every = [*(source.layout for source in sources), *[layouts] * outs]
+    return [DTYPES[layout[name].dtype] for layout in every]
 
 
 class _Buffers:
-    """Memory for one piece of every file and of the result."""
+    """Memory for one piece of every file and of the results."""
 
     def __init__(self, memory: int) -> None:
         self._memory = torch.empty(memory, dtype=torch.uint8)

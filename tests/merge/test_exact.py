@@ -277,7 +277,7 @@ values = {dtype: _value(dtype) for dtype in DTYPES}
 
 
 @st.composite
-def mixtures(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
+def mixtures(draw: st.DrawFn, *, negative: bool = True) -> tuple[list[Tensor], list[int]]:
     """Tensors of one dtype or several, and weights of which some may be negative."""
     size = draw(st.sampled_from(SIZES))
     count = draw(st.integers(1, 6))
@@ -289,7 +289,7 @@ def mixtures(draw: st.DrawFn) -> tuple[list[Tensor], list[int]]:
     ]
     weight = st.one_of(st.integers(1, 9), st.integers(1, exact.MAX_TOTAL // 8))
     weights = [draw(weight) for _ in range(size)]
-    if draw(st.booleans()):
+    if negative and draw(st.booleans()):
         weights = [-w if draw(st.booleans()) else w for w in weights]
         assume(sum(weights) > 0)
     return tensors, weights
@@ -320,3 +320,37 @@ def test_chunks_threads_and_order_do_not_show_on_long_tensors(dtype):
     assert torch.equal(expected, exact.mean(tensors, weights, chunk=1 << 18))
     torch.set_num_threads(2)
     assert torch.equal(expected, exact.mean(tensors[::-1], weights[::-1], chunk=99_991))
+
+
+# -- leave one out ---------------------------------------------------------------------------------
+
+
+@settings(max_examples=200)
+@given(mixtures(negative=False), st.sampled_from(DTYPES), st.integers(1, 7))
+def test_without_one_it_is_the_mean_of_the_others(mixture, target, chunk):
+    tensors, weights = mixture
+    outs = [torch.empty(tensors[0].shape, dtype=target) for _ in tensors]
+    alone = [
+        mean_bits(without(tensors, i), without(weights, i), dtype=target)
+        for i in range(len(tensors))
+    ]
+    if TOO_LARGE in alone:
+        with pytest.raises(exact.NotFiniteError) as caught:
+            exact.leave_one_out(tensors, weights, outs, chunk=chunk)
+        assert caught.value.index is None
+    else:
+        exact.leave_one_out(tensors, weights, outs, chunk=chunk)
+        assert [bits(out) for out in outs] == alone
+
+
+def without(values: Sequence[Any], i: int) -> list[Any]:
+    return [*values[:i], *values[i + 1 :]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_leaving_one_out_names_what_is_not_finite(dtype):
+    tensors = [like_weights(dtype, 1000, seed=i) for i in range(3)]
+    tensors[1][7] = float("nan")
+    with pytest.raises(exact.NotFiniteError) as caught:
+        exact.leave_one_out(tensors, [1, 1, 1], [torch.empty_like(t) for t in tensors])
+    assert caught.value.index == 1

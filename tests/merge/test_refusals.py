@@ -285,3 +285,30 @@ def test_a_file_that_shrinks_while_it_is_read(make_expert):
         piece = torch.empty(weights.layout[last].count)
         with pytest.raises(Refused, match="shorter"):
             weights.read(last, 0, piece)
+
+
+def test_leaving_one_out(make_expert, pair, tmp_path):
+    a, b = make_expert("a"), make_expert("b")
+    half, odd = make_expert("c", dtype=torch.float16), make_expert("d")
+    card = json.loads((odd / "atoll.json").read_text())
+    (odd / "atoll.json").write_text(json.dumps(card | {"name": "x/y"}))
+    loo = tmp_path / "soup"  # where another soup stands already
+    before = sha256_folder(loo)
+    with pytest.raises(UsageError, match="another"):
+        soup.leave_one_out(loo, {a: 1})
+    with pytest.raises(Refused, match="several dtypes"):
+        soup.leave_one_out(loo, {a: 1, b: 1, half: 1})
+    with pytest.raises(Refused, match="no folder can be"):
+        soup.leave_one_out(loo, {a: 1, odd: 1})
+    assert sha256_folder(loo) == before
+    # One place of several that is taken: none of the others is written.
+    out = tmp_path / "loo"
+    (out / "without-b").mkdir(parents=True)
+    (out / "without-b" / "mine").write_text("mine")
+    with pytest.raises(Refused, match="holds no soup"):
+        soup.leave_one_out(out, {a: 1, b: 1, half: 1}, dtype="float32")
+    assert os.listdir(out) == ["without-b"]
+    (out / "without-b" / "mine").unlink()
+    soup.leave_one_out(out, {a: 1, b: 1, half: 1}, dtype="float32")
+    with pytest.raises(Refused, match="another soup"):
+        soup.leave_one_out(out, {a: 1, b: 2, half: 1}, dtype="float32")

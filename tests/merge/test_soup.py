@@ -167,6 +167,25 @@ def test_integer_tensors_that_agree_are_copied_and_pieces_do_not_show(
     assert files(soup.create(tmp_path / "pieces", dict.fromkeys(experts, 1)).path) == files(out)
 
 
+@pytest.mark.parametrize("dtype", ["same", "bfloat16"])
+def test_every_soup_without_one_is_the_soup_of_the_others(make_expert, tmp_path, dtype):
+    experts = {make_expert(f"e{i}"): 1 + i for i in range(4)}
+    made = soup.leave_one_out(tmp_path / "loo", experts, dtype=dtype)
+    assert list(made) == ["e0", "e1", "e2", "e3"]
+    for left_out in list(experts):
+        folder = tmp_path / "loo" / f"without-{left_out.name}"
+        assert verify(folder).holds
+        others = {path: weight for path, weight in experts.items() if path != left_out}
+        before = files(folder)
+        assert soup.show(folder) == made[left_out.name]
+        # The same command takes it for what it makes, and changes nothing.
+        assert files(soup.create(folder, others, dtype=dtype).path) == before
+    before = files(tmp_path / "loo")
+    soup.leave_one_out(tmp_path / "loo", dict(reversed(experts.items())), dtype=dtype)
+    assert files(tmp_path / "loo") == before
+    assert sorted(os.listdir(tmp_path / "loo")) == [f"without-e{i}" for i in range(4)]
+
+
 def test_verify_recomputes(make_expert, tmp_path):
     experts = [make_expert(name) for name in "abc"]
     out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1)).path

@@ -39,8 +39,9 @@ def layouts() -> dict[str, Layout]:
     return {key: Layout(names[value.dtype], tuple(value.shape)) for key, value in STATE.items()}
 
 
-def first_of(_name: str, values: Sequence[Tensor], out: Tensor) -> None:
-    out.copy_(values[0])
+def first_of(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    for out in outs:
+        out.copy_(values[0])
 
 
 @pytest.fixture
@@ -58,12 +59,12 @@ def test_bytes_are_those_of_the_library(
     monkeypatch.setattr(streaming, "_SYNCED_BYTES", 5000)
     out = tmp_path / "out"
     with weights:
-        digest = stream([weights], layouts(), first_of, out=out, threads=threads)
+        (digest,) = stream([weights], layouts(), first_of, outs=[out], threads=threads)
         assert out.read_bytes() == EXPECTED
         assert digest == hashlib.sha256(EXPECTED).hexdigest()
-        assert stream([weights], layouts(), first_of) == digest
+        assert stream([weights], layouts(), first_of) == [digest]
         turned = dict(reversed(layouts().items()))
-        assert stream([weights], turned, first_of) == digest
+        assert stream([weights], turned, first_of) == [digest]
         assert weights.sha256() == hashlib.sha256(weights.files[0].read_bytes()).hexdigest()
 
 
@@ -71,33 +72,42 @@ def test_pieces_are_put_in_order_whoever_makes_them(weights: Weights, tmp_path, 
     monkeypatch.setattr(streaming, "_PIECE_BYTES", 500)
     makers = set()
 
-    def slowly(_name: str, values: Sequence[Tensor], out: Tensor) -> None:
+    def slowly(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         makers.add(threading.get_ident())
         time.sleep(random.uniform(0, 0.01))
-        out.copy_(values[0])
+        outs[0].copy_(values[0])
 
     with weights:
-        stream([weights], layouts(), slowly, out=tmp_path / "out", threads=4)
+        stream([weights], layouts(), slowly, outs=[tmp_path / "out"], threads=4)
     assert (tmp_path / "out").read_bytes() == EXPECTED
     assert len(makers) == 4
+
+
+def test_several_files_come_of_one_reading(weights: Weights, tmp_path, monkeypatch):
+    monkeypatch.setattr(streaming, "_PIECE_BYTES", 500)
+    outs = [tmp_path / "a", None, tmp_path / "b"]
+    with weights:
+        digests = stream([weights], layouts(), first_of, outs=outs, threads=2)
+    assert digests == [hashlib.sha256(EXPECTED).hexdigest()] * 3
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == EXPECTED
 
 
 def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_MEMORY_BYTES", 60_000)
     seen: set[int] = set()
 
-    def spy(_name: str, values: Sequence[Tensor], out: Tensor) -> None:
-        parts = [*values, out]
+    def spy(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        parts = [*values, *outs]
         seen.add(sum(part.nbytes for part in parts))
         places = sorted((part.data_ptr(), part.nbytes) for part in parts if part.nbytes)
         assert all(at % 64 == 0 for at, _ in places)
         assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places))
-        out.copy_(values[-1])
+        outs[0].copy_(values[-1])
 
     others = [Weights(weights.folder) for _ in range(30)]
     for other in others:
         other.__enter__()
-    stream(others, layouts(), spy, out=tmp_path / "out", threads=2)
+    stream(others, layouts(), spy, outs=[tmp_path / "out"], threads=2)
     for other in others:
         other.__exit__(None, None, None)
     assert (tmp_path / "out").read_bytes() == EXPECTED
@@ -107,13 +117,13 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
 def test_an_error_in_a_rule_ends_it(weights: Weights, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_PIECE_BYTES", 100)
 
-    def failing(name: str, values: Sequence[Tensor], out: Tensor) -> None:
+    def failing(name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         if name == "long":
             raise Refused("as it would be for a NaN")
-        out.copy_(values[0])
+        outs[0].copy_(values[0])
 
     with weights, pytest.raises(Refused, match="as it would be"):
-        stream([weights], layouts(), failing, out=tmp_path / "out", threads=3)
+        stream([weights], layouts(), failing, outs=[tmp_path / "out"], threads=3)
     assert not [each for each in threading.enumerate() if each.name.startswith("stream")]
 
 
@@ -129,9 +139,9 @@ def test_the_place_is_taken_first_where_a_filesystem_can(
     with weights:
         if number == errno.ENOSPC:
             with pytest.raises(OSError, match="No space"):
-                stream([weights], layouts(), first_of, out=tmp_path / "out")
+                stream([weights], layouts(), first_of, outs=[tmp_path / "out"])
         else:
-            stream([weights], layouts(), first_of, out=tmp_path / "out")
+            stream([weights], layouts(), first_of, outs=[tmp_path / "out"])
             assert (tmp_path / "out").read_bytes() == EXPECTED
 
 
