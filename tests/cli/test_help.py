@@ -16,7 +16,7 @@ from tests.cli.conftest import atoll, done
 COMMANDS = [
     ("demo",), ("partition",), ("recipes",), ("base",), ("train",), ("status",), ("logs",),
     ("stop",), ("resume",), ("assemble",), ("sample",), ("evaluate",),
-    ("unlearn",), ("verify",), ("soup", "create"), ("soup", "add"), ("soup", "remove"),
+    ("unlearn",), ("verify",), ("soup", "create"), ("soup", "loo"), ("soup", "add"), ("soup", "remove"),
     ("soup", "verify"), ("soup", "show"),
 ]  # fmt: skip
 
