@@ -201,11 +201,15 @@ def _header(file: Path) -> list[tuple[str, Layout, int]]:
         raise Refused(f"{file} is not a safetensors file: {error}") from error
     with file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        header = json.loads(opened.read(length))
+        # The library lets a tensor that is named twice be the last of the two.
+        named = json.loads(opened.read(length), object_pairs_hook=list)
+    if len(dict(named)) < len(named):
+        raise Refused(f"{file} names a tensor twice")
     found = []
-    for name, entry in header.items():
+    for name, pairs in named:
         if name == "__metadata__":
             continue
+        entry = dict(pairs)
         if entry["dtype"] not in DTYPES:
             raise Refused(
                 f"The tensor '{name}' of {file} is {entry['dtype']}",

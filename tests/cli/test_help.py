@@ -16,8 +16,8 @@ from tests.cli.conftest import atoll, done
 COMMANDS = [
     ("demo",), ("partition",), ("recipes",), ("base",), ("train",), ("status",), ("logs",),
     ("stop",), ("resume",), ("assemble",), ("sample",), ("evaluate",),
-    ("unlearn",), ("verify",), ("soup", "create"), ("soup", "loo"), ("soup", "add"), ("soup", "remove"),
-    ("soup", "verify"), ("soup", "show"),
+    ("unlearn",), ("verify",), ("soup", "create"), ("soup", "loo"), ("soup", "add"),
+    ("soup", "remove"), ("soup", "verify"), ("soup", "show"),
 ]  # fmt: skip
 
 

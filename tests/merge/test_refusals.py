@@ -224,6 +224,46 @@ def test_files_from_strangers(make_expert, pair):
         refused(Refused, pair, lambda: soup.add(pair, {stranger: 1}), word)
 
 
+def tensor(name: str = "a", **changes: object) -> str:
+    entry = {"dtype": "F32", "shape": [16], "data_offsets": [0, 64]} | changes
+    return f'"{name}": {json.dumps(entry)}'
+
+
+HALF = tensor(shape=[8], data_offsets=[0, 32])
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        f"{{{tensor()}, {tensor()}}}",
+        f"{{{HALF}, {tensor(shape=[8], data_offsets=[32, 64])}}}",
+        f"{{{HALF}, {tensor('b', shape=[12], data_offsets=[16, 64])}}}",
+        f"{{{HALF}}}",
+        f"{{{tensor(shape=[-16])}}}",
+        f"{{{tensor(data_offsets=[-64, 0])}}}",
+        f"{{{tensor(data_offsets=[0, 2**63])}}}",
+        f"{{{tensor(shape=[2**62, 4])}}}",
+        f"{{{tensor(shape=[16.0])}}}",
+        f"{{{tensor(dtype='BF16')}}}",
+        f"{{{tensor(dtype='F33')}}}",
+        f"{{{tensor(dtype='F8_E4M3', shape=[64])}}}",
+        f'{{"__metadata__": {{"a": 3}}, {tensor()}}}',
+        "[" * 100_000,
+        "",
+    ],
+    ids=[
+        "the same twice", "twice", "overlapping", "with a hole", "negative shape",
+        "negative offset", "beyond the end", "huge", "no whole number", "other dtype",
+        "unknown dtype", "of 8 bits", "metadata", "deep", "none",
+    ],
+)  # fmt: skip
+def test_hostile_headers(make_expert, pair, header):
+    stranger = make_expert("z")
+    text = header.encode()
+    (stranger / WEIGHTS).write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+    refused(Refused, pair, lambda: soup.add(pair, {stranger: 1}), str(stranger))
+
+
 @pytest.mark.parametrize(
     ("where", "code"),
     [("write", errno.ENOSPC), ("fsync", errno.EDQUOT), ("swap", errno.ENOSPC)],
