@@ -117,6 +117,17 @@ class Recipe(BaseModel):
         return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
+    def metadata(self) -> dict[str, str]:
+        """What the weights file says of itself: all that is known before it is made."""
+        told = {
+            "ingredients": {part.name: part.weight for part in self.ingredients},
+            "base_sha256": self.base_sha256,
+            "dtype": self.dtype,
+            "rounding": self.rounding,
+        }
+        return {"atoll.soup": canonical_json(told).decode()}
+
+    @property
     def shards(self) -> list[str]:
         """The shards whose experts are in it, sorted."""
         return sorted({i.shard for i in self.ingredients if i.shard is not None})

@@ -20,7 +20,7 @@ from atoll.core.storage import canonical_json
 from atoll.merge.ingredients import CONFIG_NAME, Opened, check_alike, find_ingredients, open_experts
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
-from atoll.merge.stream import stream
+from atoll.merge.stream import Out, stream
 from atoll.merge.weights import WEIGHTS_NAME
 
 
@@ -102,7 +102,10 @@ def leave_one_out(
             _check_same(soup, earlier, recipe, read=False)
         with ExitStack() as reading:
             weights = [reading.enter_context(one.weights) for one in opened]
-            outs = [partial / WEIGHTS_NAME for partial in partials]
+            outs = [
+                Out(partial / WEIGHTS_NAME, recipe.metadata)
+                for partial, recipe in zip(partials, recipes, strict=True)
+            ]
             digests = stream(weights, layouts, mean_rule(opened, without_one=True), outs=outs)
             recipes = [
                 _read(recipe, each, digest)
@@ -130,7 +133,7 @@ def mean_file(recipe: Recipe, opened: Sequence[Opened], *, out: Path | None = No
     layouts, rule = mean_layouts(opened, recipe.dtype), mean_rule(opened)
     with ExitStack() as closing:
         weights = [closing.enter_context(one.weights) for one in opened]
-        (digest,) = stream(weights, layouts, rule, outs=[out])
+        (digest,) = stream(weights, layouts, rule, outs=[Out(out, recipe.metadata)])
         return _read(recipe, opened, digest)
 
 

@@ -20,7 +20,7 @@ import queue
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
@@ -33,6 +33,15 @@ from atoll.merge.weights import DTYPES, Layout, Weights, as_bytes
 
 Rule = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
 """`rule(name, values, outs)` fills a tensor's pieces, `(count,)`, from the same of each file."""
+
+
+@dataclass(frozen=True)
+class Out:
+    """A file to write, and what its header says of it; without a path it is only hashed."""
+
+    path: Path | None = None
+    metadata: Mapping[str, str] = field(default_factory=dict)
+
 
 _MEMORY_BYTES = 1 << 28  # in all buffers
 _PIECE_BYTES = 1 << 23  # of one file at a time; disks like them large
@@ -47,22 +56,24 @@ def stream(
     layouts: Mapping[str, Layout],
     rule: Rule,
     *,
-    outs: Sequence[Path | None] = (None,),
+    outs: Sequence[Out],
     threads: int | None = None,
 ) -> list[str]:
     """Make every tensor of `layouts` by the rule, write the files, and return their hex sha256.
 
-    Where one of `outs` is None its bytes are only hashed: what the file would be. `threads` are all
-    processors if not given. Which pieces there are, and who makes them, shows in no bit if the rule
-    is pointwise.
+    `threads` are all processors if not given. Which pieces there are, and who makes them, shows in
+    no bit if the rule is pointwise.
     """
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
-    head = header(layouts)
+    heads = [header(layouts, out.metadata) for out in outs]
     with contextlib.ExitStack() as closing:
-        size = len(head) + _size(layouts)
-        sinks = [closing.enter_context(_Sink(out, size)) for out in outs]
-        advance = closing.enter_context(progress("averaging", size * len(outs), in_bytes=True))
+        sizes = [len(head) + _size(layouts) for head in heads]
+        sinks = [
+            closing.enter_context(_Sink(out.path, size))
+            for out, size in zip(outs, sizes, strict=True)
+        ]
+        advance = closing.enter_context(progress("averaging", sum(sizes), in_bytes=True))
         putting = closing.enter_context(ThreadPoolExecutor(threads, "put"))
 
         def put(parts: Sequence[memoryview]) -> None:
@@ -70,7 +81,7 @@ def stream(
             list(putting.map(_Sink.put, sinks, parts))
             advance(sum(part.nbytes for part in parts))
 
-        put([memoryview(head)] * len(sinks))
+        put([memoryview(head) for head in heads])
         buffers: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
         for _ in range(slots):
             buffers.put(_Buffers(_MEMORY_BYTES // slots))
@@ -101,9 +112,10 @@ def stream(
         return [sink.sha256.hexdigest() for sink in sinks]
 
 
-def header(layouts: Mapping[str, Layout]) -> bytes:
+def header(layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
     """What comes before the tensors: its own length, and where each of them lies."""
-    entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    # Without a format diffusers takes a file for a stranger's.
+    entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
     for name in _order(layouts):
         begin, end = end, end + layouts[name].bytes

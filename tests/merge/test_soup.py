@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from diffusers import UNet2DConditionModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from atoll.core.denoiser import Denoiser, read_card
@@ -39,6 +40,10 @@ def test_a_soup_is_an_ordinary_expert_on_disk(make_expert, tmp_path):
     assert card == made.card
     assert (card.kind, card.shard, card.base_sha256) == ("soup", None, "b" * 64)
     assert card.images_seen == 150
+    with safe_open(made.path / WEIGHTS, framework="pt") as opened:
+        told = json.loads(opened.metadata()["atoll.soup"])
+    assert told["ingredients"] == {"a": 1, "b": 2}
+    assert told["base_sha256"] == "b" * 64
     ours = Denoiser.load(made.path).network.state_dict()
     theirs = UNet2DConditionModel.from_pretrained(made.path).state_dict()
     parts = [load_file(path / WEIGHTS) for path in (a, b)]

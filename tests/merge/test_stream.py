@@ -15,12 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import stream as streaming
-from atoll.merge.stream import stream
+from atoll.merge.stream import Out, stream
 from atoll.merge.weights import DTYPES, WEIGHTS_NAME, Layout, Weights, as_bytes
 
 STATE = {
@@ -59,12 +60,12 @@ def test_bytes_are_those_of_the_library(
     monkeypatch.setattr(streaming, "_SYNCED_BYTES", 5000)
     out = tmp_path / "out"
     with weights:
-        (digest,) = stream([weights], layouts(), first_of, outs=[out], threads=threads)
+        (digest,) = stream([weights], layouts(), first_of, outs=[Out(out)], threads=threads)
         assert out.read_bytes() == EXPECTED
         assert digest == hashlib.sha256(EXPECTED).hexdigest()
-        assert stream([weights], layouts(), first_of) == [digest]
+        assert stream([weights], layouts(), first_of, outs=[Out()]) == [digest]
         turned = dict(reversed(layouts().items()))
-        assert stream([weights], turned, first_of) == [digest]
+        assert stream([weights], turned, first_of, outs=[Out()]) == [digest]
         assert weights.sha256() == hashlib.sha256(weights.files[0].read_bytes()).hexdigest()
 
 
@@ -78,18 +79,22 @@ def test_pieces_are_put_in_order_whoever_makes_them(weights: Weights, tmp_path, 
         outs[0].copy_(values[0])
 
     with weights:
-        stream([weights], layouts(), slowly, outs=[tmp_path / "out"], threads=4)
+        stream([weights], layouts(), slowly, outs=[Out(tmp_path / "out")], threads=4)
     assert (tmp_path / "out").read_bytes() == EXPECTED
     assert len(makers) == 4
 
 
 def test_several_files_come_of_one_reading(weights: Weights, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_PIECE_BYTES", 500)
-    outs = [tmp_path / "a", None, tmp_path / "b"]
+    outs = [Out(tmp_path / "a"), Out(), Out(tmp_path / "b", {"by": "us", "of": "ü"})]
     with weights:
         digests = stream([weights], layouts(), first_of, outs=outs, threads=2)
-    assert digests == [hashlib.sha256(EXPECTED).hexdigest()] * 3
-    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes() == EXPECTED
+    assert (tmp_path / "a").read_bytes() == EXPECTED
+    made = [EXPECTED, EXPECTED, (tmp_path / "b").read_bytes()]
+    assert digests == [hashlib.sha256(each).hexdigest() for each in made]
+    with safe_open(tmp_path / "b", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt", "by": "us", "of": "ü"}
+        assert all(torch.equal(opened.get_tensor(name), value) for name, value in STATE.items())
 
 
 def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeypatch):
@@ -107,7 +112,7 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
     others = [Weights(weights.folder) for _ in range(30)]
     for other in others:
         other.__enter__()
-    stream(others, layouts(), spy, outs=[tmp_path / "out"], threads=2)
+    stream(others, layouts(), spy, outs=[Out(tmp_path / "out")], threads=2)
     for other in others:
         other.__exit__(None, None, None)
     assert (tmp_path / "out").read_bytes() == EXPECTED
@@ -123,7 +128,7 @@ def test_an_error_in_a_rule_ends_it(weights: Weights, tmp_path, monkeypatch):
         outs[0].copy_(values[0])
 
     with weights, pytest.raises(Refused, match="as it would be"):
-        stream([weights], layouts(), failing, outs=[tmp_path / "out"], threads=3)
+        stream([weights], layouts(), failing, outs=[Out(tmp_path / "out")], threads=3)
     assert not [each for each in threading.enumerate() if each.name.startswith("stream")]
 
 
@@ -139,9 +144,9 @@ def test_the_place_is_taken_first_where_a_filesystem_can(
     with weights:
         if number == errno.ENOSPC:
             with pytest.raises(OSError, match="No space"):
-                stream([weights], layouts(), first_of, outs=[tmp_path / "out"])
+                stream([weights], layouts(), first_of, outs=[Out(tmp_path / "out")])
         else:
-            stream([weights], layouts(), first_of, outs=[tmp_path / "out"])
+            stream([weights], layouts(), first_of, outs=[Out(tmp_path / "out")])
             assert (tmp_path / "out").read_bytes() == EXPECTED
 
 
@@ -181,6 +186,6 @@ def test_what_is_hashed_in_order_is_read_once(weights: Weights, monkeypatch) -> 
 
     with weights:
         monkeypatch.setattr(os, "preadv", spy)
-        stream([weights], layouts(), first_of, threads=1)
+        stream([weights], layouts(), first_of, outs=[Out()], threads=1)
         weights.sha256()
     assert sum(read) == weights.files[0].stat().st_size
