@@ -8,8 +8,9 @@ so into the same clusters. From there the whole way is gone with the commands th
 Pictures are sampled without prompts, so that the prior alone says how often a shard is due. One
 instrument, the nearest of the clusters' centroids, reads sampled and real pictures alike: it must
 know each shard's held-out records for its own, and what two halves of all of them differ by is the
-least that can be expected. Routings are sampled side by side, one on each processor, each on one
-thread. A second run resumes.
+least that can be expected. What is apart from `once`, which draws by the prior, is the routing's
+doing. Routings are sampled side by side, one on each processor, each on one thread. A second run
+resumes.
 """
 
 from __future__ import annotations
@@ -211,6 +212,18 @@ def measure(run: Storage, count: int) -> list[Row]:
                 f"{each.experts:.2f} experts a step", **bars,
             )
         )  # fmt: skip
+        # `once` draws shards by the prior itself: what it is off by, experts are, and what another
+        # is apart from it, that routing does.
+        if each is not made[0]:
+            apart = compare(
+                instrument.names, torch.tensor(each.counts), torch.tensor(made[0].counts), seed=0
+            )
+            rows.append(
+                row(
+                    f"{routing}, total variation from {ROUTINGS[0]}", apart.distance.value, "",
+                    against=f"{_interval(apart)}; two samples of one law {apart.noise_level:.3f}",
+                )
+            )  # fmt: skip
         got = shares.counts[smallest] / n
         due = shares.reference[smallest] / (2 * n)
         bars = {} if routing in BIASED else {"at_least": SMALLEST}
