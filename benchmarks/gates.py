@@ -199,7 +199,7 @@ def _rows(name: str, gates: Gates, manifest: Manifest, commons: Pack) -> list[Ro
         for mine, other in zip(ours, theirs, strict=True):
             rows += _of_band(f"{name}, {how}, t = {mine.t:g}", mine, other)
     noted = gates.per_shard.warnings
-    routing = gates.per_shard.recommended or "any"
+    routing = gates.per_shard.recommended or ("none" if noted else "any")
     rows.append(row(f"{name}: warnings, routing {routing}", len(noted), "; ".join(noted)))
     return rows
 
