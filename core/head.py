@@ -70,18 +70,16 @@ class HeadCalibration(BaseModel):
             worse = [f"{band.t:g}" for band in bands if band.slope == 0]
             if worse:
                 said.append(f"was worse than its prior at t = {', '.join(worse)}, {how} prompt")
-        return said + self.of_captions()
-
-    def of_captions(self) -> list[str]:
-        """Likewise where not to trust what it says of a caption alone."""
-        if self.text is None or self.text.mean_ratio == 0:  # nothing was to be learnt
-            return []
-        said = []
-        if self.text.overlap < LEAST_OVERLAP:
+        if self.tells_captions_apart():
             said.append("has no overlap with the anchor by captions alone")
-        if self.text.slope == 0:
+        # Where one side had no captions nothing was to be learnt.
+        if self.text is not None and self.text.mean_ratio > 0 and self.text.slope == 0:
             said.append("was worse than its prior by captions alone")
         return said
+
+    def tells_captions_apart(self) -> bool:
+        """Whether it says of every caption whether it is the shard's: elsewhere it extrapolates."""
+        return self.text is not None and self.text.overlap < LEAST_OVERLAP
 
 
 class HeadConfig(BaseModel):

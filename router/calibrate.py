@@ -144,10 +144,12 @@ def _bad_captions(prompted: Sequence[GateBand], heads: Mapping[str, HeadCalibrat
     """Whether what captions say alone is off too.
 
     If it is not, `once` does without the rest: it draws before there is anything to see, and keeps
-    what it drew, so that it is exact whatever the heads say later.
+    what it drew, so that it is exact whatever the heads say later. A head that has learnt nothing
+    from captions leaves the record counts as they are, which misleads nobody: where captions do not
+    name their owner there is no more to know.
     """
     told = any(band.t == 1 and (_is_off(band) or band.worse_than_prior) for band in prompted)
-    return told or any(head.of_captions() for head in heads.values())
+    return told or any(head.tells_captions_apart() for head in heads.values())
 
 
 def _chosen(packs: Mapping[str, Pack], seed: int, count: int) -> list[tuple[int, Tensor]]:

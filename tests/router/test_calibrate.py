@@ -154,15 +154,25 @@ def test_where_captions_mislead_too_no_routing_is_recommended(packs, how: str) -
         first = torch.tensor([0.9, 0.05, 0.05]).expand(len(t), -1)
         return torch.where(((t == 1) & ~cond.is_null)[:, None], first, gate()(x_t, t, cond))
 
-    flat = Band(t=1, slope=0, intercept=0, loss=0.69, overlap=1, mean_ratio=1)
-    config = HeadConfig(shard="b", trunk_sha256="0", calibration=HeadCalibration(text=flat))
+    apart = Band(t=1, slope=1, intercept=0, loss=0.1, overlap=0.001, mean_ratio=1)
+    config = HeadConfig(shard="b", trunk_sha256="0", calibration=HeadCalibration(text=apart))
     asked, heads = (misled, {}) if how == "found" else (gate(), {"b": config})
     found = measure_gate(asked, packs, heads=heads, seed=0)
     if how == "found":
         assert all("at t = 1, with prompt" in warning for warning in found.warnings)
     else:
-        assert found.warnings == ["b was worse than its prior by captions alone"]
+        assert found.warnings == ["b has no overlap with the anchor by captions alone"]
     assert found.recommended is None
+
+
+def test_captions_that_say_nothing_of_shards_mislead_nobody(packs) -> None:
+    """Styles of one emoji share their caption: `once` draws by the record counts, which is right."""
+    flat = Band(t=1, slope=0, intercept=0, loss=0.69, overlap=1, mean_ratio=1)
+    told = HeadCalibration(text=flat)
+    heads = {shard: HeadConfig(shard=shard, trunk_sha256="0", calibration=told) for shard in MEANS}
+    found = measure_gate(gate(), packs, heads=heads, seed=0)
+    assert found.warnings == [f"{s} was worse than its prior by captions alone" for s in MEANS]
+    assert found.recommended == "once"
 
 
 @pytest.mark.parametrize(
