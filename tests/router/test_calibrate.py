@@ -166,7 +166,7 @@ def test_where_captions_mislead_too_no_routing_is_recommended(packs, how: str) -
 
 
 def test_captions_that_say_nothing_of_shards_mislead_nobody(packs) -> None:
-    """Styles of one emoji share their caption: `once` draws by the record counts, which is right."""
+    """Styles share their captions: `once` draws by the record counts, which is right."""
     flat = Band(t=1, slope=0, intercept=0, loss=0.69, overlap=1, mean_ratio=1)
     told = HeadCalibration(text=flat)
     heads = {shard: HeadConfig(shard=shard, trunk_sha256="0", calibration=told) for shard in MEANS}
