@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
 ExpertsArgument = Annotated[
     list[str],
-    typer.Argument(metavar="EXPERT[=WEIGHT]...", help="Expert folders; integer weights, 1 if none"),
+    typer.Argument(metavar="EXPERT[=WEIGHT]...", help="Experts; integer weights, 1 if none"),
 ]
 SearchOption = Annotated[
     list[str] | None,
@@ -27,6 +27,12 @@ SearchOption = Annotated[
 
 
 DtypeOption = Annotated[str, typer.Option(help="same, float32, bfloat16 or float16.")]
+BaseOption = Annotated[
+    str | None, typer.Option("--base", help="What experts without atoll.json were made from.")
+]
+VariantOption = Annotated[
+    str | None, typer.Option(help="Which files to read where there are several, such as fp16.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -39,13 +45,15 @@ def register(app: typer.Typer) -> None:
         out: Annotated[str, typer.Argument(metavar="OUT", help="The new soup's folder.")],
         expert: ExpertsArgument,
         dtype: DtypeOption = "same",
+        base: BaseOption = None,
+        variant: VariantOption = None,
     ) -> Result:
         """Average experts, with integer weights, into a new soup."""
         from atoll.merge import soup
 
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(_local(out), weighted, dtype=_dtype(dtype))
+            made = soup.create(_local(out), weighted, **_asked(dtype, base, variant))
             remember_in_all(made)
         return _result(made)
 
@@ -54,13 +62,15 @@ def register(app: typer.Typer) -> None:
         out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for the new soups.")],
         expert: ExpertsArgument,
         dtype: DtypeOption = "same",
+        base: BaseOption = None,
+        variant: VariantOption = None,
     ) -> Result:
         """Leave one out: the soup of all experts but one, for every one, at OUT/without-NAME."""
         from atoll.merge import soup
 
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.leave_one_out(_local(out), weighted, dtype=_dtype(dtype))
+            made = soup.leave_one_out(_local(out), weighted, **_asked(dtype, base, variant))
             for each in made.values():
                 remember_in_all(each)
         told = {name: _result(each) for name, each in made.items()}
@@ -72,13 +82,18 @@ def register(app: typer.Typer) -> None:
         }
 
     @command(group, "add", example="atoll soup add out/soup out/run/islands/shard-05/expert=2")
-    def add(soup: SoupArgument, expert: ExpertsArgument, search: SearchOption = None) -> Result:
+    def add(
+        soup: SoupArgument,
+        expert: ExpertsArgument,
+        search: SearchOption = None,
+        base: BaseOption = None,
+    ) -> Result:
         """Make a soup anew with further experts."""
         from atoll.merge import soup as soups
 
         weighted = _weighted(expert)
         with _at_work(Path(soup), weighted) as remember_in_all:
-            made = soups.add(_local(soup), weighted, search=_paths(search))
+            made = soups.add(_local(soup), weighted, search=_paths(search), base=_path(base))
             remember_in_all(made)
         return _result(made)
 
@@ -122,6 +137,14 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
 
         return _result(soups.show(_local(soup)))
+
+
+def _asked(dtype: str, base: str | None, variant: str | None) -> dict[str, Any]:
+    return {"dtype": _dtype(dtype), "base": _path(base), "variant": variant}
+
+
+def _path(text: str | None) -> Path | None:
+    return None if text is None else Path(text)
 
 
 def _dtype(text: str) -> Dtype:
@@ -184,11 +207,11 @@ def _result(made: Soup) -> Result:
     listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
     result: dict[str, Any] = {
         "soup": str(made.path),
-        "name": made.card.name,
+        "name": made.recipe.name,
         "sha256": made.recipe.sha256,
         "base_sha256": made.recipe.base_sha256,
         "ingredients": ingredients,
-        "text": f"{made.path}: {made.card.name}\n{listed}",
+        "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }
     return result
 

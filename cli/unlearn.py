@@ -235,7 +235,7 @@ def _others(run: Storage, folder: Path, shard: str) -> bool:
     if len(others) < len(recipe.ingredients):
         staying = recipe.model_copy(update={"ingredients": others})
         for opened in find_ingredients(staying, folder, search=[run.local("islands")]):
-            with opened.weights:
+            with opened.model:
                 opened.read()
     return bool(others)
 

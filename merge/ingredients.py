@@ -1,62 +1,102 @@
-"""Opens the experts that go into a soup, finds those of an old one again, and refuses strangers.
+"""Opens what goes into a soup, finds the ingredients of an old one again, and refuses strangers.
 
 Averaging is only meaningful among copies of one base that stayed in its linear region (Diffusion
-Soup, arXiv 2406.08431), so ingredients must agree in everything but their weights.
+Soup, arXiv 2406.08431), so ingredients must agree in everything but their weights. Experts say in
+their card what they are; of what has none, the path gives the name, and the user the base.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
+import logging
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
-from atoll.core.errors import AtollError, MissingError, Refused, UsageError
+from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.core.storage import sha256_folder
 from atoll.merge import exact
-from atoll.merge.recipe import Ingredient, Recipe, check_weight
-from atoll.merge.weights import DTYPES, Layout, Weights
+from atoll.merge.model import (
+    CONFIG_NAME,
+    PIPELINE_NAME,
+    WEIGHTS_SUFFIX,
+    Model,
+    model_name,
+    open_model,
+)
+from atoll.merge.recipe import RECIPE_NAME, Ingredient, Recipe, check_weight
+from atoll.merge.weights import DTYPES, Layout
 
-CONFIG_NAME = "config.json"
-# What diffusers notes about the writer; no part of the network.
-_CONFIG_NOTES = ("_diffusers_version", "_name_or_path")
-_CARD_FIELDS = ("base_sha256", "family", "prediction", "schedule", "latent_space")
+log = logging.getLogger(__name__)
+
+_CARD_FIELDS = ("family", "prediction", "schedule", "latent_space")
 
 
 @dataclass(frozen=True)
 class Opened:
-    """An ingredient, its card, its configuration and its tensors, not yet read."""
+    """An ingredient, its card if it has one, the base it is a copy of if that is known, its parts.
 
-    folder: Path
+    The weights are not yet read.
+    """
+
+    path: Path
     ingredient: Ingredient
-    card: Card
-    config: Mapping[str, Any]
-    weights: Weights
+    card: Card | None
+    base_sha256: str | None
+    model: Model
 
     def seen_from(self, soup: Path) -> Opened:
         """The same as an ingredient of a soup that lies elsewhere."""
-        path = _relative(self.folder, soup)
+        path = _relative(self.path, soup)
         return replace(self, ingredient=self.ingredient.model_copy(update={"path": path}))
 
     def read(self) -> Ingredient:
-        """The ingredient with its digest, of open weights; refused if it was another."""
-        found = self.weights.sha256()
+        """The ingredient with its digest, of an open model; refused if it was another."""
+        found = self.model.sha256()
         if self.ingredient.sha256 not in ("", found):
             raise Refused(
-                f"The weights of '{self.ingredient.name}' in {self.folder} are not those that are "
+                f"The weights of '{self.ingredient.name}' in {self.path} are not those that are "
                 f"in the soup, sha256 {self.ingredient.sha256[:16]}...",
                 cure="restore the expert from a copy, or name the folder that holds it",
             )
         return self.ingredient.model_copy(update={"sha256": found})
 
 
-def open_experts(experts: Mapping[Path, int], soup: Path) -> list[Opened]:
-    """Experts by folder and integer weight, as ingredients of a soup that lies at `soup`."""
-    checked = {folder: check_weight(weight, str(folder)) for folder, weight in experts.items()}
-    return [_open(folder, weight, soup) for folder, weight in checked.items()]
+def open_experts(
+    experts: Mapping[Path, int],
+    soup: Path,
+    *,
+    base_sha256: str | None = None,
+    variant: str | None = None,
+) -> list[Opened]:
+    """Experts by path and integer weight, as ingredients of a soup that lies at `soup`.
+
+    Those without a card are copies of the base of that digest, or of an unknown one.
+    """
+    checked = {path: check_weight(weight, str(path)) for path, weight in experts.items()}
+    opened = [_open(path, weight, soup, base_sha256, variant) for path, weight in checked.items()]
+    for one in opened:
+        if one.card is None:
+            told = "its base is unknown" if base_sha256 is None else "its base is as you say"
+            log.warning(
+                "%s has no %s: it is called %s, and %s",
+                one.path, CARD_NAME, one.ingredient.name, told,
+            )  # fmt: skip
+    return opened
+
+
+def sha256_base(path: Path, variant: str | None = None) -> str:
+    """The digest of a base by which its copies are known: of the folder as runs record it.
+
+    Of one without a card only what is averaged and configured counts: a folder from a hub may hold
+    the same weights several times over.
+    """
+    if (path / CARD_NAME).is_file():
+        return sha256_folder(path)
+    with open_model(path, variant) as model:
+        return model.sha256()
 
 
 def find_ingredients(
@@ -72,11 +112,12 @@ def find_ingredients(
     for ingredient in recipe.ingredients:
         if ingredient.name == leave:
             continue
-        opened = _find(ingredient, soup, search)
-        if opened.card.shard != ingredient.shard:
+        opened = _find(ingredient, recipe, soup, search)
+        shard = None if opened.card is None else opened.card.shard
+        if shard != ingredient.shard:
             raise Refused(
                 f"The recipe of {soup} has '{ingredient.name}' from shard {ingredient.shard}, "
-                f"its card says {opened.card.shard}",
+                f"its card says {shard}",
                 cure="restore soup.json or the expert from a copy",
             )
         found.append(opened)
@@ -88,24 +129,44 @@ def check_alike(opened: Sequence[Opened]) -> None:
     first = min(opened, key=lambda one: one.ingredient.name)
     for other in opened:
         pair = f"'{first.ingredient.name}' and '{other.ingredient.name}'"
-        for field in _CARD_FIELDS:
-            ours, theirs = getattr(first.card, field), getattr(other.card, field)
-            if ours != theirs:
-                shown = ["our linear path" if each is None else each for each in (ours, theirs)]
-                raise _strangers(pair, field, *shown)
-        differing = sorted(
-            key
-            for key in first.config.keys() | other.config.keys()
-            if key not in _CONFIG_NOTES and first.config.get(key) != other.config.get(key)
-        )
+        if first.base_sha256 != other.base_sha256:
+            raise _strangers(pair, "base_sha256", first.base_sha256, other.base_sha256)
+        if first.card is not None and other.card is not None:
+            for field in _CARD_FIELDS:
+                ours, theirs = getattr(first.card, field), getattr(other.card, field)
+                if ours != theirs:
+                    shown = ["our linear path" if each is None else each for each in (ours, theirs)]
+                    raise _strangers(pair, field, *shown)
+        _check_texts(pair, first.model, other.model)
+        for file in sorted(first.model.weights.keys() | other.model.weights.keys()):
+            parts = [model.weights.get(file) for model in (first.model, other.model)]
+            layouts = [{} if part is None else part.layout for part in parts]
+            for name in sorted(layouts[0].keys() | layouts[1].keys()):
+                ours, theirs = (layout.get(name) for layout in layouts)
+                if not _alike(ours, theirs):
+                    raise _strangers(pair, tensor_name(file, name), ours, theirs)
+
+
+def tensor_name(file: str, name: str) -> str:
+    """A tensor as messages name it: of a pipeline with its component."""
+    component, _, _ = file.rpartition("/")
+    return f"tensor '{name}'" + (f" of {component}" if component else "")
+
+
+def _check_texts(pair: str, first: Model, other: Model) -> None:
+    for name in sorted(first.texts.keys() | other.texts.keys()):
+        if name not in first.texts or name not in other.texts:
+            there = [name if name in model.texts else None for model in (first, other)]
+            raise _strangers(pair, "files", *there)
+        ours, theirs = first.config(name), other.config(name)
+        if ours is None or theirs is None:
+            if first.texts[name] != other.texts[name]:
+                raise _strangers(pair, "the content of", name, name)
+            continue
+        differing = sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key))
         if differing:
             key = differing[0]
-            ours, theirs = first.config.get(key), other.config.get(key)
-            raise _strangers(pair, f"{CONFIG_NAME}: {key}", ours, theirs)
-        ours, theirs = first.weights.layout, other.weights.layout
-        for name in sorted(ours.keys() | theirs.keys()):
-            if not _alike(ours.get(name), theirs.get(name)):
-                raise _strangers(pair, f"tensor '{name}'", ours.get(name), theirs.get(name))
+            raise _strangers(pair, f"{name}: {key}", ours.get(key), theirs.get(key))
 
 
 def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
@@ -116,56 +177,68 @@ def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
     return ours.shape == theirs.shape and (floats or ours.dtype == theirs.dtype)
 
 
-def _open(folder: Path, weight: int, soup: Path) -> Opened:
-    card = read_card(folder)
-    if card.kind == "soup":
+def _open(
+    path: Path, weight: int, soup: Path, base_sha256: str | None, variant: str | None
+) -> Opened:
+    if (path / RECIPE_NAME).is_file():
         raise Refused(
-            f"{folder} is a soup, and a soup of soups would hide what is in it",
+            f"{path} is a soup, and a soup of soups would hide what is in it",
             allowed="experts",
             cure="name its ingredients (`atoll soup show` lists them)",
         )
-    if card.kind != "expert":
-        raise Refused(f"{folder} is a {card.kind}", allowed="experts")
-    if card.base_sha256 is None:
-        raise Refused(
-            f"The expert {folder} names no base, so nothing says that its weights can be averaged",
-            allowed="experts trained from one base",
-        )
-    weights = Weights(folder)
+    card = read_card(path) if (path / CARD_NAME).is_file() else None
+    if card is not None:
+        _check_card(card, path, base_sha256)
+        base_sha256 = card.base_sha256
+    model = open_model(path, variant)
     ingredient = Ingredient(
-        name=card.name,
-        shard=card.shard,
+        name=model.name if card is None else card.name,
+        shard=None if card is None else card.shard,
         weight=weight,
         sha256="",
-        path=_relative(folder, soup),
+        path=_relative(path, soup),
     )
-    return Opened(folder, ingredient, card, _config(folder), weights)
+    return Opened(path, ingredient, card, base_sha256, model)
+
+
+def _check_card(card: Card, path: Path, base_sha256: str | None) -> None:
+    if card.kind != "expert":
+        raise Refused(f"{path} is a {card.kind}", allowed="experts")
+    if card.base_sha256 is None:
+        raise Refused(
+            f"The expert {path} names no base, so nothing says that its weights can be averaged",
+            allowed="experts trained from one base",
+        )
+    if base_sha256 not in (None, card.base_sha256):
+        raise Refused(
+            f"The expert {path} was trained from another base, sha256 {card.base_sha256[:16]}...",
+            allowed="experts trained from one base",
+            cure="name its own base, or leave the expert out",
+        )
 
 
 def _relative(folder: Path, soup: Path) -> str:
-    # realpath: a relative path is walked by the system, not by the text of a link.
-    return Path(os.path.relpath(os.path.realpath(folder), os.path.realpath(soup))).as_posix()
+    return Path(os.path.relpath(_real(folder), os.path.realpath(soup))).as_posix()
 
 
-def _config(folder: Path) -> dict[str, Any]:
-    try:
-        config = json.loads((folder / CONFIG_NAME).read_text())
-    except FileNotFoundError:
-        raise MissingError(f"There is no {CONFIG_NAME} in {folder}") from None
-    except ValueError as error:
-        raise Refused(f"{folder}/{CONFIG_NAME} is not readable JSON ({error})") from error
-    if not isinstance(config, dict):
-        raise Refused(f"{folder}/{CONFIG_NAME} is not an object")
-    return config
+def _real(path: Path) -> str:
+    """A path that the system walks as its text says; its last part keeps its name."""
+    path = Path(os.path.abspath(path))
+    return os.path.join(os.path.realpath(path.parent), path.name)
 
 
-def _find(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Opened:
-    candidates = [
-        replace(_open(folder, ingredient.weight, soup), ingredient=ingredient)
-        for folder in _candidates(ingredient, soup, search)
-    ]
+def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[Path]) -> Opened:
+    candidates = []
+    for path in _candidates(ingredient, soup, search):
+        try:
+            opened = _open(path, ingredient.weight, soup, recipe.base_sha256, recipe.variant)
+        except AtollError:
+            if not search:
+                raise
+            continue
+        candidates.append(replace(opened, ingredient=ingredient))
     for opened in candidates[:-1]:
-        with opened.weights, contextlib.suppress(Refused):
+        with opened.model, suppress(Refused):
             opened.read()
             return opened
     if candidates:
@@ -177,20 +250,28 @@ def _find(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Opened:
 
 
 def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Path]:
-    """Expert folders of the ingredient's name: where it was, then all others below `search`."""
+    """What has the ingredient's name: where it was, then all others below `search`."""
     places = [Path(os.path.realpath(soup)) / ingredient.path]
     for root in search:
         if not root.is_dir():
             raise UsageError(f"There is no folder {root}")
-        places += sorted(file.parent for file in root.rglob(CARD_NAME))
-    for place in dict.fromkeys(Path(os.path.realpath(place)) for place in places):
+        found = {root} | {
+            file.parent for name in (CARD_NAME, CONFIG_NAME, PIPELINE_NAME)
+            for file in root.rglob(name)
+        } | set(root.rglob(f"*{WEIGHTS_SUFFIX}"))  # fmt: skip
+        places += sorted(found)
+    for place in dict.fromkeys(Path(_real(place)) for place in places):
         # Others' folders below the search root may be of any kind, ensembles among them.
-        try:
-            card = read_card(place)
-        except AtollError:
-            continue
-        if (card.name, card.kind) == (ingredient.name, "expert"):
-            yield place
+        with suppress(AtollError):
+            if _is_called(place, ingredient.name):
+                yield place
+
+
+def _is_called(place: Path, name: str) -> bool:
+    if (place / CARD_NAME).is_file():
+        card = read_card(place)
+        return (card.name, card.kind) == (name, "expert")
+    return place.exists() and model_name(place) == name
 
 
 def _strangers(pair: str, what: str, ours: object, theirs: object) -> Refused:

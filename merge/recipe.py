@@ -48,16 +48,24 @@ class Recipe(BaseModel):
 
     schema_version: int = SCHEMA_VERSION
     ingredients: tuple[Ingredient, ...] = Field(min_length=1)
-    base_sha256: str
+    base_sha256: str | None  # None: nobody said which base they are copies of
+    variant: str | None = None  # of the ingredients' files
     dtype: Dtype = "same"
     rounding: Literal["nearest-even of the exact mean, zeros +0"] = (
         "nearest-even of the exact mean, zeros +0"
     )
-    # Of the soup's own weights file; empty until they are written.
+    # Of the soup's own weights, as of an ingredient's; empty until they are written.
     sha256: str = ""
 
     @classmethod
-    def of(cls, ingredients: list[Ingredient], *, base_sha256: str, dtype: Dtype) -> Self:
+    def of(
+        cls,
+        ingredients: list[Ingredient],
+        *,
+        base_sha256: str | None,
+        variant: str | None,
+        dtype: Dtype,
+    ) -> Self:
         """A recipe in the one order, after checking names and weights."""
         names = [ingredient.name for ingredient in ingredients]
         for name in names:
@@ -69,7 +77,7 @@ class Recipe(BaseModel):
                 )
         check_total(ingredient.weight for ingredient in ingredients)
         ordered = tuple(sorted(ingredients, key=lambda ingredient: ingredient.name))
-        return cls(ingredients=ordered, base_sha256=base_sha256, dtype=dtype)
+        return cls(ingredients=ordered, base_sha256=base_sha256, variant=variant, dtype=dtype)
 
     @classmethod
     def load(cls, soup: Path) -> Self:

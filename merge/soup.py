@@ -1,6 +1,8 @@
 """A soup: the correctly rounded integer-weighted mean of experts, and a recipe to redo it.
 
-Reads expert folders, writes a soup folder: `config.json`, weights, `atoll.json`, `soup.json`. Every
+Reads experts, which are folders of runs, diffusers components, pipelines or files of others. Writes
+a soup's folder: averaged weights, all else as the ingredients have it, `atoll.json` if they have
+cards, and `soup.json`. Every
 change computes the mean anew from the ingredients and replaces the folder whole, so nothing of an
 ingredient that left can remain, and a soup depends on what is in it and on nothing else.
 Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.08911.
@@ -16,30 +18,43 @@ from pathlib import Path
 from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import canonical_json
-from atoll.merge.ingredients import CONFIG_NAME, Opened, check_alike, find_ingredients, open_experts
+from atoll.merge.ingredients import (
+    Opened,
+    check_alike,
+    find_ingredients,
+    open_experts,
+    sha256_base,
+)
 from atoll.merge.mean import mean_layouts, mean_rule
+from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
 from atoll.merge.stream import Out, stream
-from atoll.merge.weights import WEIGHTS_NAME
 
 
 @dataclass(frozen=True)
 class Soup:
-    """A soup on disk: its folder, card and recipe."""
+    """A soup on disk: its folder, its recipe, and its card unless it is of strangers' models."""
 
     path: Path
-    card: Card
+    card: Card | None
     recipe: Recipe
 
 
-def create(out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same") -> Soup:
-    """Average experts, given by folder and integer weight, into a soup at `out`.
+def create(
+    out: Path,
+    experts: Mapping[Path, int],
+    *,
+    dtype: Dtype = "same",
+    base: Path | None = None,
+    variant: str | None = None,
+) -> Soup:
+    """Average experts, given by path and integer weight, into a soup at `out`.
 
-    The same command again makes the same soup again; anything else that lies at `out` is refused.
+    `base` is what those without a card are copies of. The same command again makes the same soup
+    again; anything else that lies at `out` is refused.
     """
-    opened = open_experts(experts, out)
-    recipe = _recipe(opened, dtype)
+    opened = _opened(experts, out, base, variant)
+    recipe = _recipe(opened, variant, dtype)
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -49,11 +64,18 @@ def create(out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same") -> 
         return made
 
 
-def add(soup: Path, experts: Mapping[Path, int], *, search: Sequence[Path] = ()) -> Soup:
+def add(
+    soup: Path,
+    experts: Mapping[Path, int],
+    *,
+    search: Sequence[Path] = (),
+    base: Path | None = None,
+) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
     with _changing(soup) as (partial, recipe):
-        opened = find_ingredients(recipe, soup, search=search) + open_experts(experts, soup)
-        return _make(_recipe(opened, recipe.dtype), opened, partial, soup)
+        opened = find_ingredients(recipe, soup, search=search)
+        opened += _opened(experts, soup, base, recipe.variant)
+        return _make(_recipe(opened, recipe.variant, recipe.dtype), opened, partial, soup)
 
 
 def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
@@ -69,22 +91,31 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
                 cure="delete the folder to be rid of the soup",
             )
         opened = find_ingredients(recipe, soup, search=search, leave=leave)
-        return _make(_recipe(opened, recipe.dtype), opened, partial, soup)
+        return _make(_recipe(opened, recipe.variant, recipe.dtype), opened, partial, soup)
 
 
 def leave_one_out(
-    out: Path, experts: Mapping[Path, int], *, dtype: Dtype = "same"
+    out: Path,
+    experts: Mapping[Path, int],
+    *,
+    dtype: Dtype = "same",
+    base: Path | None = None,
+    variant: str | None = None,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
 
     Each is bitwise what `create` makes of the others there; the experts are read once for all.
     """
-    opened = sorted(open_experts(experts, out), key=lambda one: one.ingredient.name)
+    opened = _sorted(_opened(experts, out, base, variant))
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
-    _recipe(opened, dtype)
+    _recipe(opened, variant, dtype)
     layouts = mean_layouts(opened, dtype)
-    if dtype == "same" and any(one.weights.layout != layouts for one in opened):
+    if dtype == "same" and any(
+        weights.layout != layouts[file]
+        for one in opened
+        for file, weights in one.model.weights.items()
+    ):
         raise Refused(
             "The experts are in several dtypes, so that the soups would be",
             cure="choose one for all: --dtype float32, bfloat16 or float16",
@@ -97,20 +128,10 @@ def leave_one_out(
             [one.seen_from(soup) for one in opened if one.ingredient.name != name]
             for name, soup in left_out.items()
         ]
-        recipes = [_recipe(each, dtype) for each in others]
+        recipes = [_recipe(each, variant, dtype) for each in others]
         for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
             _check_same(soup, earlier, recipe, read=False)
-        with ExitStack() as reading:
-            weights = [reading.enter_context(one.weights) for one in opened]
-            outs = [
-                Out(partial / WEIGHTS_NAME, recipe.metadata)
-                for partial, recipe in zip(partials, recipes, strict=True)
-            ]
-            digests = stream(weights, layouts, mean_rule(opened, without_one=True), outs=outs)
-            recipes = [
-                _read(recipe, each, digest)
-                for recipe, each, digest in zip(recipes, others, digests, strict=True)
-            ]
+        recipes = _averaged(recipes, others, opened, partials)
         made = {}
         for number, (name, soup) in enumerate(left_out.items()):
             _check_same(soup, there[number], recipes[number], read=True)
@@ -121,44 +142,38 @@ def leave_one_out(
 def show(soup: Path) -> Soup:
     """Read a soup's card and recipe."""
     recipe = Recipe.load(soup)
-    return Soup(soup, read_card(soup), recipe)
+    return Soup(soup, _card_of(soup), recipe)
 
 
-def mean_file(recipe: Recipe, opened: Sequence[Opened], *, out: Path | None = None) -> Recipe:
-    """Write the soup's weights to `out`, or to nowhere; the recipe with all digests as they are.
+def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[str, str]]:
+    """The soup's weights computed and written nowhere: their sha256 by file, and the recipe.
 
     Of every tensor only a piece of each ingredient is in memory.
     """
-    opened = sorted(opened, key=lambda one: one.ingredient.name)
-    layouts, rule = mean_layouts(opened, recipe.dtype), mean_rule(opened)
+    opened = _sorted(opened)
     with ExitStack() as closing:
-        weights = [closing.enter_context(one.weights) for one in opened]
-        (digest,) = stream(weights, layouts, rule, outs=[Out(out, recipe.metadata)])
-        return _read(recipe, opened, digest)
+        (digests,) = _streamed([recipe], opened, [None], closing)
+        return _read(recipe, opened, digests), digests
 
 
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     """The content of everything in a soup's folder but the weights, by file name."""
-    opened = sorted(opened, key=lambda one: one.ingredient.name)
-    first = opened[0]
-    card = Card(
-        name=recipe.name,
-        kind="soup",
-        shard=None,
-        base_sha256=recipe.base_sha256,
-        family=first.card.family,
-        prediction=first.card.prediction,
-        schedule=first.card.schedule,
-        latent_space=first.card.latent_space,
-        images_seen=sum(one.card.images_seen for one in opened),
-    )
-    # Where diffusers loaded an ingredient from is nothing of the soup's.
-    config = {key: value for key, value in first.config.items() if key != "_name_or_path"}
-    return {
-        CONFIG_NAME: canonical_json(config),
-        RECIPE_NAME: recipe.to_bytes(),
-        CARD_NAME: card.to_bytes(),
-    }
+    opened = _sorted(opened)
+    model = opened[0].model
+    files = {name: model.written(name) for name in model.texts}
+    files[RECIPE_NAME] = recipe.to_bytes()
+    cards = [one.card for one in opened if one.card is not None]
+    if len(cards) == len(opened):
+        card = cards[0].model_copy(
+            update={
+                "name": recipe.name,
+                "kind": "soup",
+                "shard": None,
+                "images_seen": sum(each.images_seen for each in cards),
+            }
+        )
+        files[CARD_NAME] = card.to_bytes()
+    return files
 
 
 @contextmanager
@@ -170,11 +185,22 @@ def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
         yield partial, Recipe.load(soup)
 
 
-def _recipe(opened: Sequence[Opened], dtype: Dtype) -> Recipe:
+def _opened(
+    experts: Mapping[Path, int], soup: Path, base: Path | None, variant: str | None
+) -> list[Opened]:
+    base_sha256 = None if base is None else sha256_base(base, variant)
+    return open_experts(experts, soup, base_sha256=base_sha256, variant=variant)
+
+
+def _sorted(opened: Iterable[Opened]) -> list[Opened]:
+    return sorted(opened, key=lambda one: one.ingredient.name)
+
+
+def _recipe(opened: Sequence[Opened], variant: str | None, dtype: Dtype) -> Recipe:
     if not opened:
         raise UsageError("A soup needs at least one expert", cure="name one: EXPERT[=WEIGHT]")
     ingredients = [one.ingredient for one in opened]
-    recipe = Recipe.of(ingredients, base_sha256=str(opened[0].card.base_sha256), dtype=dtype)
+    recipe = Recipe.of(ingredients, base_sha256=opened[0].base_sha256, variant=variant, dtype=dtype)
     check_alike(opened)
     return recipe
 
@@ -199,27 +225,72 @@ def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) 
 
 def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
     """Fill the folder `partial`, which will lie at `soup`."""
-    return _fill(partial, mean_file(recipe, opened, out=partial / WEIGHTS_NAME), opened, soup)
+    (recipe,) = _averaged([recipe], [opened], _sorted(opened), [partial])
+    return _fill(partial, recipe, opened, soup)
 
 
-def _read(recipe: Recipe, opened: Sequence[Opened], digest: str) -> Recipe:
+def _averaged(
+    recipes: Sequence[Recipe],
+    parts: Sequence[Sequence[Opened]],
+    opened: Sequence[Opened],
+    partials: Sequence[Path],
+) -> list[Recipe]:
+    """Write the weights of every soup, each of its `parts`; the recipes with all digests."""
+    with ExitStack() as closing:
+        digests = _streamed(recipes, opened, partials, closing)
+        return [_read(*each) for each in zip(recipes, parts, digests, strict=True)]
+
+
+def _streamed(
+    recipes: Sequence[Recipe],
+    opened: Sequence[Opened],
+    folders: Sequence[Path | None],
+    closing: ExitStack,
+) -> list[dict[str, str]]:
+    """The mean of all, or of all but one each, into every folder; their sha256 by file.
+
+    What was opened stays so until the stack is closed: its digests are still to be asked for.
+    """
+    models = [closing.enter_context(one.model) for one in opened]
+    digests: list[dict[str, str]] = [{} for _ in folders]
+    for file, layouts in mean_layouts(opened, recipes[0].dtype).items():
+        outs = []
+        for recipe, folder in zip(recipes, folders, strict=True):
+            path = None if folder is None else folder / file
+            if path is not None:
+                path.parent.mkdir(exist_ok=True)
+            outs.append(Out(path, recipe.metadata))
+        rule = mean_rule(opened, file, without_one=len(folders) > 1)
+        sources = [model.weights[file] for model in models]
+        found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
+        for known, digest in zip(digests, found, strict=True):
+            known[file] = digest
+    return digests
+
+
+def _read(recipe: Recipe, opened: Sequence[Opened], digests: Mapping[str, str]) -> Recipe:
     """The recipe with the digests of what came and of what was read for it."""
-    ingredients = tuple(one.read() for one in opened)
-    return recipe.model_copy(update={"ingredients": ingredients, "sha256": digest})
+    ingredients = tuple(one.read() for one in _sorted(opened))
+    return recipe.model_copy(update={"ingredients": ingredients, "sha256": sha256_weights(digests)})
 
 
 def _fill(partial: Path, recipe: Recipe, opened: Sequence[Opened], soup: Path) -> Soup:
     """Write what lies beside the weights."""
     for name, content in small_files(recipe, opened).items():
+        (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content)
-    return Soup(soup, read_card(partial), recipe)
+    return Soup(soup, _card_of(partial), recipe)
+
+
+def _card_of(folder: Path) -> Card | None:
+    return read_card(folder) if (folder / CARD_NAME).is_file() else None
 
 
 def _file_name(one: Opened) -> str:
     name = one.ingredient.name
     if "/" in name or "\0" in name:
         raise Refused(
-            f"The expert {one.folder} is named {name!r}, and no folder can be",
+            f"The expert {one.path} is named {name!r}, and no folder can be",
             cure="rename it in its atoll.json",
         )
     return name

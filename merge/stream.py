@@ -57,12 +57,13 @@ def stream(
     rule: Rule,
     *,
     outs: Sequence[Out],
+    what: str = "averaging",
     threads: int | None = None,
 ) -> list[str]:
     """Make every tensor of `layouts` by the rule, write the files, and return their hex sha256.
 
-    `threads` are all processors if not given. Which pieces there are, and who makes them, shows in
-    no bit if the rule is pointwise.
+    Its progress is called `what`. `threads` are all processors if not given. Which pieces there
+    are, and who makes them, shows in no bit if the rule is pointwise.
     """
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
@@ -73,7 +74,7 @@ def stream(
             closing.enter_context(_Sink(out.path, size))
             for out, size in zip(outs, sizes, strict=True)
         ]
-        advance = closing.enter_context(progress("averaging", sum(sizes), in_bytes=True))
+        advance = closing.enter_context(progress(what, sum(sizes), in_bytes=True))
         putting = closing.enter_context(ThreadPoolExecutor(threads, "put"))
 
         def put(parts: Sequence[memoryview]) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 from atoll.core.errors import Refused
 from atoll.core.storage import sha256_file
 from atoll.merge.ingredients import check_alike, find_ingredients
+from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import Recipe
-from atoll.merge.soup import mean_file, small_files
-from atoll.merge.weights import WEIGHTS_NAME
+from atoll.merge.soup import mean_files, small_files
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,8 @@ class Verdict:
 
     path: Path
     ingredients: tuple[str, ...]
-    expected_sha256: str  # of the weights file, as computed now; empty if that was not possible
-    found_sha256: str  # of the weights file on disk; empty if there is none
+    expected_sha256: str  # of the weights as computed now; empty if that was not possible
+    found_sha256: str  # of the weights on disk; empty if there are none, or nothing to compare
     problems: tuple[str, ...]
 
     @property
@@ -42,23 +42,23 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
     """
     recipe = Recipe.load(soup)
     names = tuple(ingredient.name for ingredient in recipe.ingredients)
-    weights = soup / WEIGHTS_NAME
-    found = sha256_file(weights) if weights.is_file() else ""
     try:
         opened = find_ingredients(recipe, soup, search=search)
         check_alike(opened)
-        made = mean_file(recipe, opened)
+        made, digests = mean_files(recipe, opened)
     except Refused as refused:  # an ingredient that is not what it was
-        return Verdict(soup, names, "", found, (str(refused),))
+        return Verdict(soup, names, "", "", (str(refused),))
 
     problems = []
-    if opened[0].card.base_sha256 != recipe.base_sha256:
+    if opened[0].base_sha256 != recipe.base_sha256:
         problems.append("soup.json names another base than the ingredients")
-    problems += _differences(WEIGHTS_NAME, made.sha256, found)
-    wanted = small_files(made, opened)
-    for name, content in wanted.items():
-        there = sha256_file(soup / name) if (soup / name).is_file() else ""
-        problems += _differences(name, hashlib.sha256(content).hexdigest(), there)
+    texts = small_files(made, opened)
+    wanted = digests | {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
+    there = {name: sha256_file(soup / name) for name in wanted if (soup / name).is_file()}
+    for name, expected in wanted.items():
+        problems += _differences(name, expected, there.get(name, ""))
+    weights = {file: there[file] for file in digests if file in there}
+    found = sha256_weights(weights) if weights else ""
     return Verdict(soup, names, made.sha256, found, tuple(problems))
 
 

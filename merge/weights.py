@@ -1,6 +1,6 @@
-"""The tensors of one component folder: where they lie, read in pieces, hashed on the way.
+"""The tensors of one network: in which files they lie, read in pieces, hashed on the way.
 
-Reads `diffusion_pytorch_model.safetensors` or diffusers' sharded index beside it. Format:
+Reads a safetensors file, or the several that an index beside them names. Format:
 https://huggingface.co/docs/safetensors (little-endian, header first).
 """
 
@@ -11,6 +11,7 @@ import json
 import math
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,7 +24,7 @@ from torch import Tensor
 from atoll.core.errors import MissingError, Refused
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
-INDEX_NAME = f"{WEIGHTS_NAME}.index.json"
+_NAMES = (WEIGHTS_NAME, "model.safetensors")  # diffusers' and transformers'
 
 # The format's names, in the order in which the library lays tensors out: wide ones first, so that
 # every tensor stays aligned. Others (float8, float64, complex) have no place in a soup.
@@ -41,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+_UNREAD = (".bin", ".ckpt", ".pt", ".pth")
 _HASHED_BYTES = 1 << 22  # at a time, where a file is read for its digest alone
 
 
@@ -61,30 +63,24 @@ class Layout:
 
 
 class Weights:
-    """The tensors of one component folder; a context manager that opens and closes its files.
+    """The tensors of one network; a context manager that opens and closes its files.
 
     While it is open, any thread may read. Every file is hashed from its start to its end beside the
     reading, so that what is read in the order of the file is read once.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, paths: Sequence[Path]) -> None:
         self.layout: dict[str, Layout] = {}
         self._files: list[_File] = []
         self._places: dict[str, tuple[_File, int]] = {}  # file, and bytes from its start
-        for path in _paths(folder):
+        for path in paths:
             file = _File(path)
             self._files.append(file)
             for name, layout, offset in _header(path):
                 if name in self.layout:
-                    raise Refused(f"{folder} holds the tensor '{name}' twice")
+                    raise Refused(f"{path.parent} holds the tensor '{name}' twice")
                 self.layout[name] = layout
                 self._places[name] = (file, offset)
-
-    @property
-    def files(self) -> list[Path]:
-        """The weights files, sorted by name."""
-        return [file.path for file in self._files]
 
     def __enter__(self) -> Self:
         for file in self._files:
@@ -100,16 +96,9 @@ class Weights:
         for file in self._files:
             file.close()
 
-    def sha256(self) -> str:
-        """Hex sha256 of the weights file; of several, over their sorted `sha256  name` lines.
-
-        The rest of what was not read since the files were opened is read for it.
-        """
-        digests = [(file.sha256(), file.path.name) for file in self._files]
-        if len(digests) == 1:
-            return digests[0][0]
-        lines = "".join(f"{digest}  {name}\n" for digest, name in digests)
-        return hashlib.sha256(lines.encode()).hexdigest()
+    def sha256(self) -> dict[Path, str]:
+        """Hex sha256 of every file; what was not read since they were opened is read for it."""
+        return {file.path: file.sha256() for file in self._files}
 
     def read(self, name: str, first: int, piece: Tensor) -> None:
         """Fill `piece`, `(count,)`, with the flattened tensor's elements from `first` on."""
@@ -169,18 +158,46 @@ def as_bytes(piece: Tensor) -> memoryview:
     return piece.reshape(-1).view(torch.uint8).numpy().data
 
 
-def _paths(folder: Path) -> list[Path]:
-    """The weights files of a component folder, sorted by name."""
-    if (folder / WEIGHTS_NAME).is_file():
-        return [folder / WEIGHTS_NAME]
-    index = folder / INDEX_NAME
+def find_weights(folder: Path, variant: str | None = None) -> tuple[str, list[Path]]:
+    """The name that a network's weights have in a folder, without variant, and the files they are.
+
+    A variant is taken where there is one, as diffusers does it; an index names its files.
+    """
+    tried = [variant, None] if variant else [None]
+    for wanted in tried:
+        for name in _NAMES:
+            file = folder / _varied(name, wanted)
+            if file.is_file():
+                return name, [file]
+            index = folder / _varied(f"{name}.index.json", wanted)
+            if index.is_file():
+                return name, _indexed(index)
+    others = sorted(
+        file.name for file in folder.glob("*") if file.suffix in (".safetensors", *_UNREAD)
+    )
+    raise MissingError(
+        f"There are no weights in {folder}" + (f", only {', '.join(others)}" if others else ""),
+        allowed=" or ".join([*_NAMES, f"{WEIGHTS_NAME}.index.json"]),
+        cure="of a variant, as in NAME.fp16.safetensors, say --variant fp16; save others as "
+        "safetensors, pickles are not read"
+        if others
+        else "",
+    )
+
+
+def _varied(name: str, variant: str | None) -> str:
+    """`model.safetensors` as `model.fp16.safetensors`; an index has it before its last part."""
+    if variant is None:
+        return name
+    stem, _, end = name.rpartition(".")
+    return f"{stem}.{variant}.{end}"
+
+
+def _indexed(index: Path) -> list[Path]:
+    folder = index.parent
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except FileNotFoundError:
-        raise MissingError(
-            f"There are no weights in {folder}", allowed=f"{WEIGHTS_NAME} or {INDEX_NAME}"
-        ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         raise Refused(f"{index} is not an index of safetensors files ({error!r})") from error
     # An index from a stranger must not lead out of its folder.
     if not names or not all(isinstance(n, str) and n == os.path.basename(n) for n in names):

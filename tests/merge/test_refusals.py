@@ -17,8 +17,8 @@ from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageEr
 from atoll.core.storage import sha256_folder
 from atoll.merge import exact, soup
 from atoll.merge.verify import verify
-from atoll.merge.weights import INDEX_NAME, Weights
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
+from atoll.merge.weights import Weights
 from tests.waiting import PATIENCE_SECONDS
 
 
@@ -89,7 +89,10 @@ def change_file(path: Path, change) -> None:
         (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].int()}), "conv_in.bias"),
         (lambda s: s.update({"conv_in.bias": s["conv_in.bias"].double()}), "F64"),
         (lambda s: s["conv_in.bias"].fill_(float("nan")), "NaN"),
-        (lambda s: s["conv_out.weight"][0, 0].fill_(float("inf")), "'conv_out.weight' of 'z'"),
+        (
+            lambda s: s["conv_out.weight"][0, 0].fill_(float("inf")),
+            "'z' holds NaN or infinity in tensor 'conv_out.weight'",
+        ),
     ],
 )
 def test_other_tensors(make_expert, pair, change, word):
@@ -220,7 +223,7 @@ def test_files_from_strangers(make_expert, pair):
         ('{"weight_map": {"x": "../../a/diffusion_pytorch_model.safetensors"}}', "outside"),
         ('{"weight_map": {"x": 3}}', "outside"),
     ):
-        (stranger / INDEX_NAME).write_text(index)
+        (stranger / f"{WEIGHTS}.index.json").write_text(index)
         refused(Refused, pair, lambda: soup.add(pair, {stranger: 1}), word)
 
 
@@ -319,7 +322,7 @@ def test_a_dtype_that_is_too_narrow(make_expert, tmp_path):
 
 def test_a_file_that_shrinks_while_it_is_read(make_expert):
     expert = make_expert("a")
-    with Weights(expert) as weights:
+    with Weights([expert / WEIGHTS]) as weights:
         last = max(weights.layout, key=lambda name: (weights.layout[name].count, name))
         os.truncate(expert / WEIGHTS, 5000)
         piece = torch.empty(weights.layout[last].count)

@@ -23,7 +23,6 @@ from atoll.merge import exact, soup, stream
 from atoll.merge.ledger_entry import ledger_entry
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
-from atoll.merge.weights import Weights
 
 DTYPES = [torch.float32, torch.bfloat16]
 
@@ -297,7 +296,7 @@ def test_sharded_experts_give_the_same_mean(make_expert, tmp_path):
     network = UNet2DConditionModel.from_pretrained(b)
     (b / WEIGHTS).unlink()
     network.save_pretrained(b, max_shard_size="3KB")
-    assert len(Weights(b).files) > 1
+    assert len(list(b.glob("*.safetensors"))) > 1
     sharded = soup.create(tmp_path / "sharded", {a: 1, b: 1}).path
     assert files(sharded)[WEIGHTS] == files(expected)[WEIGHTS]
     assert verify(sharded).holds

@@ -48,7 +48,7 @@ def first_of(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> No
 @pytest.fixture
 def weights(tmp_path: Path) -> Weights:
     (tmp_path / WEIGHTS_NAME).write_bytes(save(STATE, {"by": "a stranger"}))
-    return Weights(tmp_path)
+    return Weights([tmp_path / WEIGHTS_NAME])
 
 
 @pytest.mark.parametrize("piece", [8, 1000, 1 << 23])
@@ -66,7 +66,8 @@ def test_bytes_are_those_of_the_library(
         assert stream([weights], layouts(), first_of, outs=[Out()]) == [digest]
         turned = dict(reversed(layouts().items()))
         assert stream([weights], turned, first_of, outs=[Out()]) == [digest]
-        assert weights.sha256() == hashlib.sha256(weights.files[0].read_bytes()).hexdigest()
+        file = tmp_path / WEIGHTS_NAME
+        assert weights.sha256() == {file: hashlib.sha256(file.read_bytes()).hexdigest()}
 
 
 def test_pieces_are_put_in_order_whoever_makes_them(weights: Weights, tmp_path, monkeypatch):
@@ -109,7 +110,7 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
         assert all(at + size <= after for (at, size), (after, _) in itertools.pairwise(places))
         outs[0].copy_(values[-1])
 
-    others = [Weights(weights.folder) for _ in range(30)]
+    others = [Weights([tmp_path / WEIGHTS_NAME]) for _ in range(30)]
     for other in others:
         other.__enter__()
     stream(others, layouts(), spy, outs=[Out(tmp_path / "out")], threads=2)
@@ -151,7 +152,9 @@ def test_the_place_is_taken_first_where_a_filesystem_can(
 
 
 @pytest.mark.parametrize("threads", [1, 4])
-def test_a_file_is_hashed_whatever_is_read_of_it_and_when(weights: Weights, threads: int) -> None:
+def test_a_file_is_hashed_whatever_is_read_of_it_and_when(
+    weights: Weights, tmp_path: Path, threads: int
+) -> None:
     draw = random.Random(threads)
     parts = []
     for name, layout in layouts().items():
@@ -166,18 +169,21 @@ def test_a_file_is_hashed_whatever_is_read_of_it_and_when(weights: Weights, thre
         expected = STATE[name].reshape(-1)[first : first + count].contiguous()
         assert as_bytes(piece) == as_bytes(expected)
 
-    expected = hashlib.sha256(weights.files[0].read_bytes()).hexdigest()
+    file = tmp_path / WEIGHTS_NAME
+    expected = {file: hashlib.sha256(file.read_bytes()).hexdigest()}
     for _ in range(2):
         with weights, ThreadPoolExecutor(threads) as pool:
             list(pool.map(read, parts))
             assert weights.sha256() == expected
     # Opened again, it is read again.
-    weights.files[0].write_bytes(save({"t": torch.ones(3)}))
+    file.write_bytes(save({"t": torch.ones(3)}))
     with weights:
         assert weights.sha256() != expected
 
 
-def test_what_is_hashed_in_order_is_read_once(weights: Weights, monkeypatch) -> None:
+def test_what_is_hashed_in_order_is_read_once(
+    weights: Weights, tmp_path: Path, monkeypatch
+) -> None:
     read, preadv = [], os.preadv
 
     def spy(descriptor: int, into: list[memoryview], at: int) -> int:
@@ -188,4 +194,4 @@ def test_what_is_hashed_in_order_is_read_once(weights: Weights, monkeypatch) -> 
         monkeypatch.setattr(os, "preadv", spy)
         stream([weights], layouts(), first_of, outs=[Out()], threads=1)
         weights.sha256()
-    assert sum(read) == weights.files[0].stat().st_size
+    assert sum(read) == (tmp_path / WEIGHTS_NAME).stat().st_size

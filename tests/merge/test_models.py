@@ -1,0 +1,390 @@
+"""What people have: pipelines, components without cards, single files; variants and shards."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
+    UNet2DConditionModel,
+)
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from atoll.core.denoiser import CARD_NAME
+from atoll.core.errors import AtollError, MissingError, Refused, UsageError
+from atoll.core.storage import sha256_file, sha256_folder
+from atoll.merge import exact, soup
+from atoll.merge.model import FILE_NAME
+from atoll.merge.verify import verify
+from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
+
+PARTS = (f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}")
+
+
+def moved(network: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(0.02 * torch.randn(value.shape, generator=generator))
+    return network
+
+
+def pipeline(seed: int) -> DiTPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    return DiTPipeline(moved(transformer, seed), moved(vae, seed), DDIMScheduler())
+
+
+@pytest.fixture
+def make_pipeline(tmp_path: Path) -> Callable[..., Path]:
+    def make(name: str, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
+        path = tmp_path / "models" / name
+        whole = pipeline(int.from_bytes(name.encode(), "big") % 2**31).to(dtype)
+        whole.save_pretrained(path, **saving)
+        # What a tokenizer is made of, without the library that reads it.
+        words = path / "tokenizer"
+        words.mkdir(exist_ok=True)
+        (words / "vocab.json").write_text('{"b": 0, "a": 1, "dtype": 2}')
+        (words / "merges.txt").write_text("a b\n")
+        index = json.loads((path / "model_index.json").read_text())
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
+        (path / "model_index.json").write_text(json.dumps(index | {"requires": True}))
+        return path
+
+    return make
+
+
+def edit(path: Path, **changes: Any) -> None:
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {str(f.relative_to(folder)): sha256_file(f) for f in folder.rglob("*") if f.is_file()}
+
+
+# -- pipelines -------------------------------------------------------------------------------------
+
+
+def test_a_pipeline_is_averaged_part_by_part_loaded_by_diffusers_and_run(make_pipeline, tmp_path):
+    paths = [make_pipeline(name) for name in "abc"]
+    made = soup.create(tmp_path / "soup", dict(zip(paths, (1, 2, 3), strict=True)))
+    for part in PARTS:
+        mean, *values = (load_file(path / part) for path in (made.path, *paths))
+        for name, value in mean.items():
+            assert torch.equal(value, exact.mean([v[name] for v in values], [1, 2, 3]))
+    # The tokenizer is no tokenizer.
+    edit(made.path / "model_index.json", tokenizer=[None, None])
+    loaded = DiTPipeline.from_pretrained(made.path)
+    generator = torch.Generator().manual_seed(0)
+    loaded.set_progress_bar_config(disable=True)
+    images = loaded(
+        [1], guidance_scale=1, generator=generator, num_inference_steps=2, output_type="np"
+    ).images
+    assert images.shape == (1, 4, 4, 3)
+    assert torch.equal(
+        loaded.vae.state_dict()["decoder.conv_out.bias"],
+        load_file(made.path / PARTS[1])["decoder.conv_out.bias"],
+    )
+
+
+def test_a_pipelines_soup_holds_what_belongs_to_it_and_no_card(make_pipeline, tmp_path):
+    made = soup.create(tmp_path / "soup", {make_pipeline(name): 1 for name in "ab"})
+    assert set(files(made.path)) == {
+        "model_index.json", "soup.json", "scheduler/scheduler_config.json", *PARTS,
+        "transformer/config.json", "vae/config.json", "tokenizer/vocab.json",
+        "tokenizer/merges.txt",
+    }  # fmt: skip
+    assert made.card is None
+    assert (made.recipe.base_sha256, made.recipe.shards) == (None, [])
+    here, there = (p / "tokenizer/vocab.json" for p in (made.path, tmp_path / "models/a"))
+    assert here.read_bytes() == there.read_bytes()
+    index = json.loads((made.path / "model_index.json").read_text())
+    assert index["requires"] is True
+    assert index["safety_checker"] == [None, None]
+
+
+def test_pipelines_are_added_removed_left_out_and_verified(make_pipeline, tmp_path):
+    paths = [make_pipeline(name) for name in "abc"]
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1)).path
+    before = files(out)
+    soup.add(out, {paths[2]: 5})
+    assert files(out)[PARTS[1]] != before[PARTS[1]]
+    soup.remove(out, "c")
+    assert files(out) == before
+    assert verify(out).holds
+    every = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1))
+    never = soup.create(tmp_path / "loo" / "never", dict.fromkeys(paths[:2], 1))
+    assert files(every["c"].path) == files(never.path)
+    for part in (*PARTS, "scheduler/scheduler_config.json", "tokenizer/merges.txt"):
+        kept = (out / part).read_bytes()
+        (out / part).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        verdict = verify(out)
+        assert [problem.split()[0] for problem in verdict.problems] == [part]
+        (out / part).write_bytes(kept)
+    (out / PARTS[1]).unlink()
+    assert verify(out).problems == (f"{PARTS[1]} is missing",)
+
+
+def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_path):
+    half = {"dtype": torch.float16}
+    plain = {make_pipeline(name, **half): 1 for name in "ab"}
+    expected = soup.create(tmp_path / "soup", plain).path
+    for path in plain:
+        shutil.rmtree(path)
+        make_pipeline(path.name, **half, variant="fp16", max_shard_size="5KB")
+        assert list((path / "transformer").glob("*.index.fp16.json"))
+    with pytest.raises(MissingError, match="fp16"):
+        soup.create(tmp_path / "new", plain)
+    varied = soup.create(tmp_path / "varied", plain, variant="fp16")
+    assert varied.recipe.variant == "fp16"
+    for part in PARTS:
+        assert sha256_file(varied.path / part) == sha256_file(expected / part)
+    # What is read again is of the variant too.
+    before = files(varied.path)
+    soup.add(varied.path, {make_pipeline("c", **half, variant="fp16"): 1})
+    soup.remove(varied.path, "c")
+    assert files(varied.path) == before
+    assert verify(varied.path).holds
+
+
+def test_a_part_that_has_no_variant_is_taken_as_it_is(make_pipeline, tmp_path):
+    path = make_pipeline("a", variant="fp16")
+    (path / "vae" / WEIGHTS.replace(".s", ".fp16.s")).rename(path / "vae" / WEIGHTS)
+    soup.create(tmp_path / "soup", {path: 1}, variant="fp16")
+    assert (tmp_path / "soup" / "vae" / WEIGHTS).is_file()
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda p: edit(p / "scheduler/scheduler_config.json", beta_end=0.5),
+            ["scheduler/scheduler_config.json: beta_end: 0.02 and 0.5"],
+        ),
+        (lambda p: edit(p / "vae/config.json", act_fn="gelu"), ["vae/config.json: act_fn"]),
+        (
+            lambda p: (p / "tokenizer/merges.txt").write_text("b a\n"),
+            ["the content of", "tokenizer/merges.txt"],
+        ),
+        (lambda p: (p / "tokenizer/merges.txt").unlink(), ["files", "tokenizer/merges.txt"]),
+        (
+            lambda p: edit(p / "model_index.json", vae=[None, None]),
+            ["model_index.json: vae", "None"],
+        ),
+        (
+            lambda p: save_file({"other": torch.zeros(1)}, p / PARTS[1]),
+            ["tensor", "of vae"],
+        ),
+    ],
+)
+def test_pipelines_that_differ_are_refused_by_name(make_pipeline, tmp_path, change, words):
+    a, b = make_pipeline("a"), make_pipeline("b")
+    change(b)
+    with pytest.raises(Refused) as caught:
+        soup.create(tmp_path / "soup", {a: 1, b: 1})
+    assert all(word in str(caught.value) for word in ["'a' and 'b'", *words]), caught.value
+    assert not (tmp_path / "soup").exists()
+
+
+def test_who_wrote_a_configuration_is_no_difference(make_pipeline, tmp_path):
+    a, b = make_pipeline("a"), make_pipeline("b")
+    edit(a / "vae/config.json", _diffusers_version="0.1", _name_or_path="here", dtype="float16")
+    edit(b / "vae/config.json", _diffusers_version="0.2", _name_or_path="there", dtype="float32")
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    config = json.loads((out / "vae/config.json").read_text())
+    assert not {"_name_or_path", "dtype"} & set(config)
+    assert verify(out).holds
+
+
+@pytest.mark.parametrize(
+    ("change", "kind", "words"),
+    [
+        (lambda p: (p / "model_index.json").write_text("{"), Refused, "not readable JSON"),
+        (lambda p: (p / "model_index.json").write_text("[]"), Refused, "not an object"),
+        (lambda p: edit(p / "model_index.json", _class_name="AtollPipeline"), Refused, "ensemble"),
+        (
+            lambda p: edit(p / "model_index.json", **{"../vae": ["diffusers", "AutoencoderKL"]}),
+            Refused,
+            "allowed: folders beside it",
+        ),
+        (
+            lambda p: edit(p / "model_index.json", unet=["diffusers", "UNet2DModel"]),
+            MissingError,
+            "names unet, which is not there",
+        ),
+        (lambda p: (p / PARTS[1]).unlink(), MissingError, "no weights in"),
+        (lambda p: (p / PARTS[1]).rename(p / "vae/a.bin"), MissingError, "only a.bin"),
+        (
+            lambda p: (
+                [shutil.rmtree(p / name) for name in ("vae", "transformer")]
+                and edit(p / "model_index.json", vae=[None, None], transformer=[None, None])
+            ),
+            MissingError,
+            "No component",
+        ),
+        (lambda p: (p / "soup.json").write_text("{}"), Refused, "is a soup"),
+    ],
+)
+def test_folders_that_are_no_pipelines_are_refused(make_pipeline, tmp_path, change, kind, words):
+    path = make_pipeline("a")
+    change(path)
+    with pytest.raises(kind) as caught:
+        soup.create(tmp_path / "soup", {path: 1})
+    assert words.lower() in str(caught.value).lower()
+    assert not (tmp_path / "soup").exists()
+
+
+# -- components without a card ---------------------------------------------------------------------
+
+
+@pytest.fixture
+def make_stranger(make_expert) -> Callable[..., Path]:
+    """An expert that says nothing of itself."""
+
+    def make(name: str, **fields: Any) -> Path:
+        path: Path = make_expert(name, **fields)
+        (path / CARD_NAME).unlink()
+        return path
+
+    return make
+
+
+def test_components_without_a_card_are_taken_and_it_is_said(make_stranger, tmp_path, caplog):
+    a, b = make_stranger("a"), make_stranger("b")
+    with caplog.at_level(logging.WARNING):
+        made = soup.create(tmp_path / "soup", {a: 1, b: 2})
+    assert "it is called b, and its base is unknown" in caplog.text
+    assert [part.name for part in made.recipe.ingredients] == ["a", "b"]
+    assert set(files(made.path)) == {"config.json", WEIGHTS, "soup.json"}
+    UNet2DConditionModel.from_pretrained(made.path)
+    caplog.clear()
+    assert verify(made.path).holds
+    assert not caplog.text  # it is known by now
+
+
+def test_a_base_is_named_by_its_digest_and_mixes_strangers_with_experts(
+    make_expert, make_stranger, tmp_path, caplog
+):
+    base = make_expert("base", kind="base", base_sha256=None)
+    ours = make_expert("a", base_sha256=sha256_folder(base))
+    stranger = make_stranger("b")
+    with pytest.raises(Refused, match="base_sha256"):
+        soup.create(tmp_path / "soup", {ours: 1, stranger: 1})
+    with caplog.at_level(logging.WARNING):
+        made = soup.create(tmp_path / "soup", {ours: 1, stranger: 1}, base=base)
+    assert "its base is as you say" in caplog.text
+    assert made.recipe.base_sha256 == sha256_folder(base)
+    assert made.card is None
+    before = files(made.path)
+    soup.add(made.path, {make_stranger("c"): 1}, base=base)
+    soup.remove(made.path, "c")
+    assert files(made.path) == before
+    with pytest.raises(Refused, match="base_sha256"):
+        soup.add(made.path, {make_stranger("d"): 1})
+    other = make_expert("other", base_sha256="c" * 64)
+    with pytest.raises(Refused, match="trained from another base"):
+        soup.create(tmp_path / "new", {other: 1}, base=base)
+
+
+def test_a_base_without_a_card_is_its_weights(make_stranger, tmp_path):
+    base = make_stranger("base")
+    (base / "README.md").write_text("a folder from a hub has more in it")
+    made = soup.create(tmp_path / "soup", {make_stranger("a"): 1}, base=base)
+    assert made.recipe.base_sha256 == sha256_file(base / WEIGHTS)
+
+
+def test_a_component_of_a_pipeline_is_called_by_the_pipelines_name(make_pipeline, tmp_path):
+    paths = [make_pipeline(name) / "vae" for name in "ab"]
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
+    assert [part.name for part in made.recipe.ingredients] == ["a", "b"]
+    AutoencoderKL.from_pretrained(made.path)
+
+
+def test_strangers_that_moved_are_found_by_name_and_digest(make_stranger, tmp_path):
+    a, b = make_stranger("a"), make_stranger("b")
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    before = files(out)
+    elsewhere = tmp_path / "elsewhere"
+    shutil.copytree(b, elsewhere / "1" / "a")  # of that name, and not it
+    shutil.move(a, elsewhere / "2" / "a")
+    (elsewhere / "0" / "a").mkdir(parents=True)
+    (elsewhere / "0" / "a" / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="--ingredients"):
+        verify(out)
+    assert verify(out, search=[elsewhere]).holds
+    soup.add(out, {make_stranger("c"): 1}, search=[elsewhere])
+    soup.remove(out, "c", search=[elsewhere])
+    assert files(out) == before
+    shutil.rmtree(elsewhere / "1")
+    shutil.rmtree(elsewhere / "2")
+    with pytest.raises(UsageError, match="--ingredients"):
+        verify(out, search=[elsewhere])
+    shutil.copytree(b, a)
+    (a / "config.json").write_text("{")
+    with pytest.raises(UsageError, match="--ingredients"):
+        verify(out, search=[elsewhere])
+    assert "not readable JSON" in verify(out).problems[0]
+
+
+# -- single files ----------------------------------------------------------------------------------
+
+
+def test_single_files_become_a_folder_with_one(tmp_path):
+    parts = [{"x": torch.randn(9), "n": torch.arange(3)} for _ in range(3)]
+    for name, part in zip("abc", parts, strict=True):
+        save_file(part, tmp_path / f"{name}.safetensors")
+    paths = {
+        tmp_path / f"{name}.safetensors": weight
+        for name, weight in zip("abc", (1, 2, 3), strict=True)
+    }
+    made = soup.create(tmp_path / "soup", paths)
+    assert set(files(made.path)) == {FILE_NAME, "soup.json"}
+    mean = load_file(made.path / FILE_NAME)
+    assert torch.equal(mean["x"], exact.mean([part["x"] for part in parts], [1, 2, 3]))
+    assert [part.name for part in made.recipe.ingredients] == ["a", "b", "c"]
+    before = files(made.path)
+    soup.remove(made.path, "b")
+    soup.add(made.path, {tmp_path / "b.safetensors": 2})
+    assert files(made.path) == before
+    assert verify(made.path).holds
+
+
+def test_a_file_that_is_linked_to_keeps_its_name(tmp_path):
+    """As in a hub's cache, where names are links to digests."""
+    save_file({"x": torch.ones(2)}, tmp_path / "0123")
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "a.safetensors").symlink_to("../0123")
+    made = soup.create(tmp_path / "soup", {tmp_path / "cache" / "a.safetensors": 1})
+    assert made.recipe.ingredients[0].name == "a"
+    assert verify(made.path).holds
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "words"),
+    [
+        ("a.ckpt", Refused, "pickles are not read"),
+        ("nothing", UsageError, "There is nothing at"),
+        ("empty", MissingError, "neither model_index.json nor config.json"),
+    ],
+)
+def test_what_is_no_model(tmp_path, name, kind, words):
+    (tmp_path / "a.ckpt").write_bytes(b"")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(AtollError, match=words) as caught:
+        soup.create(tmp_path / "soup", {tmp_path / name: 1})
+    assert isinstance(caught.value, kind)
