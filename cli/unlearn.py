@@ -25,6 +25,7 @@ from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
 from atoll.core.manifest import MANIFEST_NAME, Manifest, check_artefact
 from atoll.core.storage import Storage
+from atoll.merge.recipe import RECIPE_NAME
 
 if TYPE_CHECKING:
     from atoll.merge.soup import Soup
@@ -181,21 +182,22 @@ def _exports(
 
 def _kind(place: Storage, manifest: Manifest) -> str | None:
     """What of this run lies at an export's place; None where it is gone, or a stranger's."""
-    if place.exists("soup.json"):
-        kind, cards = "soup", [CARD_NAME]
-    elif place.exists("model_index.json"):
-        based = place.read_json("transformer/config.json").get("base")
-        kind = WITH_BASE if based else ENSEMBLE
-        cards = [n for n in place.list() if n.endswith(f"/{CARD_NAME}")]
-    else:
-        return "report" if place.exists("metrics.json") else None
     assert manifest.base is not None
+    if place.exists(RECIPE_NAME):
+        ours = place.read_json(RECIPE_NAME)["base_sha256"] == manifest.base.sha256
+        return "soup" if ours else None
+    if not place.exists("model_index.json"):
+        return "report" if place.exists("metrics.json") else None
     bases = set()
-    for name in cards:
+    for name in place.list():
+        if not name.endswith(f"/{CARD_NAME}"):
+            continue
         card = Card.model_validate(place.read_json(name))
         folder = name.removesuffix(f"/{CARD_NAME}")
         bases.add(place.sha256(folder) if card.kind == "base" else card.base_sha256)
-    return kind if manifest.base.sha256 in bases else None
+    if manifest.base.sha256 not in bases:
+        return None
+    return WITH_BASE if place.read_json("transformer/config.json").get("base") else ENSEMBLE
 
 
 def _check_sound(run: Storage, manifest: Manifest, shard: str, kinds: Collection[str]) -> None:

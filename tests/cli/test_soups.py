@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
@@ -38,3 +39,21 @@ def test_leave_one_out_is_remembered_verified_and_unlearned(fresh: Path, tmp_pat
     for name in manifest["soups"]:
         assert SHARD not in (fresh / name / "soup.json").read_text()
     assert SHARD not in "".join(p.read_text() for p in outside.glob("*/soup.json"))
+
+
+def test_a_stranger_beside_an_experts_does_not_hide_it_from_a_removal(
+    fresh: Path, tmp_path: Path
+) -> None:
+    """Such a soup has no card; that it is of this run's base is in its recipe."""
+    ours = fresh / "islands" / SHARD / "expert"
+    stranger = tmp_path / "mine"
+    shutil.copytree(ours, stranger)
+    (stranger / "atoll.json").unlink()
+    said = atoll("soup", "create", tmp_path / "soup", ours, stranger)
+    assert said.code == 7
+    assert "base_sha256" in said.err
+    done("soup", "create", tmp_path / "soup", ours, stranger, "--base", fresh / "base")
+    left = done("unlearn", fresh, SHARD)
+    assert str(tmp_path / "soup") not in str(left["beyond_reach"])
+    recipe = json.loads((tmp_path / "soup" / "soup.json").read_text())
+    assert [part["name"] for part in recipe["ingredients"]] == ["mine"]
