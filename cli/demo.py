@@ -283,7 +283,9 @@ def _make_soup(run: Storage, manifest: Manifest) -> None:
     from atoll.cli.recording import remember
 
     folder = run.local(SOUP)
-    experts = {run.local(expert.path): 1 for expert in manifest.experts.values()}
+    experts: dict[Path | str, int] = {
+        run.local(expert.path): 1 for expert in manifest.experts.values()
+    }
     remember(soups.create(folder, experts), run, manifest)
 
 

@@ -11,8 +11,9 @@ from atoll.merge.soup import Soup
 
 def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
     """Record a soup in the manifest and the ledger of a run."""
-    folder, home = made.path.resolve(), run.local("").resolve()
-    if folder.is_relative_to(home):
+    folder = made.path.resolve()
+    home = run.local("").resolve() if run.is_local else None
+    if home is not None and folder.is_relative_to(home):
         name = folder.relative_to(home).as_posix()
         entry = ledger_entry(folder, name)
         manifest.soups[name] = Artefact(path=name, sha256=entry.sha256)

@@ -12,6 +12,7 @@ import typer
 from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
+    from atoll.merge.far import Place
     from atoll.merge.recipe import Dtype
     from atoll.merge.soup import Soup
 
@@ -93,7 +94,9 @@ def register(app: typer.Typer) -> None:
 
         weighted = _weighted(expert)
         with _at_work(Path(soup), weighted) as remember_in_all:
-            made = soups.add(_local(soup), weighted, search=_paths(search), base=_path(base))
+            made = soups.add(
+                _local(soup), weighted, search=_paths(search), base=base and _place(base)
+            )
             remember_in_all(made)
         return _result(made)
 
@@ -140,11 +143,7 @@ def register(app: typer.Typer) -> None:
 
 
 def _asked(dtype: str, base: str | None, variant: str | None) -> dict[str, Any]:
-    return {"dtype": _dtype(dtype), "base": _path(base), "variant": variant}
-
-
-def _path(text: str | None) -> Path | None:
-    return None if text is None else Path(text)
+    return {"dtype": _dtype(dtype), "base": base and _place(base), "variant": variant}
 
 
 def _dtype(text: str) -> Dtype:
@@ -178,11 +177,15 @@ def _paths(search: list[str] | None) -> list[Path]:
     return [Path(place) for place in search or []]
 
 
-def _weighted(experts: list[str]) -> dict[Path, int]:
+def _place(text: str) -> Place:
+    return text if "://" in text else Path(text)
+
+
+def _weighted(experts: list[str]) -> dict[Place, int]:
     """`EXPERT[=WEIGHT]` arguments, each expert once."""
     from atoll.core.errors import Refused, UsageError
 
-    weighted: dict[Path, int] = {}
+    weighted: dict[Place, int] = {}
     for text in experts:
         path, equals, weight = text.rpartition("=")
         if not equals or Path(text).exists():
@@ -193,9 +196,9 @@ def _weighted(experts: list[str]) -> dict[Path, int]:
             raise UsageError(
                 f"'{weight}' in '{text}' is not a weight", allowed="a whole number from 1"
             ) from None
-        if Path(path) in weighted:
+        if _place(path) in weighted:
             raise Refused(f"{path} is named twice", cure=f"give it a weight: {path}=2")
-        weighted[Path(path)] = number
+        weighted[_place(path)] = number
     return weighted
 
 
@@ -217,21 +220,25 @@ def _result(made: Soup) -> Result:
 
 
 @contextmanager
-def _at_work(soup: Path, experts: Iterable[Path] = ()) -> Iterator[Callable[[Soup], None]]:
+def _at_work(soup: Path, experts: Iterable[Place] = ()) -> Iterator[Callable[[Soup], None]]:
     """Hold the runs that a soup lies in or comes from, before anything of it is changed.
 
     Yields what tells them all of the soup; one that left them is among their exports.
     """
     from atoll.cli.recording import remember
-    from atoll.cli.working import check_recorded, owning_run, working_on
+    from atoll.cli.working import check_recorded, owning_run, owning_run_afar, working_on
+    from atoll.merge.ingredients import located
     from atoll.merge.recipe import RECIPE_NAME, Recipe
 
     experts = list(experts)
-    parts = [soup, *experts]
+    parts: list[Place] = [soup, *experts]
     if (soup / RECIPE_NAME).is_file():
-        parts += [soup / part.path for part in Recipe.load(soup).ingredients]
+        parts += [located(part, soup) for part in Recipe.load(soup).ingredients]
     with ExitStack() as stack:
-        homes = sorted({home for part in parts if (home := owning_run(part)) is not None})
+        found = {
+            owning_run(part) if isinstance(part, Path) else owning_run_afar(part) for part in parts
+        }
+        homes = sorted((home for home in found if home is not None), key=str)
         runs = [stack.enter_context(working_on(home)) for home in homes]
         for expert in experts:
             check_recorded(expert)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from atoll.core.errors import Refused
@@ -13,6 +13,7 @@ from atoll.core.storage import Storage
 
 # Written when a removal begins and removed when it has ended.
 INTENT_NAME = "unlearn.json"
+_HUBS = ("hf", "http", "https")
 
 
 def check_no_removal(run: Storage) -> None:
@@ -47,14 +48,33 @@ def owning_run(folder: Path) -> Path | None:
     return None
 
 
-def check_recorded(folder: Path) -> None:
+def owning_run_afar(uri: str) -> str | None:
+    """Likewise of a URI; on a hub, where nothing is written in place, lies none."""
+    scheme, _, path = uri.rstrip("/").partition("://")
+    if scheme in _HUBS:
+        return None
+    parts = path.split("/")
+    for end in range(len(parts) - 1, 0, -1):
+        home = f"{scheme}://{'/'.join(parts[:end])}"
+        # Who may read one folder need not be allowed to look into those above.
+        with suppress(PermissionError):
+            if Storage(home).exists(MANIFEST_NAME):
+                return home
+    return None
+
+
+def check_recorded(place: Path | str) -> None:
     """Refuse a folder that its run records with another digest; strangers' folders may pass."""
-    home = owning_run(folder)
+    if isinstance(place, str):
+        home: Path | str | None = owning_run_afar(place)
+        name = "" if home is None else place.rstrip("/")[len(str(home)) + 1 :]
+    else:
+        home = owning_run(place)
+        name = "" if home is None else place.resolve().relative_to(home).as_posix()
     if home is None:
         return
     run = Storage(home)
     check_no_removal(run)
-    name = folder.resolve().relative_to(home).as_posix()
     recorded = Manifest.load(run).artefacts().get(name)
     if recorded is not None:
         check_artefact(run, Artefact(path=name, sha256=recorded))

@@ -186,6 +186,11 @@ class Storage:
         path = self._path(name)
         return self._ask(f"reading {name}", lambda: bytes(self._fs.cat_file(path)))
 
+    def size(self, name: str) -> int:
+        """Of a file, in bytes; FileNotFoundError when there is none."""
+        path = self._path(name)
+        return self._ask(f"looking for {name}", lambda: int(self._fs.size(path)))
+
     def read_ranges(self, ranges: Sequence[tuple[str, int, int]]) -> Sequence[bytes]:
         """The bytes `start` to `end - 1` of each (name, start, end), asked for all at once."""
         paths = [self._path(name) for name, _, _ in ranges]

@@ -16,8 +16,9 @@ from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.errors import AtollError, Refused, UsageError
-from atoll.core.storage import sha256_folder
+from atoll.core.storage import Storage, sha256_folder
 from atoll.merge import exact
+from atoll.merge.far import Far, Place, is_uri
 from atoll.merge.model import (
     CONFIG_NAME,
     PIPELINE_NAME,
@@ -41,15 +42,16 @@ class Opened:
     The weights are not yet read.
     """
 
-    path: Path
+    place: Place
     ingredient: Ingredient
     card: Card | None
     base_sha256: str | None
     model: Model
+    far: Far | None = None  # stays as long as this does
 
     def seen_from(self, soup: Path) -> Opened:
         """The same as an ingredient of a soup that lies elsewhere."""
-        path = _relative(self.path, soup)
+        path = _relative(self.place, soup)
         return replace(self, ingredient=self.ingredient.model_copy(update={"path": path}))
 
     def read(self) -> Ingredient:
@@ -57,7 +59,7 @@ class Opened:
         found = self.model.sha256()
         if self.ingredient.sha256 not in ("", found):
             raise Refused(
-                f"The weights of '{self.ingredient.name}' in {self.path} are not those that are "
+                f"The weights of '{self.ingredient.name}' in {self.place} are not those that are "
                 f"in the soup, sha256 {self.ingredient.sha256[:16]}...",
                 cure="restore the expert from a copy, or name the folder that holds it",
             )
@@ -65,7 +67,7 @@ class Opened:
 
 
 def open_experts(
-    experts: Mapping[Path, int],
+    experts: Mapping[Place, int],
     soup: Path,
     *,
     base_sha256: str | None = None,
@@ -75,24 +77,31 @@ def open_experts(
 
     Those without a card are copies of the base of that digest, or of an unknown one.
     """
-    checked = {path: check_weight(weight, str(path)) for path, weight in experts.items()}
-    opened = [_open(path, weight, soup, base_sha256, variant) for path, weight in checked.items()]
+    checked = {place: check_weight(weight, str(place)) for place, weight in experts.items()}
+    opened = [_open(place, weight, soup, base_sha256, variant) for place, weight in checked.items()]
     for one in opened:
         if one.card is None:
             told = "its base is unknown" if base_sha256 is None else "its base is as you say"
             log.warning(
                 "%s has no %s: it is called %s, and %s",
-                one.path, CARD_NAME, one.ingredient.name, told,
+                one.place, CARD_NAME, one.ingredient.name, told,
             )  # fmt: skip
     return opened
 
 
-def sha256_base(path: Path, variant: str | None = None) -> str:
+def sha256_base(place: Place, variant: str | None = None) -> str:
     """The digest of a base by which its copies are known: of the folder as runs record it.
 
     Of one without a card only what is averaged and configured counts: a folder from a hub may hold
     the same weights several times over.
     """
+    if is_uri(place):
+        far = Far(str(place))
+        if (far.path / CARD_NAME).is_file():
+            return Storage(str(place)).sha256("")
+        with open_model(far.path, variant, far.read) as model:
+            return model.sha256()
+    path = Path(place)
     if (path / CARD_NAME).is_file():
         return sha256_folder(path)
     with open_model(path, variant) as model:
@@ -178,47 +187,52 @@ def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
 
 
 def _open(
-    path: Path, weight: int, soup: Path, base_sha256: str | None, variant: str | None
+    place: Place, weight: int, soup: Path, base_sha256: str | None, variant: str | None
 ) -> Opened:
+    far = Far(str(place)) if is_uri(place) else None
+    path = Path(place) if far is None else far.path
     if (path / RECIPE_NAME).is_file():
         raise Refused(
-            f"{path} is a soup, and a soup of soups would hide what is in it",
+            f"{place} is a soup, and a soup of soups would hide what is in it",
             allowed="experts",
             cure="name its ingredients (`atoll soup show` lists them)",
         )
     card = read_card(path) if (path / CARD_NAME).is_file() else None
     if card is not None:
-        _check_card(card, path, base_sha256)
+        _check_card(card, place, base_sha256)
         base_sha256 = card.base_sha256
-    model = open_model(path, variant)
+    model = open_model(path, variant, None if far is None else far.read)
     ingredient = Ingredient(
         name=model.name if card is None else card.name,
         shard=None if card is None else card.shard,
         weight=weight,
         sha256="",
-        path=_relative(path, soup),
+        path=_relative(place, soup),
     )
-    return Opened(path, ingredient, card, base_sha256, model)
+    return Opened(place, ingredient, card, base_sha256, model, far)
 
 
-def _check_card(card: Card, path: Path, base_sha256: str | None) -> None:
+def _check_card(card: Card, place: Place, base_sha256: str | None) -> None:
     if card.kind != "expert":
-        raise Refused(f"{path} is a {card.kind}", allowed="experts")
+        raise Refused(f"{place} is a {card.kind}", allowed="experts")
     if card.base_sha256 is None:
         raise Refused(
-            f"The expert {path} names no base, so nothing says that its weights can be averaged",
+            f"The expert {place} names no base, so nothing says that its weights can be averaged",
             allowed="experts trained from one base",
         )
     if base_sha256 not in (None, card.base_sha256):
         raise Refused(
-            f"The expert {path} was trained from another base, sha256 {card.base_sha256[:16]}...",
+            f"The expert {place} was trained from another base, sha256 {card.base_sha256[:16]}...",
             allowed="experts trained from one base",
             cure="name its own base, or leave the expert out",
         )
 
 
-def _relative(folder: Path, soup: Path) -> str:
-    return Path(os.path.relpath(_real(folder), os.path.realpath(soup))).as_posix()
+def _relative(place: Place, soup: Path) -> str:
+    """A local path from a soup's folder; a URI is itself wherever the soup lies."""
+    if is_uri(place):
+        return str(place)
+    return Path(os.path.relpath(_real(Path(place)), os.path.realpath(soup))).as_posix()
 
 
 def _real(path: Path) -> str:
@@ -229,9 +243,9 @@ def _real(path: Path) -> str:
 
 def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[Path]) -> Opened:
     candidates = []
-    for path in _candidates(ingredient, soup, search):
+    for place in _candidates(ingredient, soup, search):
         try:
-            opened = _open(path, ingredient.weight, soup, recipe.base_sha256, recipe.variant)
+            opened = _open(place, ingredient.weight, soup, recipe.base_sha256, recipe.variant)
         except AtollError:
             if not search:
                 raise
@@ -244,14 +258,24 @@ def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[P
     if candidates:
         return candidates[-1]
     raise UsageError(
-        f"The ingredient '{ingredient.name}' is not at {soup / ingredient.path}",
+        f"The ingredient '{ingredient.name}' is not at {located(ingredient, soup)}",
         cure="name the folder that holds the experts with --ingredients DIR",
     )
 
 
-def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Path]:
+def located(ingredient: Ingredient, soup: Path) -> Place:
+    """Where the recipe of a soup has an ingredient."""
+    if is_uri(ingredient.path):
+        return ingredient.path
+    return Path(os.path.realpath(soup)) / ingredient.path
+
+
+def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Place]:
     """What has the ingredient's name: where it was, then all others below `search`."""
-    places = [Path(os.path.realpath(soup)) / ingredient.path]
+    recorded = located(ingredient, soup)
+    if is_uri(recorded):
+        yield recorded
+    places = [] if is_uri(recorded) else [Path(recorded)]
     for root in search:
         if not root.is_dir():
             raise UsageError(f"There is no folder {root}")

@@ -17,14 +17,14 @@ from typing import Any, Self
 
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_named
-from atoll.merge.weights import Weights, find_weights
+from atoll.merge.weights import Reader, Weights, find_weights
 
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 # Weights of a single file have no name of their own in a soup, whatever their files are called.
 FILE_NAME = "soup.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
-_TEXTS = (".json", ".txt", ".model", ".jinja")
+TEXTS = (".json", ".txt", ".model", ".jinja")
 # What a library notes about who wrote a configuration, from where and in which dtype the weights
 # were; no part of what it configures. The second are left out of a soup, of which they are untrue.
 _WRITERS = ("_diffusers_version", "transformers_version")
@@ -104,18 +104,19 @@ def sha256_weights(digests: Mapping[str, str]) -> str:
     return next(iter(digests.values())) if len(digests) == 1 else sha256_named(digests)
 
 
-def open_model(path: Path, variant: str | None = None) -> Model:
+def open_model(path: Path, variant: str | None = None, reader: Reader | None = None) -> Model:
     """Find the parts of what lies at a path; weights are opened later.
 
-    Of a `variant` those parts are taken that have it. Raises `UsageError` where there is nothing,
+    Of a `variant` those parts are taken that have it. A `reader` gives the bytes of weights' files
+    that are only stood for here. Raises `UsageError` where there is nothing,
     `MissingError` where a network has no weights, and `Refused` for what is damaged.
     """
     if path.is_file():
-        return _of_file(path)
+        return _of_file(path, reader)
     if (path / PIPELINE_NAME).is_file():
-        return _of_pipeline(path, variant)
+        return _of_pipeline(path, variant, reader)
     if (path / CONFIG_NAME).is_file():
-        return _of_component(path, variant)
+        return _of_component(path, variant, reader)
     if path.is_dir():
         raise MissingError(
             f"There is neither {PIPELINE_NAME} nor {CONFIG_NAME} in {path}",
@@ -127,23 +128,23 @@ def open_model(path: Path, variant: str | None = None) -> Model:
     )
 
 
-def _of_file(path: Path) -> Model:
+def _of_file(path: Path, reader: Reader | None) -> Model:
     if path.suffix != WEIGHTS_SUFFIX:
         raise Refused(
             f"{path} is not a safetensors file",
             allowed="NAME.safetensors",
             cure="save it as safetensors; pickles are not read",
         )
-    return Model(path, {FILE_NAME: Weights([path])}, {})
+    return Model(path, {FILE_NAME: Weights([path], reader)}, {})
 
 
-def _of_component(path: Path, variant: str | None) -> Model:
+def _of_component(path: Path, variant: str | None, reader: Reader | None) -> Model:
     name, files = find_weights(path, variant)
     content = _read(path / CONFIG_NAME)
-    return Model(path, {name: Weights(files)}, {CONFIG_NAME: content})
+    return Model(path, {name: Weights(files, reader)}, {CONFIG_NAME: content})
 
 
-def _of_pipeline(path: Path, variant: str | None) -> Model:
+def _of_pipeline(path: Path, variant: str | None, reader: Reader | None) -> Model:
     content = _read(path / PIPELINE_NAME)
     index = json.loads(content)
     if index.get("_class_name") == "AtollPipeline":
@@ -161,11 +162,11 @@ def _of_pipeline(path: Path, variant: str | None) -> Model:
         if not folder.is_dir():
             raise MissingError(f"{path}/{PIPELINE_NAME} names {name}, which is not there")
         for file in sorted(folder.iterdir()):
-            if file.suffix in _TEXTS and ".index." not in file.name and file.is_file():
+            if file.suffix in TEXTS and ".index." not in file.name and file.is_file():
                 texts[f"{name}/{file.name}"] = _read(file)
         if (folder / CONFIG_NAME).is_file():
             stem, files = find_weights(folder, variant)
-            weights[f"{name}/{stem}"] = Weights(files)
+            weights[f"{name}/{stem}"] = Weights(files, reader)
     if not weights:
         raise MissingError(f"No component of {path} has weights")
     return Model(path, weights, texts)

@@ -18,6 +18,7 @@ from pathlib import Path
 from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
+from atoll.merge.far import Place
 from atoll.merge.ingredients import (
     Opened,
     check_alike,
@@ -42,10 +43,10 @@ class Soup:
 
 def create(
     out: Path,
-    experts: Mapping[Path, int],
+    experts: Mapping[Place, int],
     *,
     dtype: Dtype = "same",
-    base: Path | None = None,
+    base: Place | None = None,
     variant: str | None = None,
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
@@ -66,10 +67,10 @@ def create(
 
 def add(
     soup: Path,
-    experts: Mapping[Path, int],
+    experts: Mapping[Place, int],
     *,
     search: Sequence[Path] = (),
-    base: Path | None = None,
+    base: Place | None = None,
 ) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
     with _changing(soup) as (partial, recipe):
@@ -96,10 +97,10 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
 
 def leave_one_out(
     out: Path,
-    experts: Mapping[Path, int],
+    experts: Mapping[Place, int],
     *,
     dtype: Dtype = "same",
-    base: Path | None = None,
+    base: Place | None = None,
     variant: str | None = None,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
@@ -186,7 +187,7 @@ def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
 
 
 def _opened(
-    experts: Mapping[Path, int], soup: Path, base: Path | None, variant: str | None
+    experts: Mapping[Place, int], soup: Path, base: Place | None, variant: str | None
 ) -> list[Opened]:
     base_sha256 = None if base is None else sha256_base(base, variant)
     return open_experts(experts, soup, base_sha256=base_sha256, variant=variant)
@@ -290,7 +291,7 @@ def _file_name(one: Opened) -> str:
     name = one.ingredient.name
     if "/" in name or "\0" in name:
         raise Refused(
-            f"The expert {one.path} is named {name!r}, and no folder can be",
+            f"The expert {one.place} is named {name!r}, and no folder can be",
             cure="rename it in its atoll.json",
         )
     return name

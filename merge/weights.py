@@ -11,7 +11,7 @@ import json
 import math
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -43,7 +43,12 @@ DTYPES: dict[str, torch.dtype] = {
     "BOOL": torch.bool,
 }
 _UNREAD = (".bin", ".ckpt", ".pt", ".pth")
+_AHEAD_BYTES = 1 << 25  # of a file afar that wait for those before them
 _HASHED_BYTES = 1 << 22  # at a time, where a file is read for its digest alone
+
+
+Reader = Callable[[Path, int, memoryview], int]
+"""`reader(path, at, into)` fills memory with a file's bytes from `at` on, and says how many."""
 
 
 @dataclass(frozen=True)
@@ -69,12 +74,12 @@ class Weights:
     reading, so that what is read in the order of the file is read once.
     """
 
-    def __init__(self, paths: Sequence[Path]) -> None:
+    def __init__(self, paths: Sequence[Path], reader: Reader | None = None) -> None:
         self.layout: dict[str, Layout] = {}
         self._files: list[_File] = []
         self._places: dict[str, tuple[_File, int]] = {}  # file, and bytes from its start
         for path in paths:
-            file = _File(path)
+            file = _File(path, reader)
             self._files.append(file)
             for name, layout, offset in _header(path):
                 if name in self.layout:
@@ -109,8 +114,9 @@ class Weights:
 class _File:
     """One file, read at any place and hashed in order."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, reader: Reader | None) -> None:
         self.path = path
+        self._reader = reader
         self._descriptor = -1
         self._hashing = threading.Lock()
 
@@ -119,6 +125,7 @@ class _File:
         if hasattr(os, "posix_fadvise"):
             os.posix_fadvise(self._descriptor, 0, 0, os.POSIX_FADV_SEQUENTIAL)
         self._sha256, self._hashed = hashlib.sha256(), 0  # bytes from the start
+        self._ahead: dict[int, bytes] = {}  # by where they begin: fetched, and not hashed yet
 
     def close(self) -> None:
         os.close(self._descriptor)
@@ -127,11 +134,19 @@ class _File:
         self._fill(at, into)
         end = at + len(into)
         with self._hashing:
-            # Another thread may be ahead, or behind: then the gap is read here.
+            # Another thread may be ahead, or behind: then the gap is read here. From afar it would
+            # come a second time, so that what is there already waits for it, within limits.
+            waiting = sum(map(len, self._ahead.values()))
+            if self._reader and self._hashed < at and waiting + len(into) <= _AHEAD_BYTES:
+                self._ahead[at] = bytes(into)
+                return
             self._hash_up_to(at)
             if self._hashed < end:
                 self._sha256.update(into[self._hashed - at :])
                 self._hashed = end
+            while data := self._ahead.pop(self._hashed, None):
+                self._sha256.update(data)
+                self._hashed += len(data)
 
     def sha256(self) -> str:
         with self._hashing:
@@ -140,14 +155,20 @@ class _File:
 
     def _hash_up_to(self, end: int) -> None:
         while self._hashed < end:
-            data = memoryview(bytearray(min(end - self._hashed, _HASHED_BYTES)))
-            self._fill(self._hashed, data)
+            data: bytes | memoryview | None = self._ahead.pop(self._hashed, None)
+            if data is None:
+                stop = min([end, *(start for start in self._ahead if start > self._hashed)])
+                data = memoryview(bytearray(min(stop - self._hashed, _HASHED_BYTES)))
+                self._fill(self._hashed, data)
             self._sha256.update(data)
             self._hashed += len(data)
 
     def _fill(self, at: int, into: memoryview) -> None:
         while into:
-            got = os.preadv(self._descriptor, [into], at)
+            if self._reader is None:
+                got = os.preadv(self._descriptor, [into], at)
+            else:
+                got = self._reader(self.path, at, into)
             if not got:
                 raise Refused(f"{self.path} became shorter while it was read")
             into, at = into[got:], at + got

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import stream as streaming
+from atoll.merge import weights as reading
 from atoll.merge.stream import Out, stream
 from atoll.merge.weights import DTYPES, WEIGHTS_NAME, Layout, Weights, as_bytes
 
@@ -151,10 +152,21 @@ def test_the_place_is_taken_first_where_a_filesystem_can(
             assert (tmp_path / "out").read_bytes() == EXPECTED
 
 
+def from_afar(path: Path, at: int, into: memoryview) -> int:
+    data = path.read_bytes()[at : at + len(into)]
+    into[: len(data)] = data
+    return len(data)
+
+
+@pytest.mark.parametrize("reader", [None, from_afar])
+@pytest.mark.parametrize("ahead", [0, 3000, 1 << 25])
 @pytest.mark.parametrize("threads", [1, 4])
+@pytest.mark.usefixtures("weights")
 def test_a_file_is_hashed_whatever_is_read_of_it_and_when(
-    weights: Weights, tmp_path: Path, threads: int
+    tmp_path: Path, monkeypatch, threads: int, ahead: int, reader
 ) -> None:
+    monkeypatch.setattr(reading, "_AHEAD_BYTES", ahead)
+    weights = Weights([tmp_path / WEIGHTS_NAME], reader)
     draw = random.Random(threads)
     parts = []
     for name, layout in layouts().items():
