@@ -72,12 +72,17 @@ def open_experts(
     *,
     base_sha256: str | None = None,
     variant: str | None = None,
+    negative: bool = False,
 ) -> list[Opened]:
     """Experts by path and integer weight, as ingredients of a soup that lies at `soup`.
 
-    Those without a card are copies of the base of that digest, or of an unknown one.
+    Weights may be `negative` only if that is said. Those without a card are copies of the base of
+    that digest, or of an unknown one.
     """
-    checked = {place: check_weight(weight, str(place)) for place, weight in experts.items()}
+    checked = {
+        place: check_weight(weight, str(place), negative=negative)
+        for place, weight in experts.items()
+    }
     opened = [_open(place, weight, soup, base_sha256, variant) for place, weight in checked.items()]
     for one in opened:
         if one.card is None:
@@ -162,6 +167,12 @@ def tensor_name(file: str, name: str) -> str:
     return f"tensor '{name}'" + (f" of {component}" if component else "")
 
 
+def block_name(file: str, name: str) -> str:
+    """A tensor as blocks name it: of a pipeline with its component before."""
+    component, _, _ = file.rpartition("/")
+    return f"{component}.{name}" if component else name
+
+
 def _check_texts(pair: str, first: Model, other: Model) -> None:
     for name in sorted(first.texts.keys() | other.texts.keys()):
         if name not in first.texts or name not in other.texts:
@@ -199,8 +210,10 @@ def _open(
         )
     card = read_card(path) if (path / CARD_NAME).is_file() else None
     if card is not None:
-        _check_card(card, place, base_sha256)
-        base_sha256 = card.base_sha256
+        # The base is its own: with it the others' distance from it can be made shorter or longer.
+        own = sha256_base(place) if card.kind == "base" else card.base_sha256
+        _check_card(card, place, own, base_sha256)
+        base_sha256 = own
     model = open_model(path, variant, None if far is None else far.read)
     ingredient = Ingredient(
         name=model.name if card is None else card.name,
@@ -212,19 +225,17 @@ def _open(
     return Opened(place, ingredient, card, base_sha256, model, far)
 
 
-def _check_card(card: Card, place: Place, base_sha256: str | None) -> None:
-    if card.kind != "expert":
-        raise Refused(f"{place} is a {card.kind}", allowed="experts")
-    if card.base_sha256 is None:
+def _check_card(card: Card, place: Place, own: str | None, base_sha256: str | None) -> None:
+    if own is None:
         raise Refused(
             f"The expert {place} names no base, so nothing says that its weights can be averaged",
             allowed="experts trained from one base",
         )
-    if base_sha256 not in (None, card.base_sha256):
+    if base_sha256 not in (None, own):
         raise Refused(
-            f"The expert {place} was trained from another base, sha256 {card.base_sha256[:16]}...",
+            f"{place} was trained from another base, sha256 {own[:16]}...",
             allowed="experts trained from one base",
-            cure="name its own base, or leave the expert out",
+            cure="name its own base, or leave it out",
         )
 
 
@@ -294,7 +305,7 @@ def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> I
 def _is_called(place: Path, name: str) -> bool:
     if (place / CARD_NAME).is_file():
         card = read_card(place)
-        return (card.name, card.kind) == (name, "expert")
+        return card.name == name and card.kind != "soup"
     return place.exists() and model_name(place) == name
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
+from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_named
 from atoll.merge.weights import Reader, Weights, find_weights
@@ -161,6 +162,14 @@ def _of_pipeline(path: Path, variant: str | None, reader: Reader | None) -> Mode
         folder = path / name
         if not folder.is_dir():
             raise MissingError(f"{path}/{PIPELINE_NAME} names {name}, which is not there")
+        if (
+            folder / CARD_NAME
+        ).is_file():  # whose shard would be in the soup, and not in its recipe
+            raise Refused(
+                f"The component {name} of {path} is a denoiser of Atoll's",
+                allowed="pipelines of others",
+                cure=f"name {folder} itself",
+            )
         for file in sorted(folder.iterdir()):
             if file.suffix in TEXTS and ".index." not in file.name and file.is_file():
                 texts[f"{name}/{file.name}"] = _read(file)

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
 
@@ -36,9 +37,23 @@ class Ingredient(BaseModel):
 
     name: str
     shard: str | None
-    weight: int = Field(gt=0)
+    weight: int
     sha256: str
     path: str
+
+
+class Block(BaseModel):
+    """Tensors in which some ingredients count otherwise.
+
+    `tensors` is a pattern of their names as the shell has them, `up_blocks.*`; those of a pipeline
+    begin with the component's, `unet.up_blocks.*`. `weights` are by ingredient, and may be 0. Of
+    the blocks that a tensor is in, the one of the longest pattern counts.
+    """
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    tensors: str
+    weights: dict[str, int]
 
 
 class Recipe(BaseModel):
@@ -50,6 +65,7 @@ class Recipe(BaseModel):
     ingredients: tuple[Ingredient, ...] = Field(min_length=1)
     base_sha256: str | None  # None: nobody said which base they are copies of
     variant: str | None = None  # of the ingredients' files
+    blocks: tuple[Block, ...] = ()  # sorted by pattern
     dtype: Dtype = "same"
     rounding: Literal["nearest-even of the exact mean, zeros +0"] = (
         "nearest-even of the exact mean, zeros +0"
@@ -64,6 +80,7 @@ class Recipe(BaseModel):
         *,
         base_sha256: str | None,
         variant: str | None,
+        blocks: Iterable[Block] = (),
         dtype: Dtype,
     ) -> Self:
         """A recipe in the one order, after checking names and weights."""
@@ -75,9 +92,52 @@ class Recipe(BaseModel):
                     allowed="one ingredient of a name",
                     cure=f"leave one out, or first `atoll soup remove SOUP {name}`",
                 )
-        check_total(ingredient.weight for ingredient in ingredients)
         ordered = tuple(sorted(ingredients, key=lambda ingredient: ingredient.name))
-        return cls(ingredients=ordered, base_sha256=base_sha256, variant=variant, dtype=dtype)
+        recipe = cls(
+            ingredients=ordered,
+            base_sha256=base_sha256,
+            variant=variant,
+            blocks=_in_order(blocks),
+            dtype=dtype,
+        )
+        recipe._check_weights()
+        return recipe
+
+    def without(self, name: str) -> tuple[Block, ...]:
+        """The blocks of a soup that an ingredient has left."""
+        return _in_order(
+            Block(
+                tensors=block.tensors,
+                weights={n: weight for n, weight in block.weights.items() if n != name},
+            )
+            for block in self.blocks
+        )
+
+    def weights(self, tensor: str) -> list[int]:
+        """What every ingredient counts in a tensor, in their order."""
+        inside = [block for block in self.blocks if fnmatchcase(tensor, block.tensors)]
+        return self._weights(
+            max(inside, key=lambda one: (len(one.tensors), one.tensors), default=None)
+        )
+
+    def _weights(self, block: Block | None) -> list[int]:
+        told = {} if block is None else block.weights
+        return [told.get(part.name, part.weight) for part in self.ingredients]
+
+    def _check_weights(self) -> None:
+        names = [part.name for part in self.ingredients]
+        for block in self.blocks:
+            for name in sorted(block.weights.keys() - set(names)):
+                raise UsageError(
+                    f"The block {block.tensors} weighs '{name}', which is no ingredient. "
+                    f"{did_you_mean(name, names)}".strip(),
+                    allowed=", ".join(names),
+                )
+        for part in self.ingredients:
+            check_weight(part.weight, part.name, negative=True)
+        check_total(self._weights(None), "")
+        for block in self.blocks:
+            check_total(self._weights(block), f" in {block.tensors}")
 
     @classmethod
     def load(cls, soup: Path) -> Self:
@@ -103,7 +163,10 @@ class Recipe(BaseModel):
         names = [ingredient.name for ingredient in recipe.ingredients]
         if names != sorted(set(names)):
             raise Refused(f"{path} is damaged: ingredients are not sorted by distinct names")
-        check_total(ingredient.weight for ingredient in recipe.ingredients)
+        try:
+            recipe._check_weights()
+        except UsageError as error:
+            raise Refused(f"{path} is damaged: {error.what}") from error
         return recipe
 
     def to_bytes(self) -> bytes:
@@ -121,18 +184,21 @@ class Recipe(BaseModel):
     def name(self) -> str:
         """The soup's unique name, a function of what is in it: same soup, same name."""
         parts = [(i.name, i.weight, i.sha256) for i in self.ingredients]
-        text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding])
+        blocks = [[block.model_dump() for block in self.blocks]] if self.blocks else []
+        text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *blocks])
         return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
     def metadata(self) -> dict[str, str]:
         """What the weights file says of itself: all that is known before it is made."""
-        told = {
+        told: dict[str, object] = {
             "ingredients": {part.name: part.weight for part in self.ingredients},
             "base_sha256": self.base_sha256,
             "dtype": self.dtype,
             "rounding": self.rounding,
         }
+        if self.blocks:
+            told["blocks"] = {block.tensors: block.weights for block in self.blocks}
         return {"atoll.soup": canonical_json(told).decode()}
 
     @property
@@ -159,23 +225,48 @@ class Recipe(BaseModel):
         )
 
 
-def check_weight(weight: object, where: str) -> int:
-    """A positive integer, or the error that says so."""
-    if isinstance(weight, bool) or not isinstance(weight, int) or weight <= 0:
+def check_weight(weight: object, where: str, *, negative: bool = False) -> int:
+    """A positive integer, or a negative one if that is said to be meant; or the error."""
+    whole = isinstance(weight, int) and not isinstance(weight, bool)
+    if not isinstance(weight, int) or not whole or weight == 0:
         raise UsageError(
             f"The weight {weight!r} of {where} is not a positive integer",
             allowed="1, 2, 3, ...",
             cure="scale fractions up to integers; to leave an ingredient out, do not name it",
         )
+    if weight < 0 and not negative:
+        raise UsageError(
+            f"The weight {weight} of {where} is negative, not a positive integer",
+            allowed="1, 2, 3, ...",
+            cure="if you mean to take it away from the others, say --negative",
+        )
     return weight
 
 
-def check_total(weights: Iterable[int]) -> None:
-    """Refuse weights whose sum the exact mean does not cover."""
-    total = sum(weights)
-    if total > MAX_TOTAL:
+def check_total(weights: Sequence[int], where: str) -> None:
+    """Refuse weights whose mean is not defined, or not exactly computed."""
+    if sum(weights) <= 0:
         raise UsageError(
-            f"The weights add up to {total}",
+            f"The weights{where} add up to {sum(weights)}",
+            allowed="a positive sum",
+            cure="let what is added count more than what is taken away",
+        )
+    reach = sum(map(abs, weights))
+    if reach > MAX_TOTAL:
+        raise UsageError(
+            f"The weights{where} add up to {reach}, signs aside",
             allowed=f"a sum of at most {MAX_TOTAL}",
             cure="divide them by a common factor",
         )
+
+
+def _in_order(blocks: Iterable[Block]) -> tuple[Block, ...]:
+    """One block a pattern, sorted; those that say nothing are none."""
+    told: dict[str, dict[str, int]] = {}
+    for block in blocks:
+        told[block.tensors] = told.get(block.tensors, {}) | block.weights
+    return tuple(
+        Block(tensors=tensors, weights=dict(sorted(weights.items())))
+        for tensors, weights in sorted(told.items())
+        if weights
+    )

@@ -10,6 +10,7 @@ Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.
 
 from __future__ import annotations
 
+import fnmatch
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from atoll.core.errors import Refused, UsageError
 from atoll.merge.far import Place
 from atoll.merge.ingredients import (
     Opened,
+    block_name,
     check_alike,
     find_ingredients,
     open_experts,
@@ -28,7 +30,7 @@ from atoll.merge.ingredients import (
 )
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
-from atoll.merge.recipe import RECIPE_NAME, Dtype, Recipe
+from atoll.merge.recipe import RECIPE_NAME, Block, Dtype, Recipe
 from atoll.merge.stream import Out, stream
 
 
@@ -48,14 +50,17 @@ def create(
     dtype: Dtype = "same",
     base: Place | None = None,
     variant: str | None = None,
+    blocks: Sequence[Block] = (),
+    negative: bool = False,
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
 
-    `base` is what those without a card are copies of. The same command again makes the same soup
-    again; anything else that lies at `out` is refused.
+    `base` is what those without a card are copies of. In `blocks` weights are others; `negative`
+    ones are refused unless it is said that they are meant (task arithmetic, arXiv 2212.04089).
+    The same command again makes the same soup again; anything else that lies at `out` is refused.
     """
-    opened = _opened(experts, out, base, variant)
-    recipe = _recipe(opened, variant, dtype)
+    opened = _opened(experts, out, base, variant, negative)
+    recipe = _recipe(opened, variant, blocks, dtype)
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -71,12 +76,16 @@ def add(
     *,
     search: Sequence[Path] = (),
     base: Place | None = None,
+    blocks: Sequence[Block] = (),
+    negative: bool = False,
 ) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
     with _changing(soup) as (partial, recipe):
         opened = find_ingredients(recipe, soup, search=search)
-        opened += _opened(experts, soup, base, recipe.variant)
-        return _make(_recipe(opened, recipe.variant, recipe.dtype), opened, partial, soup)
+        opened += _opened(experts, soup, base, recipe.variant, negative)
+        every = [*recipe.blocks, *blocks]
+        new = _recipe(opened, recipe.variant, every, recipe.dtype)
+        return _make(new, opened, partial, soup)
 
 
 def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
@@ -92,7 +101,8 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
                 cure="delete the folder to be rid of the soup",
             )
         opened = find_ingredients(recipe, soup, search=search, leave=leave)
-        return _make(_recipe(opened, recipe.variant, recipe.dtype), opened, partial, soup)
+        new = _recipe(opened, recipe.variant, recipe.without(leave), recipe.dtype)
+        return _make(new, opened, partial, soup)
 
 
 def leave_one_out(
@@ -102,15 +112,17 @@ def leave_one_out(
     dtype: Dtype = "same",
     base: Place | None = None,
     variant: str | None = None,
+    blocks: Sequence[Block] = (),
+    negative: bool = False,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
 
     Each is bitwise what `create` makes of the others there; the experts are read once for all.
     """
-    opened = _sorted(_opened(experts, out, base, variant))
+    opened = _sorted(_opened(experts, out, base, variant, negative))
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
-    _recipe(opened, variant, dtype)
+    whole = _recipe(opened, variant, blocks, dtype)
     layouts = mean_layouts(opened, dtype)
     if dtype == "same" and any(
         weights.layout != layouts[file]
@@ -129,10 +141,13 @@ def leave_one_out(
             [one.seen_from(soup) for one in opened if one.ingredient.name != name]
             for name, soup in left_out.items()
         ]
-        recipes = [_recipe(each, variant, dtype) for each in others]
+        recipes = [
+            _recipe(each, variant, whole.without(name), dtype)
+            for name, each in zip(left_out, others, strict=True)
+        ]
         for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
             _check_same(soup, earlier, recipe, read=False)
-        recipes = _averaged(recipes, others, opened, partials)
+        recipes = _averaged(whole, recipes, others, opened, partials)
         made = {}
         for number, (name, soup) in enumerate(left_out.items()):
             _check_same(soup, there[number], recipes[number], read=True)
@@ -153,7 +168,7 @@ def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[s
     """
     opened = _sorted(opened)
     with ExitStack() as closing:
-        (digests,) = _streamed([recipe], opened, [None], closing)
+        (digests,) = _streamed(recipe, [recipe], opened, [None], closing)
         return _read(recipe, opened, digests), digests
 
 
@@ -164,13 +179,13 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     files = {name: model.written(name) for name in model.texts}
     files[RECIPE_NAME] = recipe.to_bytes()
     cards = [one.card for one in opened if one.card is not None]
-    if len(cards) == len(opened):
+    if len(cards) == len(opened):  # of the base's images nobody learnt anything further
         card = cards[0].model_copy(
             update={
                 "name": recipe.name,
                 "kind": "soup",
                 "shard": None,
-                "images_seen": sum(each.images_seen for each in cards),
+                "images_seen": sum(each.images_seen for each in cards if each.kind == "expert"),
             }
         )
         files[CARD_NAME] = card.to_bytes()
@@ -187,22 +202,45 @@ def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
 
 
 def _opened(
-    experts: Mapping[Place, int], soup: Path, base: Place | None, variant: str | None
+    experts: Mapping[Place, int],
+    soup: Path,
+    base: Place | None,
+    variant: str | None,
+    negative: bool,
 ) -> list[Opened]:
     base_sha256 = None if base is None else sha256_base(base, variant)
-    return open_experts(experts, soup, base_sha256=base_sha256, variant=variant)
+    return open_experts(experts, soup, base_sha256=base_sha256, variant=variant, negative=negative)
 
 
 def _sorted(opened: Iterable[Opened]) -> list[Opened]:
     return sorted(opened, key=lambda one: one.ingredient.name)
 
 
-def _recipe(opened: Sequence[Opened], variant: str | None, dtype: Dtype) -> Recipe:
+def _recipe(
+    opened: Sequence[Opened], variant: str | None, blocks: Iterable[Block], dtype: Dtype
+) -> Recipe:
     if not opened:
         raise UsageError("A soup needs at least one expert", cure="name one: EXPERT[=WEIGHT]")
-    ingredients = [one.ingredient for one in opened]
-    recipe = Recipe.of(ingredients, base_sha256=opened[0].base_sha256, variant=variant, dtype=dtype)
+    recipe = Recipe.of(
+        [one.ingredient for one in opened],
+        base_sha256=opened[0].base_sha256,
+        variant=variant,
+        blocks=blocks,
+        dtype=dtype,
+    )
     check_alike(opened)
+    tensors = [
+        block_name(file, name)
+        for file, weights in opened[0].model.weights.items()
+        for name in weights.layout
+    ]
+    for block in recipe.blocks:
+        if not fnmatch.filter(tensors, block.tensors):
+            heads = sorted({name.partition(".")[0] for name in tensors})
+            raise UsageError(
+                f"No tensor is in the block {block.tensors}",
+                allowed=", ".join(f"{head}.*" for head in heads),
+            )
     return recipe
 
 
@@ -226,11 +264,12 @@ def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) 
 
 def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
     """Fill the folder `partial`, which will lie at `soup`."""
-    (recipe,) = _averaged([recipe], [opened], _sorted(opened), [partial])
+    (recipe,) = _averaged(recipe, [recipe], [opened], _sorted(opened), [partial])
     return _fill(partial, recipe, opened, soup)
 
 
 def _averaged(
+    whole: Recipe,
     recipes: Sequence[Recipe],
     parts: Sequence[Sequence[Opened]],
     opened: Sequence[Opened],
@@ -238,30 +277,31 @@ def _averaged(
 ) -> list[Recipe]:
     """Write the weights of every soup, each of its `parts`; the recipes with all digests."""
     with ExitStack() as closing:
-        digests = _streamed(recipes, opened, partials, closing)
+        digests = _streamed(whole, recipes, opened, partials, closing)
         return [_read(*each) for each in zip(recipes, parts, digests, strict=True)]
 
 
 def _streamed(
+    whole: Recipe,
     recipes: Sequence[Recipe],
     opened: Sequence[Opened],
     folders: Sequence[Path | None],
     closing: ExitStack,
 ) -> list[dict[str, str]]:
-    """The mean of all, or of all but one each, into every folder; their sha256 by file.
+    """The mean of the `whole`, or of all but one each, into every folder; their sha256 by file.
 
     What was opened stays so until the stack is closed: its digests are still to be asked for.
     """
     models = [closing.enter_context(one.model) for one in opened]
     digests: list[dict[str, str]] = [{} for _ in folders]
-    for file, layouts in mean_layouts(opened, recipes[0].dtype).items():
+    for file, layouts in mean_layouts(opened, whole.dtype).items():
         outs = []
         for recipe, folder in zip(recipes, folders, strict=True):
             path = None if folder is None else folder / file
             if path is not None:
                 path.parent.mkdir(exist_ok=True)
             outs.append(Out(path, recipe.metadata))
-        rule = mean_rule(opened, file, without_one=len(folders) > 1)
+        rule = mean_rule(whole, file, without_one=len(folders) > 1)
         sources = [model.weights[file] for model in models]
         found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
         for known, digest in zip(digests, found, strict=True):

@@ -96,7 +96,7 @@ def test_a_file_a_component_and_a_base_afar(make_expert, uploaded, tmp_path):
 
 def test_a_pipeline_afar(make_expert, uploaded, tmp_path):
     whole = tmp_path / "whole"
-    make_expert("a", folder=whole / "unet")
+    (make_expert("a", folder=whole / "unet") / CARD_NAME).unlink()
     (whole / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"], "_x": 1}))
     made = soup.create(tmp_path / "soup", {uploaded(whole): 1})
     assert (made.path / "unet" / WEIGHTS).is_file()

@@ -238,6 +238,7 @@ def test_who_wrote_a_configuration_is_no_difference(make_pipeline, tmp_path):
             "No component",
         ),
         (lambda p: (p / "soup.json").write_text("{}"), Refused, "is a soup"),
+        (lambda p: (p / "vae/atoll.json").write_text("{}"), Refused, "vae itself"),
     ],
 )
 def test_folders_that_are_no_pipelines_are_refused(make_pipeline, tmp_path, change, kind, words):

@@ -65,8 +65,8 @@ def test_strangers(make_expert, pair, card, word):
 def test_without_a_base_or_of_another_kind(make_expert, pair):
     rootless = make_expert("z", base_sha256=None)
     refused(Refused, pair, lambda: soup.add(pair, {rootless: 1}), "names no base")
-    base = make_expert("base", kind="base")
-    refused(Refused, pair, lambda: soup.add(pair, {base: 1}), "is a base")
+    base = make_expert("base", kind="base", base_sha256=None)
+    refused(Refused, pair, lambda: soup.add(pair, {base: 1}), "base_sha256", sha256_folder(base))
 
 
 def test_soups_of_soups(make_expert, pair):
