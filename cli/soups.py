@@ -13,7 +13,7 @@ from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
     from atoll.merge.far import Place
-    from atoll.merge.recipe import Dtype
+    from atoll.merge.recipe import Block, Dtype
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
@@ -34,6 +34,17 @@ BaseOption = Annotated[
 VariantOption = Annotated[
     str | None, typer.Option(help="Which files to read where there are several, such as fp16.")
 ]
+BlockOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--block",
+        metavar="TENSORS:NAME=WEIGHT",
+        help="Another weight in tensors of these names, 'up_blocks.*:style-a=0'; repeatable.",
+    ),
+]
+NegativeOption = Annotated[
+    bool, typer.Option("--negative", help="Weights below 0 are meant: EXPERT=-1 takes away.")
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -48,13 +59,21 @@ def register(app: typer.Typer) -> None:
         dtype: DtypeOption = "same",
         base: BaseOption = None,
         variant: VariantOption = None,
+        block: BlockOption = None,
+        negative: NegativeOption = False,
     ) -> Result:
         """Average experts, with integer weights, into a new soup."""
         from atoll.merge import soup
 
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(_local(out), weighted, **_asked(dtype, base, variant))
+            made = soup.create(
+                _local(out),
+                weighted,
+                dtype=_dtype(dtype),
+                variant=variant,
+                **_asked(base, block, negative),
+            )
             remember_in_all(made)
         return _result(made)
 
@@ -65,13 +84,21 @@ def register(app: typer.Typer) -> None:
         dtype: DtypeOption = "same",
         base: BaseOption = None,
         variant: VariantOption = None,
+        block: BlockOption = None,
+        negative: NegativeOption = False,
     ) -> Result:
         """Leave one out: the soup of all experts but one, for every one, at OUT/without-NAME."""
         from atoll.merge import soup
 
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.leave_one_out(_local(out), weighted, **_asked(dtype, base, variant))
+            made = soup.leave_one_out(
+                _local(out),
+                weighted,
+                dtype=_dtype(dtype),
+                variant=variant,
+                **_asked(base, block, negative),
+            )
             for each in made.values():
                 remember_in_all(each)
         told = {name: _result(each) for name, each in made.items()}
@@ -88,6 +115,8 @@ def register(app: typer.Typer) -> None:
         expert: ExpertsArgument,
         search: SearchOption = None,
         base: BaseOption = None,
+        block: BlockOption = None,
+        negative: NegativeOption = False,
     ) -> Result:
         """Make a soup anew with further experts."""
         from atoll.merge import soup as soups
@@ -95,7 +124,7 @@ def register(app: typer.Typer) -> None:
         weighted = _weighted(expert)
         with _at_work(Path(soup), weighted) as remember_in_all:
             made = soups.add(
-                _local(soup), weighted, search=_paths(search), base=base and _place(base)
+                _local(soup), weighted, search=_paths(search), **_asked(base, block, negative)
             )
             remember_in_all(made)
         return _result(made)
@@ -142,8 +171,26 @@ def register(app: typer.Typer) -> None:
         return _result(soups.show(_local(soup)))
 
 
-def _asked(dtype: str, base: str | None, variant: str | None) -> dict[str, Any]:
-    return {"dtype": _dtype(dtype), "base": base and _place(base), "variant": variant}
+def _asked(base: str | None, block: list[str] | None, negative: bool) -> dict[str, Any]:
+    return {
+        "base": None if base is None else _place(base),
+        "blocks": [_block(text) for text in block or []],
+        "negative": negative,
+    }
+
+
+def _block(text: str) -> Block:
+    from atoll.core.errors import UsageError
+    from atoll.merge.recipe import Block
+
+    tensors, _, told = text.partition(":")
+    name, _, weight = told.rpartition("=")
+    try:
+        return Block(tensors=tensors, weights={name: int(weight)})
+    except ValueError:
+        raise UsageError(
+            f"'{text}' is no block", allowed="TENSORS:NAME=WEIGHT, as in 'up_blocks.*:style-a=2'"
+        ) from None
 
 
 def _dtype(text: str) -> Dtype:
@@ -207,13 +254,18 @@ def _result(made: Soup) -> Result:
         {"name": part.name, "shard": part.shard, "weight": part.weight, "sha256": part.sha256}
         for part in made.recipe.ingredients
     ]
+    blocks = {block.tensors: block.weights for block in made.recipe.blocks}
     listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
+    for tensors, weights in blocks.items():
+        told = ", ".join(f"{weight} x {name}" for name, weight in weights.items())
+        listed += f"\n  in {tensors}: {told}"
     result: dict[str, Any] = {
         "soup": str(made.path),
         "name": made.recipe.name,
         "sha256": made.recipe.sha256,
         "base_sha256": made.recipe.base_sha256,
         "ingredients": ingredients,
+        "blocks": blocks,
         "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }
     return result

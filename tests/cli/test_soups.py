@@ -6,6 +6,8 @@ import json
 import shutil
 from pathlib import Path
 
+import fsspec
+
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
 
@@ -57,3 +59,42 @@ def test_a_stranger_beside_an_experts_does_not_hide_it_from_a_removal(
     assert str(tmp_path / "soup") not in str(left["beyond_reach"])
     recipe = json.loads((tmp_path / "soup" / "soup.json").read_text())
     assert [part["name"] for part in recipe["ingredients"]] == ["mine"]
+
+
+def test_blocks_and_negative_weights_are_options(fresh: Path, tmp_path: Path) -> None:
+    first, second, *_ = sorted((fresh / "islands").glob("*/expert"))
+    names = [json.loads((path / "atoll.json").read_text())["name"] for path in (first, second)]
+    asked = ["soup", "create", tmp_path / "soup", f"{first}=3", f"{second}=-1"]
+    told = ["--block", f"conv_in.*:{names[1]}=0", "--block", f"conv_in.*:{names[0]}=1"]
+    assert "--negative" in atoll(*asked).err
+    made = done(*asked, "--negative", *told)
+    assert made["blocks"] == {"conv_in.*": {names[0]: 1, names[1]: 0}}
+    assert [part["weight"] for part in made["ingredients"]] == [3, -1]
+    assert f"in conv_in.*: 1 x {names[0]}, 0 x {names[1]}" in atoll(*asked, "--negative", *told).out
+    done("soup", "verify", tmp_path / "soup")
+    for text in ("conv_in.*", "conv_in.*:a", "conv_in.*:a=x"):
+        said = atoll(*asked, "--block", text)
+        assert (said.code, "TENSORS:NAME=WEIGHT" in said.err) == (2, True)
+    base = done("soup", "create", tmp_path / "less", f"{first}=2", f"{fresh}/base=-1", "--negative")
+    assert [part["weight"] for part in base["ingredients"]] in ([2, -1], [-1, 2])
+
+
+def test_experts_of_a_run_on_a_store_are_averaged_and_remembered_there(
+    fresh: Path, tmp_path: Path
+) -> None:
+    fs = fsspec.filesystem("memory")
+    fs.put(str(fresh), "/soups/run", recursive=True)
+    try:
+        experts = sorted(fresh.glob("islands/*/expert"))
+        uris = [f"memory://soups/run/{path.relative_to(fresh).as_posix()}" for path in experts]
+        far = done("soup", "create", tmp_path / "far", *uris)
+        near = done("soup", "create", tmp_path / "near", *experts)
+        assert far["sha256"] == near["sha256"]
+        done("soup", "verify", tmp_path / "far")
+        manifest = json.loads(fs.cat_file("/soups/run/manifest.json"))
+        assert str(tmp_path / "far") in manifest["exports"]
+        fs.pipe_file(f"/soups/run/{experts[0].relative_to(fresh)}/atoll.json", b"{}")
+        said = atoll("soup", "create", tmp_path / "new", *uris)
+        assert said.code == 7
+    finally:
+        fs.rm("/soups", recursive=True)
