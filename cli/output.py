@@ -6,7 +6,7 @@ import functools
 import inspect
 import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any, NoReturn
 
 import typer
@@ -74,6 +74,15 @@ def command(
         return wrapped
 
     return register
+
+
+def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
+    """A line for every row, its cells in columns."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    ]
 
 
 def _say(result: Result, *, as_json: bool, quiet: bool, clear: bool) -> None:

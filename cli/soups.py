@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from atoll.cli.output import Result, command
+from atoll.cli.output import Result, aligned, command
 
 if TYPE_CHECKING:
     from atoll.merge.far import Place
+    from atoll.merge.preflight import Check
     from atoll.merge.recipe import Block, Dtype
     from atoll.merge.soup import Soup
 
@@ -61,11 +62,31 @@ def register(app: typer.Typer) -> None:
         variant: VariantOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
+        check: Annotated[
+            bool, typer.Option("--check", help="Only say how the experts go together.")
+        ] = False,
+        barrier: Annotated[
+            str | None,
+            typer.Option(
+                metavar="FOLDER",
+                help="With --check, losses too: on records of this shard or commons of a run.",
+            ),
+        ] = None,
     ) -> Result:
         """Average experts, with integer weights, into a new soup."""
+        from atoll.core.errors import UsageError
         from atoll.merge import soup
 
         weighted = _weighted(expert)
+        if check:
+            from atoll.merge.preflight import check as do_check
+
+            return _checked(do_check(
+                _local(out), weighted, pack=None if barrier is None else Path(barrier),
+                dtype=_dtype(dtype), variant=variant, **_asked(base, block, negative),
+            ))  # fmt: skip
+        if barrier is not None:
+            raise UsageError("--barrier says more of a check", cure="add --check")
         with _at_work(Path(out), weighted) as remember_in_all:
             made = soup.create(
                 _local(out),
@@ -269,6 +290,58 @@ def _result(made: Soup) -> Result:
         "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }
     return result
+
+
+def _checked(check: Check) -> Result:
+    compared, barrier = check.comparison, check.barrier
+    rows: list[dict[str, Any]] = []
+    for number, one in enumerate(check.opened):
+        rows.append(
+            {
+                "name": one.ingredient.name,
+                "weight": one.ingredient.weight,
+                "shard": one.ingredient.shard,
+                "base_sha256": one.base_sha256,
+                "family": None if one.card is None else one.card.family,
+                "dtypes": one.model.dtypes,
+                "move": None if compared.moves is None else compared.moves[number],
+                "loss": None if barrier is None else barrier.losses[number],
+            }
+        )
+    names = [row["name"] for row in rows]
+    table = [["expert", "weight", "base", "family", "dtypes", "move", "loss"]]
+    for row in rows:
+        shown = [row["name"], row["weight"], (row["base_sha256"] or "unknown")[:12]]
+        shown += [row["family"] or "unknown", ", ".join(row["dtypes"])]
+        table.append([*map(str, shown), _figure(row["move"]), _figure(row["loss"])])
+    told = aligned(table)
+    pairs: dict[str, Sequence[Sequence[float | None]] | None] = {
+        "cosines of moves": compared.cosines,
+        "distances": compared.distances,
+        "loss barriers": None if barrier is None else barrier.barriers,
+    }
+    for title, matrix in pairs.items():
+        if matrix is not None and len(names) > 1:
+            lines = [
+                [name, *map(_figure, values)] for name, values in zip(names, matrix, strict=True)
+            ]
+            told += ["", *aligned([[title, *names], *lines])]
+    if barrier is not None:
+        told += ["", f"loss of the soup with equal weights: {barrier.soup:.4f}"]
+    return {
+        "experts": rows,
+        "elements": compared.elements,
+        "base_norm": compared.base_norm,
+        "cosines": compared.cosines,
+        "distances": compared.distances,
+        "barriers": None if barrier is None else barrier.barriers,
+        "soup_loss": None if barrier is None else barrier.soup,
+        "text": "\n".join(told),
+    }
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4f}"
 
 
 @contextmanager

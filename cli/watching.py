@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from atoll.cli.output import Result, RunArgument, command
+from atoll.cli.output import Result, RunArgument, aligned, command
 from atoll.cli.training import InexactOption
 
 if TYPE_CHECKING:
@@ -168,11 +168,7 @@ _COLUMNS = (
 
 def table(seen: RunStatus) -> str:
     """Aligned columns, a row per shard; what is wrong with one stands below."""
-    rows = [_COLUMNS, *(_cells(row) for row in seen.shards)]
-    widths = [max(len(row[n]) for row in rows) for n in range(len(_COLUMNS))]
-    lines = [
-        "  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
-    ]
+    lines = aligned([_COLUMNS, *(_cells(row) for row in seen.shards)])
     for row in seen.shards:
         if row.state == "dead" and not row.reason:
             lines.append(f"{row.shard}: no sign of life for {_duration(row.silent_seconds)}")

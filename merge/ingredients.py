@@ -94,6 +94,13 @@ def open_experts(
     return opened
 
 
+def open_base(place: Place, copy: Opened, variant: str | None = None) -> Opened:
+    """The base of an ingredient, refused if it is not like it."""
+    opened = replace(_open(place, 1, Path(), None, variant), base_sha256=copy.base_sha256)
+    check_alike([opened, copy])
+    return opened
+
+
 def sha256_base(place: Place, variant: str | None = None) -> str:
     """The digest of a base by which its copies are known: of the folder as runs record it.
 

@@ -73,6 +73,12 @@ class Model:
         }
         return sha256_weights(digests)
 
+    @property
+    def dtypes(self) -> list[str]:
+        """Those of all tensors, by the format's names, sorted."""
+        layouts = [w.layout for w in self.weights.values()]
+        return sorted({layout.dtype for each in layouts for layout in each.values()})
+
     def config(self, name: str) -> dict[str, Any] | None:
         """What a configuration says but for notes on its writing; None of any other file.
 

@@ -43,6 +43,24 @@ class Soup:
     recipe: Recipe
 
 
+def prepare(
+    out: Path,
+    experts: Mapping[Place, int],
+    *,
+    dtype: Dtype = "same",
+    base: Place | None = None,
+    variant: str | None = None,
+    blocks: Sequence[Block] = (),
+    negative: bool = False,
+) -> tuple[list[Opened], Recipe]:
+    """The experts of a soup in the order of its recipe, and the recipe, without digests.
+
+    All is checked that can be told from headers and configurations.
+    """
+    opened = _sorted(_opened(experts, out, base, variant, negative))
+    return opened, _recipe(opened, variant, blocks, dtype)
+
+
 def create(
     out: Path,
     experts: Mapping[Place, int],
@@ -59,8 +77,9 @@ def create(
     ones are refused unless it is said that they are meant (task arithmetic, arXiv 2212.04089).
     The same command again makes the same soup again; anything else that lies at `out` is refused.
     """
-    opened = _opened(experts, out, base, variant, negative)
-    recipe = _recipe(opened, variant, blocks, dtype)
+    opened, recipe = prepare(
+        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative
+    )
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -119,10 +138,11 @@ def leave_one_out(
 
     Each is bitwise what `create` makes of the others there; the experts are read once for all.
     """
-    opened = _sorted(_opened(experts, out, base, variant, negative))
+    opened, whole = prepare(
+        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative
+    )
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
-    whole = _recipe(opened, variant, blocks, dtype)
     layouts = mean_layouts(opened, dtype)
     if dtype == "same" and any(
         weights.layout != layouts[file]

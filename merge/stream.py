@@ -62,8 +62,9 @@ def stream(
 ) -> list[str]:
     """Make every tensor of `layouts` by the rule, write the files, and return their hex sha256.
 
-    Its progress is called `what`. `threads` are all processors if not given. Which pieces there
-    are, and who makes them, shows in no bit if the rule is pointwise.
+    Without a file to write the rule only looks. Its progress is called `what`. `threads` are all
+    processors if not given. Which pieces there are, and who makes them, shows in no bit if the rule
+    is pointwise.
     """
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
@@ -74,13 +75,14 @@ def stream(
             closing.enter_context(_Sink(out.path, size))
             for out, size in zip(outs, sizes, strict=True)
         ]
-        advance = closing.enter_context(progress(what, sum(sizes), in_bytes=True))
+        copies = len(outs) or 1
+        total = copies * _size(layouts)
+        advance = closing.enter_context(progress(what, total, in_bytes=True))
         putting = closing.enter_context(ThreadPoolExecutor(threads, "put"))
 
         def put(parts: Sequence[memoryview]) -> None:
             """The next bytes of every file."""
             list(putting.map(_Sink.put, sinks, parts))
-            advance(sum(part.nbytes for part in parts))
 
         put([memoryview(head) for head in heads])
         buffers: queue.SimpleQueue[_Buffers] = queue.SimpleQueue()
@@ -89,21 +91,22 @@ def stream(
         pool = closing.enter_context(ThreadPoolExecutor(threads, "stream"))
         closing.callback(pool.shutdown, cancel_futures=True)
 
-        def made(piece: _Piece) -> tuple[_Buffers, list[Tensor]]:
+        def made(piece: _Piece) -> tuple[_Buffers, list[Tensor], int]:
             taken = buffers.get()
             parts = taken.of(piece.count, _dtypes(piece.name, sources, layouts, len(outs)))
             values, results = parts[: len(sources)], parts[len(sources) :]
             for source, value in zip(sources, values, strict=True):
                 source.read(piece.name, piece.first, value)
             rule(piece.name, values, results)
-            return taken, results
+            return taken, results, copies * piece.count * layouts[piece.name].torch_dtype.itemsize
 
-        def written(future: Future[tuple[_Buffers, list[Tensor]]]) -> None:
-            taken, results = future.result()
+        def written(future: Future[tuple[_Buffers, list[Tensor], int]]) -> None:
+            taken, results, size = future.result()
             put([as_bytes(result) for result in results])
             buffers.put(taken)
+            advance(size)
 
-        at_work: deque[Future[tuple[_Buffers, list[Tensor]]]] = deque()
+        at_work: deque[Future[tuple[_Buffers, list[Tensor], int]]] = deque()
         for piece in _pieces(sources, layouts, len(outs), _MEMORY_BYTES // slots):
             if len(at_work) == slots:
                 written(at_work.popleft())

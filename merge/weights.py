@@ -63,8 +63,12 @@ class Layout:
         return math.prod(self.shape)
 
     @property
+    def torch_dtype(self) -> torch.dtype:
+        return DTYPES[self.dtype]
+
+    @property
     def bytes(self) -> int:
-        return self.count * DTYPES[self.dtype].itemsize
+        return self.count * self.torch_dtype.itemsize
 
 
 class Weights:

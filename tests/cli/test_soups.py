@@ -98,3 +98,21 @@ def test_experts_of_a_run_on_a_store_are_averaged_and_remembered_there(
         assert said.code == 7
     finally:
         fs.rm("/soups", recursive=True)
+
+
+def test_check_says_how_experts_go_together_and_makes_nothing(fresh: Path, tmp_path: Path) -> None:
+    experts = sorted((fresh / "islands").glob("*/expert"))
+    asked = ["soup", "create", tmp_path / "soup", *experts]
+    before = tree(fresh)
+    found = done(*asked, "--check", "--base", fresh / "base", "--barrier", fresh / "commons")
+    assert {expert["shard"] for expert in found["experts"]} == set(SHARDS)
+    assert all(0 < expert["move"] < 2 and expert["loss"] > 0 for expert in found["experts"])
+    assert len(found["cosines"]) == len(found["barriers"]) == len(SHARDS)
+    assert found["soup_loss"] > 0
+    said = atoll(*asked, "--check").out.splitlines()
+    assert said[0].split() == ["expert", "weight", "base", "family", "dtypes", "move", "loss"]
+    assert "distances" in said[len(SHARDS) + 2]
+    assert not (tmp_path / "soup").exists()
+    assert tree(fresh) == before
+    said = atoll(*asked, "--barrier", fresh / "commons")
+    assert (said.code, "add --check" in said.err) == (2, True)
