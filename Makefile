@@ -22,7 +22,7 @@ test: $(VENV)/.dev
 # diffusers imports transformers, where it is, into every process: half a second to a second for
 # each that the tests start. So it lies apart, where these tests alone see it.
 stock: $(VENV)/.stock
-	PYTHONPATH=$(VENV)/stock $(BIN)/python -m pytest tests/router/test_stock.py
+	PYTHONPATH=$(VENV)/stock $(BIN)/python -m pytest tests/router/test_stock.py tests/merge/test_stock.py
 
 check: $(VENV)/.dev
 	$(BIN)/ruff check .

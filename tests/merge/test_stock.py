@@ -1,0 +1,108 @@
+"""A Stable Diffusion pipeline merged, loaded by diffusers and run; needs transformers."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from atoll.core.storage import sha256_file
+from atoll.merge import exact, soup
+from atoll.merge.verify import verify
+
+# diffusers has none of these classes without it; `pip install 'atoll[pipelines]'`.
+transformers = pytest.importorskip("transformers")
+
+PARTS = {
+    "unet/diffusion_pytorch_model.safetensors",
+    "vae/diffusion_pytorch_model.safetensors",
+    "text_encoder/model.safetensors",
+}
+
+
+def moved(network: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(0.02 * torch.randn(value.shape, generator=generator).to(value))
+    return network
+
+
+def stable_diffusion(folder: Path, seed: int, dtype: torch.dtype) -> Path:
+    from diffusers import (
+        AutoencoderKL,
+        PNDMScheduler,
+        StableDiffusionPipeline,
+        UNet2DConditionModel,
+    )
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    folder.mkdir(parents=True)
+    words = folder / "words"
+    words.mkdir()
+    letters = [chr(c) for c in range(97, 123)]
+    vocabulary = [*letters, *(f"{c}</w>" for c in letters), "<|startoftext|>", "<|endoftext|>"]
+    (words / "vocab.json").write_text(json.dumps({w: i for i, w in enumerate(vocabulary)}))
+    (words / "merges.txt").write_text("#version: 0.2\n")
+    torch.manual_seed(0)
+    text = CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(vocabulary), hidden_size=8, intermediate_size=8, num_hidden_layers=1,
+            num_attention_heads=2, max_position_embeddings=8, bos_token_id=52, eos_token_id=53,
+        )
+    )  # fmt: skip
+    unet = UNet2DConditionModel(
+        sample_size=8, layers_per_block=1, block_out_channels=(4, 8), norm_num_groups=2,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"), mid_block_type=None,
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"), cross_attention_dim=8,
+        attention_head_dim=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    whole = StableDiffusionPipeline(
+        vae=moved(vae, seed), unet=moved(unet, seed), text_encoder=moved(text, seed),
+        tokenizer=CLIPTokenizer(
+            str(words / "vocab.json"), str(words / "merges.txt"), model_max_length=8
+        ),
+        scheduler=PNDMScheduler(skip_prk_steps=True), safety_checker=None, feature_extractor=None,
+        requires_safety_checker=False,
+    )  # fmt: skip
+    whole.to(dtype).save_pretrained(folder / "model")
+    return folder / "model"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_stable_diffusion_pipeline_is_merged_loaded_and_run(tmp_path: Path, dtype) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    paths = [stable_diffusion(tmp_path / name, seed, dtype) for seed, name in enumerate("abc")]
+    # Three of one name: what they are called is what lies above.
+    for path in paths:
+        path.rename(path.parent / f"model-{path.parent.name}")
+    paths = [path.parent / f"model-{path.parent.name}" for path in paths]
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
+    for part in PARTS:
+        mean, *values = (load_file(path / part) for path in (made.path, *paths))
+        for name, value in mean.items():
+            if value.is_floating_point():
+                assert torch.equal(value, exact.mean([v[name] for v in values], [1, 1, 1])), name
+            else:
+                assert torch.equal(value, values[0][name])
+    for tokens in (made.path / "tokenizer").iterdir():
+        assert sha256_file(tokens) == sha256_file(paths[0] / "tokenizer" / tokens.name)
+    assert verify(made.path).holds
+
+    loaded = StableDiffusionPipeline.from_pretrained(made.path, torch_dtype=torch.float32)
+    loaded.set_progress_bar_config(disable=True)
+    state = loaded.text_encoder.state_dict()
+    for name, value in load_file(made.path / "text_encoder/model.safetensors").items():
+        name = name if name in state else name.removeprefix("text_model.")
+        assert torch.equal(state[name], value.float())
+    image = loaded(
+        "a cat", num_inference_steps=2, output_type="np",
+        generator=torch.Generator().manual_seed(0),
+    ).images  # fmt: skip
+    assert image.shape == (1, 8, 8, 3)
