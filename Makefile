@@ -52,7 +52,7 @@ $(VENV)/.dev: $(VENV)/bin/python pyproject.toml
 	touch $@ $(VENV)/.demo
 
 $(VENV)/.stock: $(VENV)/.dev
-	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/stock 'transformers>=5.23' tokenizers
+	$(BIN)/python -m pip install --quiet --upgrade --no-deps --target $(VENV)/stock 'transformers>=5.23' tokenizers 'peft>=0.21'
 	touch $@
 
 clean:

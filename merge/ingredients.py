@@ -159,6 +159,8 @@ def check_alike(opened: Sequence[Opened]) -> None:
                     shown = ["our linear path" if each is None else each for each in (ours, theirs)]
                     raise _strangers(pair, field, *shown)
         _check_texts(pair, first.model, other.model)
+        if first.model.is_adapter and other.model.is_adapter:
+            continue  # of any rank, for any layers; what has to fit shows where they are averaged
         for file in sorted(first.model.weights.keys() | other.model.weights.keys()):
             parts = [model.weights.get(file) for model in (first.model, other.model)]
             layouts = [{} if part is None else part.layout for part in parts]
@@ -215,7 +217,7 @@ def _open(
             allowed="experts",
             cure="name its ingredients (`atoll soup show` lists them)",
         )
-    card = read_card(path) if (path / CARD_NAME).is_file() else None
+    card = _card_of(path)
     if card is not None:
         # The base is its own: with it the others' distance from it can be made shorter or longer.
         own = sha256_base(place) if card.kind == "base" else card.base_sha256
@@ -230,6 +232,12 @@ def _open(
         path=_relative(place, soup),
     )
     return Opened(place, ingredient, card, base_sha256, model, far)
+
+
+def _card_of(path: Path) -> Card | None:
+    """The card of a folder, or of the expert that a file lies in: its shard stays known."""
+    folder = path if path.is_dir() else path.parent
+    return read_card(folder) if (folder / CARD_NAME).is_file() else None
 
 
 def _check_card(card: Card, place: Place, own: str | None, base_sha256: str | None) -> None:
@@ -310,8 +318,8 @@ def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> I
 
 
 def _is_called(place: Path, name: str) -> bool:
-    if (place / CARD_NAME).is_file():
-        card = read_card(place)
+    card = _card_of(place) if place.exists() else None
+    if card is not None:
         return card.name == name and card.kind != "soup"
     return place.exists() and model_name(place) == name
 

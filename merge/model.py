@@ -18,6 +18,8 @@ from typing import Any, Self
 from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_named
+from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
+from atoll.merge.lora import is_adapter
 from atoll.merge.weights import Reader, Weights, find_weights
 
 CONFIG_NAME = "config.json"
@@ -74,6 +76,11 @@ class Model:
         return sha256_weights(digests)
 
     @property
+    def is_adapter(self) -> bool:
+        """Whether it is of low-rank adapters, whose halves are not averaged by themselves."""
+        return any(is_adapter(weights) for weights in self.weights.values())
+
+    @property
     def dtypes(self) -> list[str]:
         """Those of all tensors, by the format's names, sorted."""
         layouts = [w.layout for w in self.weights.values()]
@@ -124,6 +131,8 @@ def open_model(path: Path, variant: str | None = None, reader: Reader | None = N
         return _of_pipeline(path, variant, reader)
     if (path / CONFIG_NAME).is_file():
         return _of_component(path, variant, reader)
+    if (path / ADAPTER_NAME).is_file():
+        return Model(path, {ADAPTER_NAME: Weights([path / ADAPTER_NAME], reader)}, {})
     if path.is_dir():
         raise MissingError(
             f"There is neither {PIPELINE_NAME} nor {CONFIG_NAME} in {path}",
@@ -142,7 +151,8 @@ def _of_file(path: Path, reader: Reader | None) -> Model:
             allowed="NAME.safetensors",
             cure="save it as safetensors; pickles are not read",
         )
-    return Model(path, {FILE_NAME: Weights([path], reader)}, {})
+    weights = Weights([path], reader)
+    return Model(path, {ADAPTER_NAME if is_adapter(weights) else FILE_NAME: weights}, {})
 
 
 def _of_component(path: Path, variant: str | None, reader: Reader | None) -> Model:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atoll.core.errors import Refused
 from atoll.core.pack import Pack
 from atoll.merge import exact
 from atoll.merge.barrier import Barrier, measure_barrier
@@ -61,6 +62,8 @@ def check(
     Losses are measured on the records of a run's `pack` if there is one.
     """
     opened, recipe = prepare(out, experts, **options)
+    if opened[0].model.is_adapter:
+        raise Refused("Adapters are not compared", cure="leave out --check, or compare the models")
     base = options.get("base")
     start = None if base is None else open_base(base, opened[0], recipe.variant)
     barrier = None if pack is None else measure_barrier(opened, Pack(pack))

@@ -16,7 +16,9 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from atoll.core.denoiser import CARD_NAME, Card, read_card
+import torch
+
+from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
 from atoll.merge.far import Place
@@ -28,10 +30,12 @@ from atoll.merge.ingredients import (
     open_experts,
     sha256_base,
 )
+from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
+from atoll.merge.lora import layouts_of, mean_adapter, read_adapter
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import RECIPE_NAME, Block, Dtype, Recipe
-from atoll.merge.stream import Out, stream
+from atoll.merge.stream import Out, save, stream
 
 
 @dataclass(frozen=True)
@@ -143,11 +147,16 @@ def leave_one_out(
     )
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
-    layouts = mean_layouts(opened, dtype)
-    if dtype == "same" and any(
-        weights.layout != layouts[file]
-        for one in opened
-        for file, weights in one.model.weights.items()
+    adapters = opened[0].model.is_adapter
+    layouts = {} if adapters else mean_layouts(opened, dtype)
+    if (
+        dtype == "same"
+        and not adapters
+        and any(
+            weights.layout != layouts[file]
+            for one in opened
+            for file, weights in one.model.weights.items()
+        )
     ):
         raise Refused(
             "The experts are in several dtypes, so that the soups would be",
@@ -199,7 +208,8 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     files = {name: model.written(name) for name in model.texts}
     files[RECIPE_NAME] = recipe.to_bytes()
     cards = [one.card for one in opened if one.card is not None]
-    if len(cards) == len(opened):  # of the base's images nobody learnt anything further
+    whole = NETWORK_CONFIG in files  # and no single file of one
+    if whole and len(cards) == len(opened):  # of the base's images nobody learnt anything further
         card = cards[0].model_copy(
             update={
                 "name": recipe.name,
@@ -313,6 +323,8 @@ def _streamed(
     What was opened stays so until the stack is closed: its digests are still to be asked for.
     """
     models = [closing.enter_context(one.model) for one in opened]
+    if opened[0].model.is_adapter:
+        return [_adapters(*each, opened) for each in zip(recipes, folders, strict=True)]
     digests: list[dict[str, str]] = [{} for _ in folders]
     for file, layouts in mean_layouts(opened, whole.dtype).items():
         outs = []
@@ -327,6 +339,22 @@ def _streamed(
         for known, digest in zip(digests, found, strict=True):
             known[file] = digest
     return digests
+
+
+def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> dict[str, str]:
+    """The mean of the adapters in a recipe; small enough to be in memory."""
+    parts = {part.name for part in recipe.ingredients}
+    adapters = [
+        read_adapter(weights, one.ingredient.name)
+        for one in opened
+        for weights in one.model.weights.values()
+        if one.ingredient.name in parts
+    ]
+    made = mean_adapter(
+        recipe, adapters, None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
+    )
+    path = None if folder is None else folder / ADAPTER_NAME
+    return {ADAPTER_NAME: save(made, layouts_of(made), Out(path, recipe.metadata))}
 
 
 def _read(recipe: Recipe, opened: Sequence[Opened], digests: Mapping[str, str]) -> Recipe:

@@ -116,6 +116,16 @@ def stream(
         return [sink.sha256.hexdigest() for sink in sinks]
 
 
+def save(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], out: Out) -> str:
+    """Write tensors that are in memory as `stream` would, and return the file's hex sha256."""
+    head = header(layouts, out.metadata)
+    with _Sink(out.path, len(head) + _size(layouts)) as sink:
+        sink.put(memoryview(head))
+        for name in _order(layouts):
+            sink.put(as_bytes(tensors[name].contiguous()))
+        return sink.sha256.hexdigest()
+
+
 def header(layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
     """What comes before the tensors: its own length, and where each of them lies."""
     # Without a format diffusers takes a file for a stranger's.

@@ -80,12 +80,15 @@ class Weights:
 
     def __init__(self, paths: Sequence[Path], reader: Reader | None = None) -> None:
         self.layout: dict[str, Layout] = {}
+        self.metadata: dict[str, str] = {}  # what headers say beside
         self._files: list[_File] = []
         self._places: dict[str, tuple[_File, int]] = {}  # file, and bytes from its start
         for path in paths:
             file = _File(path, reader)
             self._files.append(file)
-            for name, layout, offset in _header(path):
+            metadata, tensors = _header(path)
+            self.metadata |= metadata
+            for name, layout, offset in tensors:
                 if name in self.layout:
                     raise Refused(f"{path.parent} holds the tensor '{name}' twice")
                 self.layout[name] = layout
@@ -233,8 +236,8 @@ def _indexed(index: Path) -> list[Path]:
     return [folder / name for name in sorted(names)]
 
 
-def _header(file: Path) -> list[tuple[str, Layout, int]]:
-    """The checked header of one file: each tensor's name, layout and bytes from the start."""
+def _header(file: Path) -> tuple[dict[str, str], list[tuple[str, Layout, int]]]:
+    """A file's checked header: its metadata, and each tensor's name, layout and first byte."""
     # The format's own library refuses overlaps, gaps, wrong sizes and truncated files.
     try:
         with safe_open(file, framework="pt"):
@@ -247,9 +250,10 @@ def _header(file: Path) -> list[tuple[str, Layout, int]]:
         named = json.loads(opened.read(length), object_pairs_hook=list)
     if len(dict(named)) < len(named):
         raise Refused(f"{file} names a tensor twice")
-    found = []
+    found, metadata = [], {}
     for name, pairs in named:
         if name == "__metadata__":
+            metadata = dict(pairs)
             continue
         entry = dict(pairs)
         if entry["dtype"] not in DTYPES:
@@ -260,4 +264,4 @@ def _header(file: Path) -> list[tuple[str, Layout, int]]:
             )
         layout = Layout(entry["dtype"], tuple(entry["shape"]))
         found.append((name, layout, 8 + length + entry["data_offsets"][0]))
-    return found
+    return metadata, found

@@ -1,4 +1,4 @@
-"""A Stable Diffusion pipeline merged, loaded by diffusers and run; needs transformers."""
+"""What diffusers makes of soups with its other libraries: transformers, and peft for adapters."""
 
 from __future__ import annotations
 
@@ -7,15 +7,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from torch import nn
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
 
 from atoll.core.storage import sha256_file
 from atoll.merge import exact, soup
+from atoll.merge.lora import FILE_NAME
 from atoll.merge.verify import verify
 
 # diffusers has none of these classes without it; `pip install 'atoll[pipelines]'`.
-transformers = pytest.importorskip("transformers")
+pytest.importorskip("transformers")
+pytest.importorskip("peft")
 
 PARTS = {
     "unet/diffusion_pytorch_model.safetensors",
@@ -106,3 +108,43 @@ def test_a_stable_diffusion_pipeline_is_merged_loaded_and_run(tmp_path: Path, dt
         generator=torch.Generator().manual_seed(0),
     ).images  # fmt: skip
     assert image.shape == (1, 8, 8, 3)
+
+
+def test_diffusers_loads_the_mean_with_the_scale_that_is_meant(tmp_path, make_expert):
+    """By the networks' outputs: of the mean of adapters, and of the base moved by all of them."""
+    from diffusers import UNet2DConditionModel
+
+    base = make_expert("base")
+    layers = ["up_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q",
+              "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"]  # fmt: skip
+    states = []
+    for seed in range(3):
+        generator = torch.Generator().manual_seed(seed)
+        states.append({
+            f"unet.{layer}.{half}.weight": torch.randn(shape, generator=generator)
+            for number, layer in enumerate(layers)
+            for half, shape in (("lora_A", (1 + number, 8)), ("lora_B", (8, 1 + number)))
+        })  # fmt: skip
+    paths = [saved(tmp_path / f"{n}.safetensors", s) for n, s in zip("abc", states, strict=True)]
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
+    loaded = UNet2DConditionModel.from_pretrained(base)
+    wanted = UNet2DConditionModel.from_pretrained(base)
+    with torch.no_grad():
+        for layer in layers:
+            mean = sum(product_of(state, f"unet.{layer}") for state in states) / 3
+            wanted.get_submodule(layer).weight.add_(mean.float())
+    loaded.load_lora_adapter(made.path, weight_name=FILE_NAME, prefix="unet")
+    given = torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.randn(1, 2, 8)
+    with torch.no_grad():
+        torch.testing.assert_close(
+            loaded(*given).sample, wanted(*given).sample, rtol=1e-4, atol=1e-5
+        )
+
+
+def saved(path: Path, state: dict[str, Tensor]) -> Path:
+    save_file(state, path)
+    return path
+
+
+def product_of(state: dict[str, Tensor], layer: str) -> Tensor:
+    return state[f"{layer}.lora_B.weight"].double() @ state[f"{layer}.lora_A.weight"].double()
