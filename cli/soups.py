@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
@@ -14,7 +14,7 @@ from atoll.cli.output import Result, aligned, command
 if TYPE_CHECKING:
     from atoll.merge.far import Place
     from atoll.merge.preflight import Check
-    from atoll.merge.recipe import Block, Dtype
+    from atoll.merge.recipe import Block, Dtype, Method
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
@@ -62,6 +62,7 @@ def register(app: typer.Typer) -> None:
         variant: VariantOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
+        method: Annotated[str, typer.Option(help="mean, or model-stock, with --base.")] = "mean",
         check: Annotated[
             bool, typer.Option("--check", help="Only say how the experts go together.")
         ] = False,
@@ -82,7 +83,7 @@ def register(app: typer.Typer) -> None:
             from atoll.merge.preflight import check as do_check
 
             return _checked(do_check(
-                _local(out), weighted, pack=None if barrier is None else Path(barrier),
+                _local(out), weighted, pack=None if barrier is None else _local(barrier),
                 dtype=_dtype(dtype), variant=variant, **_asked(base, block, negative),
             ))  # fmt: skip
         if barrier is not None:
@@ -93,6 +94,7 @@ def register(app: typer.Typer) -> None:
                 weighted,
                 dtype=_dtype(dtype),
                 variant=variant,
+                method=_method(method),
                 **_asked(base, block, negative),
             )
             remember_in_all(made)
@@ -193,8 +195,10 @@ def register(app: typer.Typer) -> None:
 
 
 def _asked(base: str | None, block: list[str] | None, negative: bool) -> dict[str, Any]:
+    from atoll.merge.far import place_of
+
     return {
-        "base": None if base is None else _place(base),
+        "base": None if base is None else place_of(base),
         "blocks": [_block(text) for text in block or []],
         "negative": negative,
     }
@@ -215,19 +219,26 @@ def _block(text: str) -> Block:
 
 
 def _dtype(text: str) -> Dtype:
-    from typing import get_args
-
-    from atoll.core.errors import UsageError, did_you_mean
     from atoll.merge.recipe import Dtype
 
-    choices: tuple[Dtype, ...] = get_args(Dtype)
-    for choice in choices:
-        if choice == text:
-            return choice
-    raise UsageError(
-        f"Unknown dtype '{text}'. {did_you_mean(text, choices)}".strip(),
-        allowed=", ".join(choices),
-    )
+    return cast("Dtype", _choice("dtype", text, get_args(Dtype)))
+
+
+def _method(text: str) -> Method:
+    from atoll.merge.recipe import Method
+
+    return cast("Method", _choice("method", text, get_args(Method)))
+
+
+def _choice(what: str, text: str, choices: Sequence[str]) -> str:
+    from atoll.core.errors import UsageError, did_you_mean
+
+    if text not in choices:
+        raise UsageError(
+            f"Unknown {what} '{text}'. {did_you_mean(text, choices)}".strip(),
+            allowed=", ".join(choices),
+        )
+    return text
 
 
 def _local(folder: str) -> Path:
@@ -245,13 +256,10 @@ def _paths(search: list[str] | None) -> list[Path]:
     return [Path(place) for place in search or []]
 
 
-def _place(text: str) -> Place:
-    return text if "://" in text else Path(text)
-
-
 def _weighted(experts: list[str]) -> dict[Place, int]:
     """`EXPERT[=WEIGHT]` arguments, each expert once."""
     from atoll.core.errors import Refused, UsageError
+    from atoll.merge.far import place_of
 
     weighted: dict[Place, int] = {}
     for text in experts:
@@ -262,11 +270,13 @@ def _weighted(experts: list[str]) -> dict[Place, int]:
             number = int(weight)
         except ValueError:
             raise UsageError(
-                f"'{weight}' in '{text}' is not a weight", allowed="a whole number from 1"
+                f"'{weight}' in '{text}' is not a weight",
+                allowed="a whole number from 1",
+                cure=f"where it is a part of the name, give a weight behind it: {text}=1",
             ) from None
-        if _place(path) in weighted:
+        if place_of(path) in weighted:
             raise Refused(f"{path} is named twice", cure=f"give it a weight: {path}=2")
-        weighted[_place(path)] = number
+        weighted[place_of(path)] = number
     return weighted
 
 
@@ -277,7 +287,9 @@ def _result(made: Soup) -> Result:
     ]
     blocks = {block.tensors: block.weights for block in made.recipe.blocks}
     listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
-    for tensors, weights in blocks.items():
+    if made.recipe.method != "mean":
+        listed += f"\n  by {made.recipe.method}, with {made.recipe.base} as the base"
+    for tensors, weights in blocks.items() if made.recipe.method == "mean" else ():
         told = ", ".join(f"{weight} x {name}" for name, weight in weights.items())
         listed += f"\n  in {tensors}: {told}"
     result: dict[str, Any] = {
@@ -286,6 +298,7 @@ def _result(made: Soup) -> Result:
         "sha256": made.recipe.sha256,
         "base_sha256": made.recipe.base_sha256,
         "ingredients": ingredients,
+        "method": made.recipe.method,
         "blocks": blocks,
         "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }
@@ -340,6 +353,23 @@ def _checked(check: Check) -> Result:
     }
 
 
+def _check_of_run(place: Place) -> None:
+    """Refuse what lies in a run and says of no shard that it is its: a head, a checkpoint."""
+    from atoll.cli.working import run_of
+    from atoll.core.denoiser import CARD_NAME
+    from atoll.core.errors import Refused
+    from atoll.core.storage import Storage
+
+    home = run_of(place)
+    above, _, name = str(place).rstrip("/").rpartition("/")
+    folder = above if name.endswith(".safetensors") else place
+    if home is not None and not Storage(folder).exists(CARD_NAME):
+        raise Refused(
+            f"{place} lies in the run {home}, and is none of its experts",
+            allowed="folders with atoll.json, such as islands/SHARD/expert",
+        )
+
+
 def _figure(value: float | None) -> str:
     return "" if value is None else f"{value:.4f}"
 
@@ -351,7 +381,7 @@ def _at_work(soup: Path, experts: Iterable[Place] = ()) -> Iterator[Callable[[So
     Yields what tells them all of the soup; one that left them is among their exports.
     """
     from atoll.cli.recording import remember
-    from atoll.cli.working import check_recorded, owning_run, owning_run_afar, working_on
+    from atoll.cli.working import check_recorded, run_of, working_on
     from atoll.merge.ingredients import located
     from atoll.merge.recipe import RECIPE_NAME, Recipe
 
@@ -360,12 +390,11 @@ def _at_work(soup: Path, experts: Iterable[Place] = ()) -> Iterator[Callable[[So
     if (soup / RECIPE_NAME).is_file():
         parts += [located(part, soup) for part in Recipe.load(soup).ingredients]
     with ExitStack() as stack:
-        found = {
-            owning_run(part) if isinstance(part, Path) else owning_run_afar(part) for part in parts
-        }
+        found = {run_of(part) for part in parts}
         homes = sorted((home for home in found if home is not None), key=str)
         runs = [stack.enter_context(working_on(home)) for home in homes]
         for expert in experts:
+            _check_of_run(expert)
             check_recorded(expert)
 
         def remember_in_all(made: Soup) -> None:

@@ -184,7 +184,8 @@ def _kind(place: Storage, manifest: Manifest) -> str | None:
     """What of this run lies at an export's place; None where it is gone, or a stranger's."""
     assert manifest.base is not None
     if place.exists(RECIPE_NAME):
-        ours = place.read_json(RECIPE_NAME)["base_sha256"] == manifest.base.sha256
+        recipe = place.read_json(RECIPE_NAME)
+        ours = isinstance(recipe, dict) and recipe.get("base_sha256") == manifest.base.sha256
         return "soup" if ours else None
     if not place.exists("model_index.json"):
         return "report" if place.exists("metrics.json") else None
@@ -228,18 +229,27 @@ def _check_sound(run: Storage, manifest: Manifest, shard: str, kinds: Collection
 
 
 def _others(run: Storage, folder: Path, shard: str) -> bool:
-    """Whether a soup holds anything but the shard; refused where that is not to be found again."""
+    """Whether there is a soup without the shard; refused where the rest is not to be found again.
+
+    There is none of nothing else, nor of what only the shard gave a mean: nobody without it could
+    have made that.
+    """
     from atoll.merge.ingredients import find_ingredients
     from atoll.merge.recipe import Recipe
 
+    if not folder.exists():
+        return False  # gone already
     recipe = Recipe.load(folder)
-    others = tuple(part for part in recipe.ingredients if part.shard != shard)
-    if len(others) < len(recipe.ingredients):
-        staying = recipe.model_copy(update={"ingredients": others})
-        for opened in find_ingredients(staying, folder, search=[run.local("islands")]):
+    leaving = [part.name for part in recipe.ingredients if part.shard == shard]
+    if not recipe.has_mean_without(leaving):
+        return False
+    if leaving:
+        for opened in find_ingredients(
+            recipe, folder, search=[run.local("islands")], leave=leaving
+        ):
             with opened.model:
                 opened.read()
-    return bool(others)
+    return True
 
 
 def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str]) -> None:
@@ -247,7 +257,7 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str
         if artefact.path not in emptied:
             remember(_without(run, run.local(artefact.path), shard), run, manifest)
             continue
-        log.warning("%s held nothing but %s and is gone", artefact.path, shard)
+        log.warning("%s is no soup without %s, and is gone", artefact.path, shard)
         run.remove(artefact.path)
         del manifest.soups[name]
         manifest.save(run)
@@ -259,10 +269,10 @@ def _without(run: Storage, folder: Path, shard: str) -> Soup:
 
     recover(folder)
     made = soups.show(folder)
-    for part in made.recipe.ingredients:
-        if part.shard == shard:
-            made = soups.remove(folder, part.name, search=[run.local("islands")])
-    return made
+    leaving = [part.name for part in made.recipe.ingredients if part.shard == shard]
+    if not leaving:
+        return made
+    return soups.remove_all(folder, leaving, search=[run.local("islands")])
 
 
 def _leave_exported_soups(

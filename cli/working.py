@@ -43,9 +43,23 @@ def working_on(run: str | Path) -> Iterator[tuple[Storage, Manifest]]:
 def owning_run(folder: Path) -> Path | None:
     """The nearest folder above that holds a manifest, or None."""
     for parent in folder.resolve().parents:
-        if (parent / MANIFEST_NAME).is_file():
+        if (parent / MANIFEST_NAME).is_file() and _is_run(Storage(parent)):
             return parent
     return None
+
+
+def _is_run(place: Storage) -> bool:
+    """Whether a manifest is one of a run: others call files so too."""
+    try:
+        found = place.read_json(MANIFEST_NAME)
+    except Refused:
+        return True  # it is damaged, and its run too; better said there than not at all
+    return isinstance(found, dict) and "schema_version" in found
+
+
+def run_of(place: Path | str) -> Path | str | None:
+    """The run that a path or a URI lies in, or None."""
+    return owning_run(place) if isinstance(place, Path) else owning_run_afar(place)
 
 
 def owning_run_afar(uri: str) -> str | None:
@@ -58,7 +72,7 @@ def owning_run_afar(uri: str) -> str | None:
         home = f"{scheme}://{'/'.join(parts[:end])}"
         # Who may read one folder need not be allowed to look into those above.
         with suppress(PermissionError):
-            if Storage(home).exists(MANIFEST_NAME):
+            if Storage(home).exists(MANIFEST_NAME) and _is_run(Storage(home)):
                 return home
     return None
 

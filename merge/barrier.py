@@ -56,13 +56,21 @@ def measure_barrier(
     count = min(count, len(rows))
     places = [Path(one.place) for one in opened]
     denoiser = Denoiser.load(places[0])
+    for bucket in pack.buckets(rows):
+        denoiser.check_takes(bucket.picture)
     losses, barriers = [], [[0.0] * len(places) for _ in places]
     pairs = list(itertools.combinations(range(len(places)), 2))
     with progress("measuring losses", len(places) + len(pairs) + 1) as advance:
 
         def measured(state: Mapping[str, Tensor]) -> float:
             denoiser.network.load_state_dict(dict(state))
-            found = _loss(denoiser, pack, rows, seed, count)
+            try:
+                found = _loss(denoiser, pack, rows, seed, count)
+            except RuntimeError as error:
+                raise Refused(
+                    f"The records of {pack.card.name} are not for these experts ({error})",
+                    allowed="a shard or the commons of their run",
+                ) from error
             advance()
             return found
 

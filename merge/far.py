@@ -7,11 +7,13 @@ which takes no space. Whoever reads tensors asks for their bytes here.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from atoll.core.denoiser import CARD_NAME
-from atoll.core.errors import Refused, UsageError
+from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.storage import Storage
 from atoll.merge.model import PIPELINE_NAME, TEXTS, WEIGHTS_SUFFIX
 from atoll.merge.recipe import RECIPE_NAME
@@ -23,37 +25,64 @@ Place = Path | str
 _MOST_HEADER_BYTES = 100_000_000
 
 
+def place_of(text: str) -> Place:
+    """A place as it is named; a URI of this machine's own disk is a path."""
+    scheme, there, path = text.partition("://")
+    if there and scheme in ("file", "local"):
+        return Path(os.path.abspath("/" + path.lstrip("/")))
+    return text if there else Path(text)
+
+
 def is_uri(place: Place) -> bool:
     """Whether a place is a URI."""
     return isinstance(place, str) and "://" in place
 
 
 class Far:
-    """What lies at a URI; `path` is what stands for it here, until this object goes."""
+    """What lies at a URI; `path` is what stands for it here, until this object goes.
+
+    Raises `UsageError` where there is nothing, `Refused` for a URI that holds a secret, which would
+    be written into recipes, and `DataError` where it is not understood.
+    """
 
     def __init__(self, uri: str) -> None:
         self.uri = uri.rstrip("/")
+        _check_no_secret(self.uri)
         above, _, name = self.uri.rpartition("/")
         self._scratch = tempfile.TemporaryDirectory(prefix="atoll-far-")
-        folder = Path(self._scratch.name) / (above.rpartition("/")[2].partition("@")[0] or "far")
-        self.path = folder / name.partition("@")[0]
+        folder = Path(self._scratch.name) / (_unversioned(above.rpartition("/")[2]) or "far")
+        self.path = folder / _unversioned(name)
+        try:
+            self._look(above, name, folder)
+        except (TypeError, ValueError) as error:  # of the client's own, on what it cannot parse
+            raise DataError(
+                f"{uri} is not understood ({type(error).__name__}: {error})",
+                cure="check the URI, and that its server serves ranges and says how long files are",
+            ) from error
+        self._patient = self._storage.patient()  # by now it has answered
+
+    def _look(self, above: str, name: str, folder: Path) -> None:
         if self.path.suffix == WEIGHTS_SUFFIX:
             self._storage, self._root = Storage(above), folder
             names = [name] if self._storage.exists(name) else []
+            # An expert's file is an expert's, and a soup's a soup's.
+            names += [n for n in (CARD_NAME, RECIPE_NAME) if names and self._storage.exists(n)]
         else:
             self._storage, self._root = Storage(self.uri), self.path
             names = [file for file in self._storage.list() if file.count("/") < 2]
             self._look_above(above, folder)
         if not names:
-            raise UsageError(f"There is nothing at {uri}", allowed="a folder or a file")
-        for file in names:
-            self._stand_in(file)
-        self._patient = self._storage.patient()  # by now it has answered
+            raise UsageError(f"There is nothing at {self.uri}", allowed="a folder or a file")
+        self._names = {_unversioned(file) if file == name else file: file for file in names}
+        for standing, file in self._names.items():
+            self._stand_in(standing, file)
 
     def read(self, path: Path, at: int, into: memoryview) -> int:
         """Fill `into` with the bytes of a file from `at` on; how many those were."""
-        name = path.relative_to(self._root).as_posix()
+        name = self._names[path.relative_to(self._root).as_posix()]
         (data,) = self._patient.read_ranges([(name, at, at + len(into))])
+        if len(data) > len(into):
+            raise _no_ranges(self.uri)
         into[: len(data)] = data
         return len(data)
 
@@ -63,17 +92,41 @@ class Far:
             folder.mkdir()
             (folder / PIPELINE_NAME).write_text("{}")
 
-    def _stand_in(self, name: str) -> None:
-        place = self._root / name
+    def _stand_in(self, standing: str, name: str) -> None:
+        place = self._root / standing
         place.parent.mkdir(parents=True, exist_ok=True)
         if place.suffix == WEIGHTS_SUFFIX:
             (length,) = self._storage.read_ranges([(name, 0, 8)])
+            if len(length) > 8:
+                raise _no_ranges(self.uri)
             size = int.from_bytes(length, "little")
             if size > _MOST_HEADER_BYTES:
-                raise Refused(f"{self.uri}/{name} is not a safetensors file: its header is huge")
+                raise Refused(f"{name} of {self.uri} is not a safetensors file: its header is huge")
             (header,) = self._storage.read_ranges([(name, 0, 8 + size)])
             with place.open("wb") as file:
                 file.write(header)
                 file.truncate(self._storage.size(name))
-        elif place.suffix in TEXTS or place.name in (CARD_NAME, RECIPE_NAME):
+        elif place.suffix in TEXTS:
             place.write_bytes(self._storage.read_bytes(name))
+
+
+def _unversioned(name: str) -> str:
+    """A part of a path without the revision that a hub's has, `NAME@REVISION`."""
+    stem, _, revision = name.partition("@")
+    return name if revision.endswith(WEIGHTS_SUFFIX) else stem
+
+
+def _check_no_secret(uri: str) -> None:
+    parts = urlsplit(uri)
+    if parts.username or parts.password or (parts.query and parts.scheme in ("http", "https")):
+        raise Refused(
+            f"A URI of {parts.scheme}://{parts.hostname} holds a name, a password or a query",
+            allowed="URIs without secrets: they are written into soup.json",
+            cure="give credentials by the environment or fsspec's configuration",
+        )
+
+
+def _no_ranges(uri: str) -> Refused:
+    return Refused(
+        f"The server of {uri} does not serve parts of files", cure="download it, and name the copy"
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,7 +18,7 @@ from atoll.core.denoiser import CARD_NAME, Card, read_card
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.storage import Storage, sha256_folder
 from atoll.merge import exact
-from atoll.merge.far import Far, Place, is_uri
+from atoll.merge.far import Far, Place, is_uri, place_of
 from atoll.merge.model import (
     CONFIG_NAME,
     PIPELINE_NAME,
@@ -107,23 +107,25 @@ def sha256_base(place: Place, variant: str | None = None) -> str:
     Of one without a card only what is averaged and configured counts: a folder from a hub may hold
     the same weights several times over.
     """
-    if is_uri(place):
-        far = Far(str(place))
-        if (far.path / CARD_NAME).is_file():
-            return Storage(str(place)).sha256("")
-        with open_model(far.path, variant, far.read) as model:
+    far = Far(str(place)) if is_uri(place) else None
+    path = Path(place) if far is None else far.path
+    card = _card_of(path)
+    with open_model(path, variant, None if far is None else far.read) as model:
+        kind = "soup" if model.is_soup else "base" if card is None else card.kind
+        if kind != "base":
+            raise Refused(
+                f"{place} is of kind {kind}, and a base that descends from shards would hide them",
+                allowed="what the experts were made from",
+            )
+        if card is None:
             return model.sha256()
-    path = Path(place)
-    if (path / CARD_NAME).is_file():
-        return sha256_folder(path)
-    with open_model(path, variant) as model:
-        return model.sha256()
+    return sha256_folder(path) if far is None else Storage(str(place)).sha256("")
 
 
 def find_ingredients(
-    recipe: Recipe, soup: Path, *, search: Sequence[Path] = (), leave: str | None = None
+    recipe: Recipe, soup: Path, *, search: Sequence[Path] = (), leave: Collection[str] = ()
 ) -> list[Opened]:
-    """A soup's ingredients, all but `leave`, where the recipe has them or below `search`.
+    """A soup's ingredients, all but those that `leave`, where the recipe has them or in `search`.
 
     The digest decides among several of the right name; one alone is refused when it is `read` and
     has other weights. The recorded path stays, wherever the expert was found, so that a soup's
@@ -131,7 +133,7 @@ def find_ingredients(
     """
     found = []
     for ingredient in recipe.ingredients:
-        if ingredient.name == leave:
+        if ingredient.name in leave:
             continue
         opened = _find(ingredient, recipe, soup, search)
         shard = None if opened.card is None else opened.card.shard
@@ -209,14 +211,12 @@ def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
 def _open(
     place: Place, weight: int, soup: Path, base_sha256: str | None, variant: str | None
 ) -> Opened:
+    if "\0" in str(place):
+        raise UsageError("A path holds a NUL byte")
     far = Far(str(place)) if is_uri(place) else None
     path = Path(place) if far is None else far.path
     if (path / RECIPE_NAME).is_file():
-        raise Refused(
-            f"{place} is a soup, and a soup of soups would hide what is in it",
-            allowed="experts",
-            cure="name its ingredients (`atoll soup show` lists them)",
-        )
+        raise _soup_of_soups(place)
     card = _card_of(path)
     if card is not None:
         # The base is its own: with it the others' distance from it can be made shorter or longer.
@@ -224,6 +224,8 @@ def _open(
         _check_card(card, place, own, base_sha256)
         base_sha256 = own
     model = open_model(path, variant, None if far is None else far.read)
+    if model.is_soup:
+        raise _soup_of_soups(place)
     ingredient = Ingredient(
         name=model.name if card is None else card.name,
         shard=None if card is None else card.shard,
@@ -232,6 +234,14 @@ def _open(
         path=_relative(place, soup),
     )
     return Opened(place, ingredient, card, base_sha256, model, far)
+
+
+def _soup_of_soups(place: Place) -> Refused:
+    return Refused(
+        f"{place} is a soup, and a soup of soups would hide what is in it",
+        allowed="experts",
+        cure="name its ingredients (`atoll soup show` lists them)",
+    )
 
 
 def _card_of(path: Path) -> Card | None:
@@ -268,6 +278,7 @@ def _real(path: Path) -> str:
 
 
 def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[Path]) -> Opened:
+    recorded = located(ingredient, soup)
     candidates = []
     for place in _candidates(ingredient, soup, search):
         try:
@@ -277,10 +288,14 @@ def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[P
                 raise
             continue
         candidates.append(replace(opened, ingredient=ingredient))
-    for opened in candidates[:-1]:
+    # What a recipe names afar is asked for last, and not at all where it is found here.
+    for opened in candidates if is_uri(recorded) else candidates[:-1]:
         with opened.model, suppress(Refused):
             opened.read()
             return opened
+    if is_uri(recorded):
+        opened = _open(recorded, ingredient.weight, soup, recipe.base_sha256, recipe.variant)
+        return replace(opened, ingredient=ingredient)
     if candidates:
         return candidates[-1]
     raise UsageError(
@@ -292,15 +307,13 @@ def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[P
 def located(ingredient: Ingredient, soup: Path) -> Place:
     """Where the recipe of a soup has an ingredient."""
     if is_uri(ingredient.path):
-        return ingredient.path
+        return place_of(ingredient.path)
     return Path(os.path.realpath(soup)) / ingredient.path
 
 
-def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Place]:
-    """What has the ingredient's name: where it was, then all others below `search`."""
+def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Path]:
+    """What is here and has the ingredient's name: where it was, then all others below `search`."""
     recorded = located(ingredient, soup)
-    if is_uri(recorded):
-        yield recorded
     places = [] if is_uri(recorded) else [Path(recorded)]
     for root in search:
         if not root.is_dir():

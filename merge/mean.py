@@ -33,43 +33,47 @@ def mean_layouts(opened: Sequence[Opened], dtype: Dtype) -> dict[str, dict[str, 
     return found
 
 
-def mean_rule(recipe: Recipe, file: str, *, without_one: bool = False) -> Rule:
-    """The exact mean of a file's tensors, of all ingredients or of all without one.
+def mean_rule(recipe: Recipe, file: str, without_one: Sequence[Recipe] | None = None) -> Rule:
+    """The exact mean of a file's tensors, by a recipe or by those of its soups without one each.
 
     Errors name tensor and ingredient.
     """
     names = [part.name for part in recipe.ingredients]
 
     def rule(name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
-        weights = recipe.weights(block_name(file, name))
-        heard = [index for index, weight in enumerate(weights) if weight]
+        called = block_name(file, name)
+        weights = recipe.weights(called)
+        every = [weights] if without_one is None else _of_others(without_one, called, weights)
         if values[0].dtype not in exact.DTYPES:
-            _same(tensor_name(file, name), [values[i] for i in heard], [names[i] for i in heard])
-            for out in outs:
+            for each, out in zip(every, outs, strict=True):
+                heard = [index for index, weight in enumerate(each) if weight]
+                _same(
+                    tensor_name(file, name), [values[i] for i in heard], [names[i] for i in heard]
+                )
                 out.copy_(values[heard[0]])
             return
-        if not without_one:
-            _mean(file, name, heard, values, weights, outs[0])
-        elif min(weights) > 0:
+        # Each weighs as in the whole, but for the one left out: then one sum does for all.
+        left_out = [[*weights[:i], 0, *weights[i + 1 :]] for i in range(len(weights))]
+        if without_one is not None and min(weights) > 0 and every == left_out:
             with _named(file, name, outs[0].dtype, names):
                 exact.leave_one_out(values, weights, outs)
-        else:
-            for left, out in enumerate(outs):
-                others = [index for index in heard if index != left]
-                _mean(file, name, others, values, weights, out)
-
-    def _mean(
-        file: str,
-        name: str,
-        heard: Sequence[int],
-        values: Sequence[Tensor],
-        weights: Sequence[int],
-        out: Tensor,
-    ) -> None:
-        with _named(file, name, out.dtype, [names[i] for i in heard]):
-            exact.mean([values[i] for i in heard], [weights[i] for i in heard], out=out)
+            return
+        for each, out in zip(every, outs, strict=True):
+            heard = [index for index, weight in enumerate(each) if weight]
+            with _named(file, name, out.dtype, [names[i] for i in heard]):
+                exact.mean([values[i] for i in heard], [each[i] for i in heard], out=out)
 
     return rule
+
+
+def _of_others(recipes: Sequence[Recipe], tensor: str, whole: Sequence[int]) -> list[list[int]]:
+    """The weights of every soup without one, 0 for the one."""
+    found = []
+    for left, recipe in enumerate(recipes):
+        weights = recipe.weights(tensor)
+        assert len(weights) == len(whole) - 1
+        found.append([*weights[:left], 0, *weights[left:]])
+    return found
 
 
 @contextmanager

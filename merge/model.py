@@ -8,6 +8,7 @@ what a folder holds is what counts.
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,14 +21,17 @@ from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_named
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import is_adapter
-from atoll.merge.weights import Reader, Weights, find_weights
+from atoll.merge.recipe import RECIPE_NAME, SOUP_KEY
+from atoll.merge.weights import UNREAD, Reader, Weights, find_weights
+
+log = logging.getLogger(__name__)
 
 CONFIG_NAME = "config.json"
 PIPELINE_NAME = "model_index.json"
 # Weights of a single file have no name of their own in a soup, whatever their files are called.
 FILE_NAME = "soup.safetensors"
 WEIGHTS_SUFFIX = ".safetensors"
-TEXTS = (".json", ".txt", ".model", ".jinja")
+TEXTS = (".json", ".txt", ".model", ".jinja", ".bpe", ".tiktoken")
 # What a library notes about who wrote a configuration, from where and in which dtype the weights
 # were; no part of what it configures. The second are left out of a soup, of which they are untrue.
 _WRITERS = ("_diffusers_version", "transformers_version")
@@ -74,6 +78,11 @@ class Model:
             for file, digest in weights.sha256().items()
         }
         return sha256_weights(digests)
+
+    @property
+    def is_soup(self) -> bool:
+        """Whether any weights say that they are averaged, wherever they were copied to."""
+        return any(SOUP_KEY in weights.metadata for weights in self.weights.values())
 
     @property
     def is_adapter(self) -> bool:
@@ -125,6 +134,18 @@ def open_model(path: Path, variant: str | None = None, reader: Reader | None = N
     that are only stood for here. Raises `UsageError` where there is nothing,
     `MissingError` where a network has no weights, and `Refused` for what is damaged.
     """
+    model = _opened(path, variant, reader)
+    files = [file for weights in model.weights.values() for file in weights.paths]
+    if variant is not None and not any(f".{variant}" in file.name for file in files):
+        raise MissingError(
+            f"No weights of {path} are of the variant '{variant}'",
+            allowed=", ".join(sorted({file.name for file in files})),
+            cure="leave out --variant",
+        )
+    return model
+
+
+def _opened(path: Path, variant: str | None, reader: Reader | None) -> Model:
     if path.is_file():
         return _of_file(path, reader)
     if (path / PIPELINE_NAME).is_file():
@@ -173,28 +194,41 @@ def _of_pipeline(path: Path, variant: str | None, reader: Reader | None) -> Mode
         # Beside components there are switches of the pipeline, and components that it goes without.
         if name.startswith("_") or not isinstance(declared, list) or declared[:2] == [None, None]:
             continue
-        if name != Path(name).name:
-            raise Refused(f"{path}/{PIPELINE_NAME} names {name}", allowed="folders beside it")
+        if not _is_component(name):
+            raise Refused(f"{path}/{PIPELINE_NAME} names '{name}'", allowed="folders beside it")
         folder = path / name
         if not folder.is_dir():
             raise MissingError(f"{path}/{PIPELINE_NAME} names {name}, which is not there")
-        if (
-            folder / CARD_NAME
-        ).is_file():  # whose shard would be in the soup, and not in its recipe
+        # What is in these would be in the soup, and not in its recipe.
+        if (folder / CARD_NAME).is_file() or (folder / RECIPE_NAME).is_file():
             raise Refused(
-                f"The component {name} of {path} is a denoiser of Atoll's",
+                f"The component {name} of {path} is an expert or a soup of Atoll's",
                 allowed="pipelines of others",
-                cure=f"name {folder} itself",
+                cure=f"name {folder} itself, or the ingredients of a soup",
             )
+        left = []
         for file in sorted(folder.iterdir()):
             if file.suffix in TEXTS and ".index." not in file.name and file.is_file():
                 texts[f"{name}/{file.name}"] = _read(file)
+            elif file.suffix not in (WEIGHTS_SUFFIX, ".json", *UNREAD):
+                left.append(file.name)
+        if left:
+            log.warning("%s is not copied from %s", ", ".join(left), folder)
+        # A network without its configuration is damaged; what has neither is none.
         if (folder / CONFIG_NAME).is_file():
             stem, files = find_weights(folder, variant)
             weights[f"{name}/{stem}"] = Weights(files, reader)
+        elif any(folder.glob(f"*{WEIGHTS_SUFFIX}")):
+            raise MissingError(f"There are weights in {folder}, and no {CONFIG_NAME}")
     if not weights:
         raise MissingError(f"No component of {path} has weights")
     return Model(path, weights, texts)
+
+
+def _is_component(name: str) -> bool:
+    """Whether a name from a stranger's file is that of a folder below, and of nothing else."""
+    taken = ("", ".", "..", CARD_NAME, RECIPE_NAME, PIPELINE_NAME)
+    return name not in taken and "/" not in name and name.isprintable()
 
 
 def _configures(name: str) -> bool:
@@ -209,7 +243,7 @@ def _read(path: Path) -> bytes:
     if _configures(path.name):
         try:
             found = json.loads(content)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{path} is not readable JSON ({error})") from error
         if not isinstance(found, dict):
             raise Refused(f"{path} is not an object")

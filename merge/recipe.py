@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Literal, Self
@@ -21,8 +21,11 @@ from atoll.core.storage import canonical_json
 from atoll.merge.exact import MAX_TOTAL
 
 RECIPE_NAME = "soup.json"
+SOUP_KEY = "atoll.soup"  # in the header of its weights
 SCHEMA_VERSION = 1
 
+# How weights come about: as they are given, or in every tensor from the experts (`merge/stock.py`).
+Method = Literal["mean", "model-stock"]
 # "same": each tensor keeps the ingredients' dtype.
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 
@@ -65,6 +68,8 @@ class Recipe(BaseModel):
     ingredients: tuple[Ingredient, ...] = Field(min_length=1)
     base_sha256: str | None  # None: nobody said which base they are copies of
     variant: str | None = None  # of the ingredients' files
+    method: Method = "mean"
+    base: str | None = None  # the ingredient that is the base, where the method needs it
     blocks: tuple[Block, ...] = ()  # sorted by pattern
     dtype: Dtype = "same"
     rounding: Literal["nearest-even of the exact mean, zeros +0"] = (
@@ -82,6 +87,8 @@ class Recipe(BaseModel):
         variant: str | None,
         blocks: Iterable[Block] = (),
         dtype: Dtype,
+        method: Method = "mean",
+        base: str | None = None,
     ) -> Self:
         """A recipe in the one order, after checking names and weights."""
         names = [ingredient.name for ingredient in ingredients]
@@ -97,21 +104,39 @@ class Recipe(BaseModel):
             ingredients=ordered,
             base_sha256=base_sha256,
             variant=variant,
-            blocks=_in_order(blocks),
+            method=method,
+            base=base,
+            blocks=in_order(blocks),
             dtype=dtype,
         )
         recipe._check_weights()
         return recipe
 
-    def without(self, name: str) -> tuple[Block, ...]:
-        """The blocks of a soup that an ingredient has left."""
-        return _in_order(
+    def blocks_without(self, names: Collection[str]) -> tuple[Block, ...]:
+        """The blocks of a soup that ingredients have left; a method finds them anew."""
+        if self.method != "mean":
+            return ()
+        return in_order(
             Block(
                 tensors=block.tensors,
-                weights={n: weight for n, weight in block.weights.items() if n != name},
+                weights={n: weight for n, weight in block.weights.items() if n not in names},
             )
             for block in self.blocks
         )
+
+    def has_mean_without(self, names: Collection[str]) -> bool:
+        """Whether a soup is left when ingredients leave: an expert, and weights with a mean."""
+        rest = [part for part in self.ingredients if part.name not in names]
+        if not {part.name for part in rest} - {self.base}:
+            return False
+        try:
+            Recipe.of(
+                rest, base_sha256=self.base_sha256, variant=self.variant, dtype=self.dtype,
+                blocks=self.blocks_without(names),
+            )  # fmt: skip
+        except UsageError:
+            return False
+        return True
 
     def weights(self, tensor: str) -> list[int]:
         """What every ingredient counts in a tensor, in their order."""
@@ -151,7 +176,7 @@ class Recipe(BaseModel):
                 allowed=f"a folder with {RECIPE_NAME}",
                 cure="make one with `atoll soup create OUT EXPERT...`",
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise Refused(f"{path} is not readable JSON ({error})") from error
         check_schema(values, SCHEMA_VERSION, str(path))
         try:
@@ -170,8 +195,10 @@ class Recipe(BaseModel):
         return recipe
 
     def to_bytes(self) -> bytes:
-        """The file's content."""
-        return canonical_json(self.model_dump(mode="json"))
+        """The file's content; what is not said of a soup is not in it."""
+        unsaid = {name for name in ("variant", "base", "blocks") if not getattr(self, name)}
+        unsaid |= {"method"} if self.method == "mean" else set()
+        return canonical_json(self.model_dump(mode="json", exclude=unsaid))
 
     def asked(self, *, digests: bool) -> Self:
         """What a soup was asked to be, without the digest that it came to, and its parts' too."""
@@ -197,9 +224,11 @@ class Recipe(BaseModel):
             "dtype": self.dtype,
             "rounding": self.rounding,
         }
-        if self.blocks:
+        if self.method != "mean":
+            told["method"] = self.method
+        elif self.blocks:
             told["blocks"] = {block.tensors: block.weights for block in self.blocks}
-        return {"atoll.soup": canonical_json(told).decode()}
+        return {SOUP_KEY: canonical_json(told).decode()}
 
     @property
     def shards(self) -> list[str]:
@@ -243,6 +272,20 @@ def check_weight(weight: object, where: str, *, negative: bool = False) -> int:
     return weight
 
 
+def check_blocks(blocks: Iterable[Block], names: Collection[str], *, negative: bool) -> None:
+    """Refuse weights of others than those named, and negative ones that nobody said are meant."""
+    for block in blocks:
+        for name, weight in block.weights.items():
+            if name not in names:
+                raise UsageError(
+                    f"The block {block.tensors} weighs '{name}', which is not added here. "
+                    f"{did_you_mean(name, names)}".strip(),
+                    allowed=", ".join(sorted(names)),
+                )
+            if weight:
+                check_weight(weight, f"{name} in {block.tensors}", negative=negative)
+
+
 def check_total(weights: Sequence[int], where: str) -> None:
     """Refuse weights whose mean is not defined, or not exactly computed."""
     if sum(weights) <= 0:
@@ -260,7 +303,7 @@ def check_total(weights: Sequence[int], where: str) -> None:
         )
 
 
-def _in_order(blocks: Iterable[Block]) -> tuple[Block, ...]:
+def in_order(blocks: Iterable[Block]) -> tuple[Block, ...]:
     """One block a pattern, sorted; those that say nothing are none."""
     told: dict[str, dict[str, int]] = {}
     for block in blocks:

@@ -11,7 +11,7 @@ Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,7 +34,8 @@ from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import layouts_of, mean_adapter, read_adapter
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
-from atoll.merge.recipe import RECIPE_NAME, Block, Dtype, Recipe
+from atoll.merge.recipe import RECIPE_NAME, Block, Dtype, Method, Recipe, check_blocks, in_order
+from atoll.merge.stock import stock_blocks
 from atoll.merge.stream import Out, save, stream
 
 
@@ -56,13 +57,24 @@ def prepare(
     variant: str | None = None,
     blocks: Sequence[Block] = (),
     negative: bool = False,
+    method: Method = "mean",
 ) -> tuple[list[Opened], Recipe]:
-    """The experts of a soup in the order of its recipe, and the recipe, without digests.
+    """The ingredients of a soup in the order of its recipe, and the recipe, without digests.
 
     All is checked that can be told from headers and configurations.
     """
+    own = None
+    if method != "mean":
+        if base is None:
+            raise UsageError(f"{method} needs the base", cure="name it: --base PATH")
+        experts = {**experts, base: 1}
     opened = _sorted(_opened(experts, out, base, variant, negative))
-    return opened, _recipe(opened, variant, blocks, dtype)
+    check_blocks(blocks, {one.ingredient.name for one in opened}, negative=negative)
+    if method != "mean":
+        (own,) = (one.ingredient.name for one in opened if one.place == base)
+    return opened, _recipe(
+        opened, dtype=dtype, variant=variant, blocks=blocks, method=method, base=own
+    )
 
 
 def create(
@@ -74,16 +86,19 @@ def create(
     variant: str | None = None,
     blocks: Sequence[Block] = (),
     negative: bool = False,
+    method: Method = "mean",
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
 
     `base` is what those without a card are copies of. In `blocks` weights are others; `negative`
     ones are refused unless it is said that they are meant (task arithmetic, arXiv 2212.04089).
-    The same command again makes the same soup again; anything else that lies at `out` is refused.
+    A `method` other than the mean finds the weights itself, and needs the base. The same command
+    again makes the same soup again; anything else that lies at `out` is refused.
     """
     opened, recipe = prepare(
-        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative
-    )
+        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative,
+        method=method,
+    )  # fmt: skip
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -105,10 +120,11 @@ def add(
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
     with _changing(soup) as (partial, recipe):
         opened = find_ingredients(recipe, soup, search=search)
-        opened += _opened(experts, soup, base, recipe.variant, negative)
-        every = [*recipe.blocks, *blocks]
-        new = _recipe(opened, recipe.variant, every, recipe.dtype)
-        return _make(new, opened, partial, soup)
+        added = _opened(experts, soup, base, recipe.variant, negative)
+        check_blocks(blocks, {one.ingredient.name for one in added}, negative=negative)
+        opened += added
+        every = [*recipe.blocks_without(()), *blocks]
+        return _make(_again(recipe, opened, every), opened, partial, soup)
 
 
 def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
@@ -116,16 +132,26 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
 
     The ingredient itself need not exist any more. The last one is refused.
     """
+    return remove_all(soup, [Recipe.load(soup).named(name).name], search=search)
+
+
+def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] = ()) -> Soup:
+    """Likewise without several, by their names, at once: on the way there may be no mean."""
     with _changing(soup) as (partial, recipe):
-        leave = recipe.named(name).name
-        if len(recipe.ingredients) == 1:
+        (leave, *_) = leaving
+        if not {part.name for part in recipe.ingredients} - {*leaving, recipe.base}:
             raise Refused(
                 f"'{leave}' is the last ingredient of {soup}",
                 cure="delete the folder to be rid of the soup",
             )
-        opened = find_ingredients(recipe, soup, search=search, leave=leave)
-        new = _recipe(opened, recipe.variant, recipe.without(leave), recipe.dtype)
-        return _make(new, opened, partial, soup)
+        if recipe.base in leaving:
+            raise Refused(
+                f"'{recipe.base}' is the base, without which {recipe.method} is none",
+                cure="make another soup of the experts",
+            )
+        opened = find_ingredients(recipe, soup, search=search, leave=leaving)
+        every = recipe.blocks_without(leaving)
+        return _make(_again(recipe, opened, every), opened, partial, soup)
 
 
 def leave_one_out(
@@ -171,7 +197,7 @@ def leave_one_out(
             for name, soup in left_out.items()
         ]
         recipes = [
-            _recipe(each, variant, whole.without(name), dtype)
+            _recipe(each, dtype=dtype, variant=variant, blocks=whole.blocks_without([name]))
             for name, each in zip(left_out, others, strict=True)
         ]
         for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
@@ -246,10 +272,24 @@ def _sorted(opened: Iterable[Opened]) -> list[Opened]:
     return sorted(opened, key=lambda one: one.ingredient.name)
 
 
+def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) -> Recipe:
+    """The recipe of a soup that has changed."""
+    return _recipe(
+        opened, dtype=recipe.dtype, variant=recipe.variant, blocks=blocks, method=recipe.method,
+        base=recipe.base,
+    )  # fmt: skip
+
+
 def _recipe(
-    opened: Sequence[Opened], variant: str | None, blocks: Iterable[Block], dtype: Dtype
+    opened: Sequence[Opened],
+    *,
+    dtype: Dtype,
+    variant: str | None,
+    blocks: Iterable[Block],
+    method: Method = "mean",
+    base: str | None = None,
 ) -> Recipe:
-    if not opened:
+    if not {one.ingredient.name for one in opened} - {base}:
         raise UsageError("A soup needs at least one expert", cure="name one: EXPERT[=WEIGHT]")
     recipe = Recipe.of(
         [one.ingredient for one in opened],
@@ -257,6 +297,8 @@ def _recipe(
         variant=variant,
         blocks=blocks,
         dtype=dtype,
+        method=method,
+        base=base,
     )
     check_alike(opened)
     tensors = [
@@ -271,7 +313,23 @@ def _recipe(
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
-    return recipe
+    if method == "mean":
+        return recipe
+    if recipe.blocks or any(part.weight != 1 for part in recipe.ingredients):
+        raise UsageError(
+            f"{method} finds the weights itself",
+            cure="leave out weights and blocks, or the method",
+        )
+    return recipe.model_copy(update={"blocks": method_blocks(recipe, opened)})
+
+
+def method_blocks(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ...]:
+    """The weights that a soup's method finds for every tensor."""
+    if opened[0].model.is_adapter:
+        raise Refused(f"{recipe.method} is not for adapters", allowed="models")
+    (base,) = (one for one in opened if one.ingredient.name == recipe.base)
+    experts = [one for one in _sorted(opened) if one is not base]
+    return in_order(stock_blocks(experts, base))
 
 
 def _taken(out: Path) -> Recipe | None:
@@ -333,7 +391,7 @@ def _streamed(
             if path is not None:
                 path.parent.mkdir(exist_ok=True)
             outs.append(Out(path, recipe.metadata))
-        rule = mean_rule(whole, file, without_one=len(folders) > 1)
+        rule = mean_rule(whole, file, None if len(folders) == 1 else recipes)
         sources = [model.weights[file] for model in models]
         found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
         for known, digest in zip(digests, found, strict=True):

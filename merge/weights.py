@@ -21,7 +21,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from atoll.core.errors import MissingError, Refused
+from atoll.core.errors import MissingError, Refused, UsageError
 
 WEIGHTS_NAME = "diffusion_pytorch_model.safetensors"
 _NAMES = (WEIGHTS_NAME, "model.safetensors")  # diffusers' and transformers'
@@ -42,7 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-_UNREAD = (".bin", ".ckpt", ".pt", ".pth")
+UNREAD = (".bin", ".ckpt", ".pt", ".pth")
 _AHEAD_BYTES = 1 << 25  # of a file afar that wait for those before them
 _HASHED_BYTES = 1 << 22  # at a time, where a file is read for its digest alone
 
@@ -93,6 +93,11 @@ class Weights:
                     raise Refused(f"{path.parent} holds the tensor '{name}' twice")
                 self.layout[name] = layout
                 self._places[name] = (file, offset)
+
+    @property
+    def paths(self) -> list[Path]:
+        """Of the files."""
+        return [file.path for file in self._files]
 
     def __enter__(self) -> Self:
         for file in self._files:
@@ -191,6 +196,8 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[str, list[Pa
 
     A variant is taken where there is one, as diffusers does it; an index names its files.
     """
+    if variant is not None and (not variant or "/" in variant):
+        raise UsageError(f"'{variant}' is no variant", allowed="such as fp16")
     tried = [variant, None] if variant else [None]
     for wanted in tried:
         for name in _NAMES:
@@ -201,7 +208,7 @@ def find_weights(folder: Path, variant: str | None = None) -> tuple[str, list[Pa
             if index.is_file():
                 return name, _indexed(index)
     others = sorted(
-        file.name for file in folder.glob("*") if file.suffix in (".safetensors", *_UNREAD)
+        file.name for file in folder.glob("*") if file.suffix in (".safetensors", *UNREAD)
     )
     raise MissingError(
         f"There are no weights in {folder}" + (f", only {', '.join(others)}" if others else ""),
@@ -225,7 +232,7 @@ def _indexed(index: Path) -> list[Path]:
     folder = index.parent
     try:
         names = set(json.loads(index.read_text())["weight_map"].values())
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise Refused(f"{index} is not an index of safetensors files ({error!r})") from error
     # An index from a stranger must not lead out of its folder.
     if not names or not all(isinstance(n, str) and n == os.path.basename(n) for n in names):

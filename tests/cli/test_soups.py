@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 
 import fsspec
+import pytest
 
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
@@ -116,3 +118,60 @@ def test_check_says_how_experts_go_together_and_makes_nothing(fresh: Path, tmp_p
     assert tree(fresh) == before
     said = atoll(*asked, "--barrier", fresh / "commons")
     assert (said.code, "add --check" in said.err) == (2, True)
+
+
+@pytest.mark.parametrize("told", ["negative", "block", "gone"])
+def test_a_soup_that_is_none_without_a_shard_goes_with_it(fresh: Path, told: str) -> None:
+    """It could not have been made without; and whatever it is, the shard is forgotten."""
+    ours = fresh / "islands" / SHARD / "expert"
+    other = next(e for e in sorted((fresh / "islands").glob("*/expert")) if e != ours)
+    out = fresh / "soups" / "odd"
+    if told == "negative":
+        done("soup", "create", out, f"{ours}=2", f"{other}=-1", "--negative")
+    else:
+        name = json.loads((other / "atoll.json").read_text())["name"]
+        done("soup", "create", out, ours, other, "--block", f"conv_in.*:{name}=0")
+    if told == "gone":
+        shutil.rmtree(out)
+        assert atoll("unlearn", fresh, SHARD).code in (0, 7)
+        return
+    done("unlearn", fresh, SHARD)
+    assert not out.exists()
+    assert "soups/odd" not in json.loads((fresh / "manifest.json").read_text())["soups"]
+    done("verify", fresh)
+
+
+def test_a_shard_leaves_a_soup_at_once(fresh: Path, tmp_path: Path) -> None:
+    """One by one, what is left on the way need not have a mean."""
+    ours = fresh / "islands" / SHARD / "expert"
+    other = next(e for e in sorted((fresh / "islands").glob("*/expert")) if e != ours)
+    copied = tmp_path / "copy"
+    shutil.copytree(ours, copied)
+    card = json.loads((copied / "atoll.json").read_text())
+    (copied / "atoll.json").write_text(json.dumps(card | {"name": "another"}))
+    done("soup", "create", tmp_path / "soup", f"{copied}=3", f"{ours}=-2", other, "--negative")
+    done("unlearn", fresh, SHARD)
+    recipe = json.loads((tmp_path / "soup" / "soup.json").read_text())
+    assert [part["path"] for part in recipe["ingredients"]] == [
+        f"../{Path(os.path.relpath(other, tmp_path)).as_posix()}"
+    ]
+
+
+def test_what_lies_in_a_run_and_is_no_expert_is_refused(fresh: Path, tmp_path: Path) -> None:
+    for place in (f"islands/{SHARD}/gate_head", f"islands/{SHARD}/gate_head/model.safetensors"):
+        said = atoll("soup", "create", tmp_path / "soup", fresh / place)
+        assert (said.code, "none of its experts" in said.err) == (7, True)
+    said = atoll("soup", "create", tmp_path / "soup", f"file://{fresh}/islands/{SHARD}/expert")
+    assert said.code == 0
+    manifest = json.loads((fresh / "manifest.json").read_text())
+    assert str(tmp_path / "soup") in manifest["exports"]
+
+
+def test_a_manifest_of_something_else_is_no_run(fresh: Path, tmp_path: Path) -> None:
+    (tmp_path / "manifest.json").write_text('{"name": "a web page"}')
+    stranger = tmp_path / "mine"
+    shutil.copytree(fresh / "islands" / SHARD / "expert", stranger)
+    (stranger / "atoll.json").unlink()
+    assert atoll("soup", "create", tmp_path / "soup", stranger).code == 0
+    said = atoll("soup", "create", tmp_path / "new", f"{stranger}=x")
+    assert f"{stranger}=x=1" in said.err

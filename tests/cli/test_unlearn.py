@@ -172,10 +172,10 @@ def test_what_strangers_put_at_an_exports_place_is_theirs(fresh: Path, tmp_path:
     done("soup", "create", tmp_path / "soup", *experts)
     done("soup", "create", tmp_path / "torn", *experts)
     done("assemble", fresh, tmp_path / "copy")
-    for card in [tmp_path / "soup/atoll.json", *(tmp_path / "copy").rglob("*/atoll.json")]:
+    for card in [tmp_path / "soup/soup.json", *(tmp_path / "copy").rglob("*/atoll.json")]:
         values = json.loads(card.read_text())
         card.write_text(json.dumps({**values, "base_sha256": "0" * 64}))
-    (tmp_path / "torn/atoll.json").write_text("[]")
+    (tmp_path / "torn/soup.json").write_text("[]")
     before = {name: tree(tmp_path / name) for name in ("copy", "soup", "torn")}
     error = atoll("unlearn", fresh, SHARD, "--json").error
     assert all(str(tmp_path / name) in str(error["what"]) for name in before)

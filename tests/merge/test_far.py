@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import save_file
 
 from atoll.core.denoiser import CARD_NAME
-from atoll.core.errors import Refused, UsageError
+from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.storage import Storage, sha256_file, sha256_folder
 from atoll.merge import soup, stream
+from atoll.merge.far import place_of
 from atoll.merge.model import FILE_NAME
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
@@ -117,6 +118,63 @@ def test_what_is_not_afar_is_refused(uploaded, tmp_path):
     with pytest.raises(Refused, match="not a safetensors file"):
         soup.create(tmp_path / "soup", {uploaded(tmp_path / "short.safetensors"): 1})
     assert not (tmp_path / "soup").exists()
+
+
+def test_what_is_here_is_not_asked_for_afar(make_expert, uploaded, tmp_path, monkeypatch):
+    path = make_expert("a")
+    out = soup.create(tmp_path / "soup", {uploaded(path): 1}).path
+    monkeypatch.setattr(Storage, "exists", None)
+    monkeypatch.setattr(Storage, "list", None)
+    assert verify(out, search=[path.parent]).holds
+
+
+def test_a_uri_of_this_disk_is_a_path_and_one_with_a_secret_is_refused(make_expert, tmp_path):
+    path = make_expert("a")
+    assert place_of(f"file://{path}/../a") == place_of(str(path)) == path
+    assert place_of("s3://b/a") == "s3://b/a"
+    for uri in ("http://u:secret@h/a.safetensors", "https://h/a.safetensors?token=secret"):
+        with pytest.raises(Refused) as caught:
+            soup.create(tmp_path / "soup", {uri: 1})
+        assert "secret" not in str(caught.value).replace("without secrets", "")
+
+
+def test_a_revision_is_no_part_of_a_name(make_expert, uploaded, tmp_path):
+    save_file({"x": torch.ones(3)}, tmp_path / "one@2.safetensors")
+    path = make_expert("a")
+    (path / CARD_NAME).unlink()
+    uris = [uploaded(tmp_path / "one@2.safetensors"), uploaded(path, "sd@main")]
+    names = [
+        soup.create(tmp_path / str(n), {uri: 1}).recipe.ingredients[0].name
+        for n, uri in enumerate(uris)
+    ]
+    assert names == ["one@2", "sd"]
+
+
+def test_a_file_of_an_expert_afar_keeps_its_shard(make_expert, uploaded, tmp_path):
+    uri = uploaded(make_expert("a"))
+    made = soup.create(tmp_path / "soup", {f"{uri}/{WEIGHTS}": 1})
+    assert made.recipe.shards == ["shard-a"]
+
+
+@pytest.mark.parametrize("serving", ["all of a file", "all but the header", "no size"])
+def test_servers_that_serve_no_ranges(make_expert, uploaded, tmp_path, monkeypatch, serving):
+    uri = uploaded(make_expert("a"))
+    read = Storage.read_ranges
+
+    def whole(self: Storage, ranges: Any) -> Any:
+        if serving == "all of a file" or ranges[0][1] or ranges[0][2] > 20_000:
+            return [self.read_bytes(name) + b"more" for name, _, _ in ranges]
+        return read(self, ranges)
+
+    def unknown(_self: Storage, _name: str) -> int:
+        raise TypeError("int() argument must not be NoneType")
+
+    if serving == "no size":
+        monkeypatch.setattr(Storage, "size", unknown)
+    else:
+        monkeypatch.setattr(Storage, "read_ranges", whole)
+    with pytest.raises((Refused, DataError), match=r"parts of files|is not understood"):
+        soup.create(tmp_path / "soup", {uri: 1})
 
 
 def test_a_store_that_changes_meanwhile_is_found_out(make_expert, uploaded, tmp_path):

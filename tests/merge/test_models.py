@@ -162,6 +162,28 @@ def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_pa
     assert verify(varied.path).holds
 
 
+@pytest.mark.parametrize(
+    ("variant", "kind", "words"),
+    [
+        ("fp61", MissingError, "are of the variant 'fp61'"),
+        ("", UsageError, "is no variant"),
+        ("../x", UsageError, "is no variant"),
+    ],
+)
+def test_a_variant_that_there_is_not_is_refused(make_pipeline, tmp_path, variant, kind, words):
+    for path in (make_pipeline("a"), make_pipeline("a") / "vae"):
+        with pytest.raises(kind, match=words):
+            soup.create(tmp_path / "soup", {path: 1}, variant=variant)
+
+
+def test_files_that_are_left_out_are_named(make_pipeline, tmp_path, caplog):
+    path = make_pipeline("a")
+    (path / "tokenizer" / "code.py").write_text("")
+    with caplog.at_level(logging.WARNING):
+        soup.create(tmp_path / "soup", {path: 1})
+    assert "code.py is not copied" in caplog.text
+
+
 def test_a_part_that_has_no_variant_is_taken_as_it_is(make_pipeline, tmp_path):
     path = make_pipeline("a", variant="fp16")
     (path / "vae" / WEIGHTS.replace(".s", ".fp16.s")).rename(path / "vae" / WEIGHTS)
@@ -222,6 +244,17 @@ def test_who_wrote_a_configuration_is_no_difference(make_pipeline, tmp_path):
             Refused,
             "allowed: folders beside it",
         ),
+        *(
+            (
+                lambda p, n=name: edit(p / "model_index.json", **{n: ["a", "b"]}),
+                Refused,
+                f"names '{name}'",
+            )
+            for name in ("..", "", ".", "soup.json", "atoll.json", "model_index.json", "a/b")
+        ),
+        (lambda p: (p / "vae/soup.json").write_text("{}"), Refused, "ingredients of a soup"),
+        (lambda p: (p / "vae/config.json").unlink(), MissingError, "and no config.json"),
+        (lambda p: (p / "vae/config.json").write_text("[" * 99_999), Refused, "not readable"),
         (
             lambda p: edit(p / "model_index.json", unet=["diffusers", "UNet2DModel"]),
             MissingError,
@@ -307,6 +340,27 @@ def test_a_base_without_a_card_is_its_weights(make_stranger, tmp_path):
     (base / "README.md").write_text("a folder from a hub has more in it")
     made = soup.create(tmp_path / "soup", {make_stranger("a"): 1}, base=base)
     assert made.recipe.base_sha256 == sha256_file(base / WEIGHTS)
+
+
+def test_a_base_that_descends_from_shards_is_none(make_expert, make_stranger, tmp_path):
+    expert, stranger = make_expert("a"), make_stranger("b")
+    made = soup.create(tmp_path / "soup", {expert: 1})
+    for base in (expert, made.path, expert / WEIGHTS):
+        with pytest.raises(Refused, match=r"descends from shards|another base"):
+            soup.create(tmp_path / "new", {stranger: 1}, base=base)
+
+
+def test_a_soups_weights_are_known_wherever_they_lie(make_pipeline, make_expert, tmp_path):
+    made = soup.create(tmp_path / "soup", {make_expert("a"): 1})
+    pipe = soup.create(tmp_path / "pipe", {make_pipeline("p"): 1})
+    shutil.copy(made.path / WEIGHTS, tmp_path / "copy.safetensors")
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in (WEIGHTS, "config.json"):
+        shutil.copy(made.path / name, bare)
+    for place in (made.path / WEIGHTS, tmp_path / "copy.safetensors", bare, pipe.path / "vae"):
+        with pytest.raises(Refused, match="is a soup"):
+            soup.create(tmp_path / "new", {place: 1})
 
 
 def test_a_component_of_a_pipeline_is_called_by_the_pipelines_name(make_pipeline, tmp_path):

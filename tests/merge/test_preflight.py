@@ -12,11 +12,11 @@ from safetensors.torch import load_file, save_file
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import CARD_NAME
-from atoll.core.errors import DataError, Refused
+from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.manifest import Picture
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
 from atoll.core.storage import sha256_folder
-from atoll.merge import preflight, soup
+from atoll.merge import grams, soup
 from atoll.merge.barrier import measure_barrier
 from atoll.merge.preflight import check
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
@@ -33,7 +33,7 @@ def base(make_expert) -> Path:
 
 
 def test_moves_and_cosines_are_those_of_all_weights(make_expert, base, tmp_path, monkeypatch):
-    monkeypatch.setattr(preflight, "_CHUNK", 100)
+    monkeypatch.setattr(grams, "_CHUNK", 100)
     digest = sha256_folder(base)
     paths = [make_expert(name, base_sha256=digest) for name in "bac"]
     found = check(tmp_path / "soup", dict.fromkeys(paths, 1), base=base)
@@ -69,6 +69,26 @@ def test_what_did_not_move_has_no_direction(make_expert, base, tmp_path):
     assert (found.moves, found.cosines, found.distances) == ([0.0], [[None]], [[0.0]])
 
 
+def test_what_create_refuses_is_refused_and_nothing_is_divided_by_zero(make_expert, base, tmp_path):
+    digest = sha256_folder(base)
+    paths = [make_expert(name, base_sha256=digest) for name in "ab"]
+    with pytest.raises(UsageError, match="without --variant"):
+        check(tmp_path / "soup", {make_variant(paths[0]): 1}, variant="x", pack=tmp_path)
+    state = load_file(paths[1] / WEIGHTS)
+    save_file(state | {"conv_in.bias": torch.full((4,), float("nan"))}, paths[1] / WEIGHTS)
+    with pytest.raises(Refused, match="'b' holds NaN or infinity in tensor 'conv_in"):
+        check(tmp_path / "soup", dict.fromkeys(paths, 1), base=base)
+    for path in paths:
+        save_file({name: torch.zeros_like(v) for name, v in state.items()}, path / WEIGHTS)
+    found = check(tmp_path / "soup", dict.fromkeys(paths, 1)).comparison
+    assert found.distances == [[None, None], [None, None]]
+
+
+def make_variant(path: Path) -> Path:
+    save_file(load_file(path / WEIGHTS), path / WEIGHTS.replace(".s", ".x.s"))
+    return path
+
+
 def test_integers_do_not_count_and_shapes_do(make_expert, base, tmp_path):
     (base / CARD_NAME).unlink()
     stranger = make_expert("a")
@@ -83,11 +103,11 @@ def test_integers_do_not_count_and_shapes_do(make_expert, base, tmp_path):
         check(tmp_path / "soup", {stranger: 1}, base=base)
 
 
-def pack(folder: Path, *, held_out: int = 12, records: int = 20) -> Path:
+def pack(folder: Path, *, held_out: int = 12, records: int = 20, width: int = 8) -> Path:
     folder.mkdir()
     pixels = torch.randint(0, 256, (records + held_out, 1, 8, 8), dtype=torch.uint8)
     captions = Conditioning(
-        torch.randn(2, 3, 8), torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 8),
+        torch.randn(2, 3, width), torch.ones(2, 3, dtype=torch.bool), torch.randn(2, 8),
         torch.tensor([True, False]),
     )  # fmt: skip
     write_pack(folder / "pack-00000.safetensors", pixels, torch.ones(len(pixels)).long(), captions)
@@ -109,7 +129,7 @@ def test_a_barrier_is_what_the_middle_costs(make_expert, tmp_path):
     # A soup of two is an expert whose loss is that of the middle.
     middle = make_expert("middle")
     made = soup.create(tmp_path / "two", {paths[0]: 1, paths[2]: 1})
-    (middle / WEIGHTS).write_bytes((made.path / WEIGHTS).read_bytes())
+    save_file(load_file(made.path / WEIGHTS), middle / WEIGHTS)
     every = check(tmp_path / "soup", {middle: 1, paths[0]: 1}, pack=shard).barrier
     assert every is not None
     assert every.losses[0] == pytest.approx(found.losses[0])
@@ -117,7 +137,7 @@ def test_a_barrier_is_what_the_middle_costs(make_expert, tmp_path):
     assert found.barriers[0][2] == found.barriers[2][0] == pytest.approx(wanted, abs=1e-6)
     assert [found.barriers[i][i] for i in range(3)] == [0, 0, 0]
     made = soup.create(tmp_path / "three", dict.fromkeys(paths, 1))
-    (middle / WEIGHTS).write_bytes((made.path / WEIGHTS).read_bytes())
+    save_file(load_file(made.path / WEIGHTS), middle / WEIGHTS)
     whole = check(tmp_path / "soup", {middle: 1}, pack=shard).barrier
     assert whole is not None
     assert whole.losses == pytest.approx([found.soup])
@@ -130,6 +150,8 @@ def test_a_barrier_wants_experts_and_records(make_expert, tmp_path):
     assert measure_barrier(opened, without_held_out).records == 20
     with pytest.raises(DataError, match="no records"):
         measure_barrier(opened, Pack(pack(tmp_path / "empty", held_out=0, records=0)))
+    with pytest.raises(Refused, match="records of s are not for"):
+        check(tmp_path / "soup", {path: 1}, pack=pack(tmp_path / "other", width=5))
     (path / CARD_NAME).unlink()
     with pytest.raises(Refused, match=r"atoll\.json, which says what they predict"):
         check(tmp_path / "soup", {path: 1}, pack=tmp_path / "trained")

@@ -58,6 +58,9 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
     assert sha256_folder(again.path) == sha256_folder(made.path)
     plain = soup.create(tmp_path / "plain", dict.fromkeys(paths, 1))
     assert plain.recipe.name != made.recipe.name
+    # What is not said is not in the file: soups of before there was anything to say still hold.
+    unsaid = {"variant", "blocks", "method", "base"}
+    assert not unsaid & set(json.loads((plain.path / "soup.json").read_text()))
     assert json.loads((made.path / "soup.json").read_text())["blocks"][0] == {
         "tensors": "conv_in.bias", "weights": {"a": 0},
     }  # fmt: skip
@@ -68,7 +71,9 @@ def test_blocks_come_and_go_with_their_ingredients(make_expert, tmp_path):
     told = [block("up_blocks.*", a=2)]
     out = soup.create(tmp_path / "soup", {a: 1, b: 1}, blocks=told).path
     before = sha256_folder(out)
-    soup.add(out, {c: 1}, blocks=[block("up_blocks.*", c=3), block("mid_*", c=2)][:1])
+    with pytest.raises(UsageError, match="'a', which is not added here"):
+        soup.add(out, {c: 1}, blocks=[block("up_blocks.*", a=3)])
+    soup.add(out, {c: 1}, blocks=[block("up_blocks.*", c=3)])
     check(soup.show(out), [a, b, c], {"up_blocks.1.resnets.0.conv1.bias": [2, 1, 3]})
     soup.remove(out, "c")
     assert sha256_folder(out) == before
@@ -82,12 +87,21 @@ def test_leaving_out_with_blocks_is_creating_without(make_expert, tmp_path, weig
     paths = {name: make_expert(name) for name in "abc"}
     told = [block("up_blocks.*", **weights)]
     every = dict.fromkeys(paths.values(), 2)
-    made = soup.leave_one_out(tmp_path / "loo", every, blocks=told)
+    made = soup.leave_one_out(tmp_path / "loo", every, blocks=told, negative=True)
     for left, one in made.items():
         rest = {path: 2 for name, path in paths.items() if name != left}
         kept = [block("up_blocks.*", **{n: w for n, w in weights.items() if n != left})]
-        alone = soup.create(tmp_path / "loo" / f"created-{left}", rest, blocks=kept)
+        alone = soup.create(tmp_path / "loo" / f"created-{left}", rest, blocks=kept, negative=True)
         assert sha256_folder(alone.path) == sha256_folder(one.path)
+
+
+def test_a_block_that_leaves_uncovers_the_one_below(make_expert, tmp_path):
+    paths = [make_expert(name) for name in "abc"]
+    told = [block("up_blocks.*", a=5), block("up_blocks.1.*", c=4)]
+    made = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1), blocks=told)
+    check(made["c"], paths[:2], {"up_blocks.1.resnets.0.conv1.bias": [5, 1]})
+    check(made["a"], paths[1:], {"up_blocks.1.resnets.0.conv1.bias": [1, 4]})
+    assert all(verify(one.path).holds for one in made.values())
 
 
 def test_a_component_of_a_pipeline_is_a_block(make_expert, tmp_path):
@@ -149,6 +163,7 @@ def test_task_arithmetic_with_the_base(make_expert, tmp_path):
         ([1, 1], [block("up_blocks.*", aa=2)], ["'aa'", "Did you mean 'a'?"]),
         ([1, 1], [block("up_blocks.*", a=0, b=0)], ["in up_blocks.*", "add up to 0"]),
         ([1, -1], [], ["add up to 0"]),
+        ([1, 1], [block("up_blocks.*", a=-1)], ["in up_blocks.*", "add up to 0"]),
         ([1, -2], [], ["add up to -1"]),
         ([1 << 28, -1], [], ["signs aside"]),
         ([1, 1], [block("up_blocks.*", a=1 << 28)], ["signs aside", "in up_blocks.*"]),
@@ -162,6 +177,12 @@ def test_weights_that_make_no_mean(make_expert, tmp_path, weights, blocks, words
         )
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "soup").exists()
+
+
+def test_negative_weights_of_blocks_are_to_be_meant(make_expert, tmp_path):
+    paths = {make_expert("a"): 9, make_expert("b"): 1}
+    with pytest.raises(UsageError, match="--negative"):
+        soup.create(tmp_path / "soup", paths, blocks=[block("up_blocks.*", b=-1)])
 
 
 def test_leaving_out_what_the_rest_needs_is_refused(make_expert, tmp_path):
