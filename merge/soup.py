@@ -2,9 +2,9 @@
 
 Reads experts, which are folders of runs, diffusers components, pipelines or files of others. Writes
 a soup's folder: averaged weights, all else as the ingredients have it, `atoll.json` if they have
-cards, and `soup.json`. Every
-change computes the mean anew from the ingredients and replaces the folder whole, so nothing of an
-ingredient that left can remain, and a soup depends on what is in it and on nothing else.
+cards, and `soup.json`. Every change computes the mean anew from the ingredients and replaces the
+folder whole, so nothing of an ingredient that left can remain, and a soup depends on what is in it
+and on nothing else.
 Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.08911.
 """
 
@@ -132,6 +132,7 @@ def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
 
     The ingredient itself need not exist any more. The last one is refused.
     """
+    recover(soup)
     return remove_all(soup, [Recipe.load(soup).named(name).name], search=search)
 
 

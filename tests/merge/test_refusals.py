@@ -355,3 +355,15 @@ def test_leaving_one_out(make_expert, pair, tmp_path):
     soup.leave_one_out(out, {a: 1, b: 1, half: 1}, dtype="float32")
     with pytest.raises(Refused, match="another soup"):
         soup.leave_one_out(out, {a: 1, b: 2, half: 1}, dtype="float32")
+
+
+@pytest.mark.parametrize("change", ["add", "remove"])
+def test_a_soup_that_a_killed_writer_had_set_aside_is_changed(make_expert, pair, change):
+    """Between the two renames by which a folder is replaced."""
+    pair.rename(disk._old(pair))
+    if change == "add":
+        soup.add(pair, {make_expert("c"): 1})
+    else:
+        soup.remove(pair, "a")
+    assert verify(pair).holds
+    assert sorted(os.listdir(pair.parent)) == ["experts", "soup"]
