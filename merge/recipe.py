@@ -69,7 +69,7 @@ class Recipe(BaseModel):
     base_sha256: str | None  # None: nobody said which base they are copies of
     variant: str | None = None  # of the ingredients' files
     method: Method = "mean"
-    base: str | None = None  # the ingredient that is the base, where the method needs it
+    base: str | None = None  # the ingredient that is the base, if there is one
     blocks: tuple[Block, ...] = ()  # sorted by pattern
     dtype: Dtype = "same"
     rounding: Literal["nearest-even of the exact mean, zeros +0"] = (

@@ -145,7 +145,7 @@ def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] =
                 f"'{leave}' is the last ingredient of {soup}",
                 cure="delete the folder to be rid of the soup",
             )
-        if recipe.base in leaving:
+        if recipe.method != "mean" and recipe.base in leaving:
             raise Refused(
                 f"'{recipe.base}' is the base, without which {recipe.method} is none",
                 cure="make another soup of the experts",
@@ -277,7 +277,7 @@ def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) ->
     """The recipe of a soup that has changed."""
     return _recipe(
         opened, dtype=recipe.dtype, variant=recipe.variant, blocks=blocks, method=recipe.method,
-        base=recipe.base,
+        base=None if recipe.method == "mean" else recipe.base,
     )  # fmt: skip
 
 
@@ -290,7 +290,13 @@ def _recipe(
     method: Method = "mean",
     base: str | None = None,
 ) -> Recipe:
-    if not {one.ingredient.name for one in opened} - {base}:
+    if base is None:
+        bases = [one for one in opened if one.card is not None and one.card.kind == "base"]
+        base = bases[0].ingredient.name if bases else None
+    experts = [one for one in opened if one.ingredient.name != base]
+    if not experts:
+        if opened and method == "mean":
+            raise Refused(f"{opened[0].place} is a base", allowed="experts, and a base beside them")
         raise UsageError("A soup needs at least one expert", cure="name one: EXPERT[=WEIGHT]")
     recipe = Recipe.of(
         [one.ingredient for one in opened],

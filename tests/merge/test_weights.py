@@ -154,6 +154,15 @@ def test_task_arithmetic_with_the_base(make_expert, tmp_path):
     with pytest.raises(UsageError, match="add up to 0"):
         soup.remove(made.path, "a")
     assert sha256_folder(made.path) == before
+    soup.remove(made.path, "base")
+    assert sha256_folder(made.path) == sha256_folder(
+        soup.create(tmp_path / "never", {a: 1, b: 1}).path
+    )
+    two = soup.create(tmp_path / "two", {a: 1, base: 1}).path
+    with pytest.raises(Refused, match="last ingredient"):
+        soup.remove(two, "a")
+    with pytest.raises(Refused, match="is a base"):
+        soup.create(tmp_path / "alone", {base: 1})
 
 
 @pytest.mark.parametrize(
