@@ -6,6 +6,9 @@ import errno
 import json
 import multiprocessing
 import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -367,3 +370,37 @@ def test_a_soup_that_a_killed_writer_had_set_aside_is_changed(make_expert, pair,
         soup.remove(pair, "a")
     assert verify(pair).holds
     assert sorted(os.listdir(pair.parent)) == ["experts", "soup"]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from atoll.merge import soup, stream
+
+left, put = int(sys.argv[3]), stream._Sink.put
+
+def killed(sink, data):
+    global left
+    put(sink, data)
+    left -= 1
+    if left == 0:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+stream._Sink.put, stream._PIECE_BYTES = killed, 4096
+soup.add(Path(sys.argv[1]), {Path(sys.argv[2]): 1})
+"""
+
+
+@pytest.mark.parametrize("pieces", [1, 2, 20])
+def test_a_kill_in_the_middle_of_writing_leaves_the_soup_as_it_was(make_expert, pair, pieces):
+    before, third = sha256_folder(pair), make_expert("c")
+    made = subprocess.run(
+        [sys.executable, "-c", KILLED, str(pair), str(third), str(pieces)], check=False
+    )
+    assert made.returncode == -signal.SIGKILL
+    assert sha256_folder(pair) == before
+    soup.add(pair, {third: 1})
+    assert sorted(os.listdir(pair.parent)) == ["experts", "soup"]
+    assert verify(pair).holds
+    soup.remove(pair, "c")
+    assert sha256_folder(pair) == before
