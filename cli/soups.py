@@ -360,6 +360,8 @@ def _check_of_run(place: Place) -> None:
     from atoll.core.errors import Refused
     from atoll.core.storage import Storage
 
+    if isinstance(place, Path) and not place.exists():
+        return  # which is said where it is opened
     home = run_of(place)
     above, _, name = str(place).rstrip("/").rpartition("/")
     folder = above if name.endswith(".safetensors") else place
