@@ -79,6 +79,8 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup
 
         weighted = _weighted(expert)
+        if check and method != "mean":
+            raise UsageError("A check is the same for every method", cure="leave out --method")
         if check:
             from atoll.merge.preflight import check as do_check
 
@@ -359,12 +361,14 @@ def _check_of_run(place: Place) -> None:
     from atoll.core.denoiser import CARD_NAME
     from atoll.core.errors import Refused
     from atoll.core.storage import Storage
+    from atoll.merge.model import WEIGHTS_SUFFIX
 
     if isinstance(place, Path) and not place.exists():
         return  # which is said where it is opened
     home = run_of(place)
-    above, _, name = str(place).rstrip("/").rpartition("/")
-    folder = above if name.endswith(".safetensors") else place
+    folder = place
+    if str(place).endswith(WEIGHTS_SUFFIX):
+        folder = place.parent if isinstance(place, Path) else place.rpartition("/")[0]
     if home is not None and not Storage(folder).exists(CARD_NAME):
         raise Refused(
             f"{place} lies in the run {home}, and is none of its experts",

@@ -237,8 +237,6 @@ def _others(run: Storage, folder: Path, shard: str) -> bool:
     from atoll.merge.ingredients import find_ingredients
     from atoll.merge.recipe import Recipe
 
-    if not folder.exists():
-        return False  # gone already
     recipe = Recipe.load(folder)
     leaving = [part.name for part in recipe.ingredients if part.shard == shard]
     if not recipe.has_mean_without(leaving):

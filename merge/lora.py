@@ -26,7 +26,7 @@ from torch import Tensor
 from atoll.core.errors import Refused
 from atoll.merge import exact
 from atoll.merge.recipe import Recipe
-from atoll.merge.weights import DTYPES, Layout, Weights
+from atoll.merge.weights import FORMAT_NAMES, Layout, Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers': settings, each by component and name
@@ -113,8 +113,7 @@ def mean_adapter(
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:
     """How tensors lie in a file."""
-    by_dtype = {dtype: name for name, dtype in DTYPES.items()}
-    return {name: Layout(by_dtype[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
+    return {name: Layout(FORMAT_NAMES[t.dtype], tuple(t.shape)) for name, t in tensors.items()}
 
 
 def _of_module(

@@ -15,10 +15,9 @@ from atoll.merge import exact
 from atoll.merge.ingredients import Opened, block_name, tensor_name
 from atoll.merge.recipe import Dtype, Recipe
 from atoll.merge.stream import Rule
-from atoll.merge.weights import DTYPES, Layout
+from atoll.merge.weights import DTYPES, FORMAT_NAMES, Layout
 
 _AVERAGED = {name for name, dtype in DTYPES.items() if dtype in exact.DTYPES}
-_FORMAT_NAME = {dtype: name for name, dtype in DTYPES.items()}
 
 
 def mean_layouts(opened: Sequence[Opened], dtype: Dtype) -> dict[str, dict[str, Layout]]:
@@ -98,14 +97,14 @@ def _mean_layout(layouts: Sequence[Layout], dtype: Dtype) -> Layout:
         return layouts[0]
     widest = functools.reduce(torch.promote_types, (DTYPES[each.dtype] for each in layouts))
     chosen = widest if dtype == "same" else getattr(torch, dtype)
-    return replace(layouts[0], dtype=_FORMAT_NAME[chosen])
+    return replace(layouts[0], dtype=FORMAT_NAMES[chosen])
 
 
 def _same(tensor: str, values: Sequence[Tensor], names: Sequence[str]) -> None:
     for value, other in zip(values, names, strict=True):
         if not torch.equal(value.view(torch.uint8), values[0].view(torch.uint8)):
             raise Refused(
-                f"The {_FORMAT_NAME[value.dtype]} {tensor} differs between '{names[0]}' and "
+                f"The {FORMAT_NAMES[value.dtype]} {tensor} differs between '{names[0]}' and "
                 f"'{other}'",
                 allowed="integer tensors that are equal in all ingredients",
                 cure="leave one of them out",

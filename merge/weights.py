@@ -42,6 +42,7 @@ DTYPES: dict[str, torch.dtype] = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
+FORMAT_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 UNREAD = (".bin", ".ckpt", ".pt", ".pth")
 _AHEAD_BYTES = 1 << 25  # of a file afar that wait for those before them
 _HASHED_BYTES = 1 << 22  # at a time, where a file is read for its digest alone
