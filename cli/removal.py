@@ -47,13 +47,19 @@ def register(app: typer.Typer) -> None:
     @command(app, "verify", example="atoll verify out/run/certificate.json")
     def verify(
         target: Annotated[str, typer.Argument(metavar="RUN|CERTIFICATE", help="What to recheck.")],
+        signer: Annotated[
+            str | None,
+            typer.Option(
+                metavar="FILE", help="The public key, in PEM, of whoever signed the certificate."
+            ),
+        ] = None,
     ) -> Result:
         """Recheck a run or a removal from its files alone; exit 7 when anything does not hold."""
         from atoll.cli.verify import findings_json
         from atoll.cli.verify import verify as do_verify
         from atoll.core.errors import Refused
 
-        findings = do_verify(target)
+        findings = do_verify(target, signer=signer)
         broken = [finding for finding in findings if not finding.holds]
         if broken:
             raise Refused(

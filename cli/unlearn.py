@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel, ConfigDict, Field
 
 from atoll.cli.recording import remember
+from atoll.cli.signature import signature_name, signer
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
 from atoll.core.denoiser import CARD_NAME, Card
@@ -58,12 +59,14 @@ class Certificate(BaseModel):
 def unlearn(run: Storage, shard: str) -> Certificate:
     """Take the shard out of everything in the run, and say in writing what was done.
 
-    Exports that can be reached are rewritten; the others are named in `beyond_reach`.
+    Exports that can be reached are rewritten; the others are named in `beyond_reach`. What is
+    written is signed if the environment has a key (`cli/signature.py`).
     """
     from atoll.islands.train_joint import FOLDER as JOINT
     from atoll.islands.train_joint import WORK as JOINT_WORK
     from atoll.partitioner.forget import forget
 
+    sign = signer()  # which is refused, if at all, before anything is touched
     manifest = Manifest.load(run)
     intent = _intent(run, manifest, shard)
     emptied: list[str] = intent["emptied"]
@@ -86,7 +89,10 @@ def unlearn(run: Storage, shard: str) -> Certificate:
         sweep(run.local(""))  # what killed writers left may be the shard
     manifest.save(run)
     certificate = _certify(run, manifest, intent)
+    run.remove(signature_name(CERTIFICATE_NAME))  # of a removal before
     run.write_json(CERTIFICATE_NAME, certificate.model_dump(mode="json"))
+    if sign is not None:
+        run.write_bytes(signature_name(CERTIFICATE_NAME), sign(run.read_bytes(CERTIFICATE_NAME)))
     run.remove(INTENT_NAME)
     return certificate
 

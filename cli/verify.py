@@ -11,10 +11,13 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from atoll.cli.signature import BYTES as SIGNATURE_BYTES
+from atoll.cli.signature import check_signature, read_signer, signature_name
 from atoll.cli.unlearn import (
     CERTIFICATE_NAME,
     SCHEMA_VERSION,
@@ -24,9 +27,13 @@ from atoll.cli.unlearn import (
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
 from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Plan, Shard, check_schema
 from atoll.core.storage import Storage, sha256_folder
+
+if TYPE_CHECKING:
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
 _CENTROIDS = "partition/centroids.safetensors"
 
@@ -40,11 +47,19 @@ class Finding:
     detail: str = ""
 
 
-def verify(target: str) -> list[Finding]:
-    """Recheck a run (its folder) or a removal (its certificate, lying in the run's folder)."""
+def verify(target: str, *, signer: str | None = None) -> list[Finding]:
+    """Recheck a run (its folder) or a removal (its certificate, lying in the run's folder).
+
+    A certificate has to be signed by the `signer` whose public key is in that file.
+    """
     if target.endswith(".json"):
         parent, _, name = target.rpartition("/")
-        return _verify_certificate(Storage(parent or "."), name)
+        return _verify_certificate(Storage(parent or "."), name, signer)
+    if signer is not None:
+        raise UsageError(
+            "A run is not signed, the certificate of a removal is",
+            cure=f"verify {target}/{CERTIFICATE_NAME}, or leave out --signer",
+        )
     return verify_run(Storage(target))
 
 
@@ -78,7 +93,8 @@ def verify_run(run: Storage) -> list[Finding]:
     return findings
 
 
-def _verify_certificate(run: Storage, name: str) -> list[Finding]:
+def _verify_certificate(run: Storage, name: str, signer: str | None) -> list[Finding]:
+    key = None if signer is None else read_signer(signer)
     certificate = load_certificate(run, name)
     if not run.exists(MANIFEST_NAME):
         raise UsageError(
@@ -92,6 +108,14 @@ def _verify_certificate(run: Storage, name: str) -> list[Finding]:
             lambda: _certified(run, certificate),
         )
     ]
+    if key is not None:
+        findings.append(
+            _check(f"{name} is signed by {signer}", lambda: _check_signed(run, name, key))
+        )
+    elif run.exists(signature_name(name)):
+        log.warning(
+            "%s is signed, and nobody has asked by whom: --signer PUBLIC.pem checks that", name
+        )
     return findings + verify_run(run)
 
 
@@ -261,12 +285,21 @@ def _unaccounted(run: Storage, manifest: Manifest) -> list[str]:
     return [name for name in strays if not _is_certificate(run, name)]
 
 
+def _check_signed(run: Storage, name: str, key: Ed25519PublicKey) -> None:
+    if not run.exists(signature_name(name)):
+        raise Refused(f"{signature_name(name)} is not there")
+    check_signature(run.read_bytes(name), run.read_bytes(signature_name(name)), key)
+
+
 def _is_certificate(run: Storage, name: str) -> bool:
-    """An earlier removal's, kept under another name: it holds nothing but digests."""
-    if "/" in name or not name.endswith(".json"):
+    """An earlier removal's, kept under another name, or its signature: digests and 64 bytes."""
+    stem, _, end = name.rpartition(".")
+    if "/" in name or end not in ("json", "sig"):
+        return False
+    if end == "sig" and len(run.read_bytes(name)) != SIGNATURE_BYTES:
         return False
     try:
-        load_certificate(run, name)
+        load_certificate(run, f"{stem}.json")
     except AtollError:
         return False
     return True
