@@ -9,12 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
-from atoll.cli.output import Result, aligned, command
+from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
     from atoll.merge.far import Place
-    from atoll.merge.preflight import Check
-    from atoll.merge.recipe import Block, Dtype, Method
+    from atoll.merge.recipe import Block, Dtype, Method, Settings
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
@@ -62,7 +61,16 @@ def register(app: typer.Typer) -> None:
         variant: VariantOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
-        method: Annotated[str, typer.Option(help="mean, or model-stock, with --base.")] = "mean",
+        method: Annotated[
+            str, typer.Option(help="mean; with --base model-stock, ties or dare too.")
+        ] = "mean",
+        density: Annotated[
+            float | None, typer.Option(help="What TIES (0.2) and DARE (0.1) keep of the moves.")
+        ] = None,
+        scale: Annotated[
+            float | None, typer.Option(help="What TIES and DARE multiply the moves' mean by (1).")
+        ] = None,
+        seed: Annotated[int | None, typer.Option(help="Of what DARE keeps (0).")] = None,
         check: Annotated[
             bool, typer.Option("--check", help="Only say how the experts go together.")
         ] = False,
@@ -79,26 +87,25 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup
 
         weighted = _weighted(expert)
+        settings = _settings(
+            dtype=dtype, variant=variant, block=block, method=method, density=density,
+            scale=scale, seed=seed,
+        )  # fmt: skip
+        place = _place(base)
         if check and method != "mean":
             raise UsageError("A check is the same for every method", cure="leave out --method")
         if check:
+            from atoll.cli.soup_check import checked
             from atoll.merge.preflight import check as do_check
 
-            return _checked(do_check(
-                _local(out), weighted, pack=None if barrier is None else _local(barrier),
-                dtype=_dtype(dtype), variant=variant, **_asked(base, block, negative),
-            ))  # fmt: skip
+            pack = None if barrier is None else _local(barrier)
+            return checked(
+                do_check(_local(out), weighted, settings, base=place, negative=negative, pack=pack)
+            )
         if barrier is not None:
             raise UsageError("--barrier says more of a check", cure="add --check")
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(
-                _local(out),
-                weighted,
-                dtype=_dtype(dtype),
-                variant=variant,
-                method=_method(method),
-                **_asked(base, block, negative),
-            )
+            made = soup.create(_local(out), weighted, settings, base=place, negative=negative)
             remember_in_all(made)
         return _result(made)
 
@@ -118,12 +125,9 @@ def register(app: typer.Typer) -> None:
         weighted = _weighted(expert)
         with _at_work(Path(out), weighted) as remember_in_all:
             made = soup.leave_one_out(
-                _local(out),
-                weighted,
-                dtype=_dtype(dtype),
-                variant=variant,
-                **_asked(base, block, negative),
-            )
+                _local(out), weighted, _settings(dtype=dtype, variant=variant, block=block),
+                base=_place(base), negative=negative,
+            )  # fmt: skip
             for each in made.values():
                 remember_in_all(each)
         told = {name: _result(each) for name, each in made.items()}
@@ -149,8 +153,9 @@ def register(app: typer.Typer) -> None:
         weighted = _weighted(expert)
         with _at_work(Path(soup), weighted) as remember_in_all:
             made = soups.add(
-                _local(soup), weighted, search=_paths(search), **_asked(base, block, negative)
-            )
+                _local(soup), weighted, search=_paths(search), base=_place(base),
+                blocks=_blocks(block), negative=negative,
+            )  # fmt: skip
             remember_in_all(made)
         return _result(made)
 
@@ -196,14 +201,37 @@ def register(app: typer.Typer) -> None:
         return _result(soups.show(_local(soup)))
 
 
-def _asked(base: str | None, block: list[str] | None, negative: bool) -> dict[str, Any]:
+def _settings(
+    *,
+    dtype: str,
+    variant: str | None,
+    block: list[str] | None,
+    method: str = "mean",
+    density: float | None = None,
+    scale: float | None = None,
+    seed: int | None = None,
+) -> Settings:
+    from atoll.merge.recipe import Dtype, Method, Settings
+
+    return Settings(
+        dtype=cast("Dtype", _choice("dtype", dtype, get_args(Dtype))),
+        variant=variant,
+        blocks=_blocks(block),
+        method=cast("Method", _choice("method", method, get_args(Method))),
+        density=density,
+        scale=scale,
+        seed=seed,
+    )
+
+
+def _place(base: str | None) -> Place | None:
     from atoll.merge.far import place_of
 
-    return {
-        "base": None if base is None else place_of(base),
-        "blocks": [_block(text) for text in block or []],
-        "negative": negative,
-    }
+    return None if base is None else place_of(base)
+
+
+def _blocks(told: list[str] | None) -> list[Block]:
+    return [_block(text) for text in told or []]
 
 
 def _block(text: str) -> Block:
@@ -218,18 +246,6 @@ def _block(text: str) -> Block:
         raise UsageError(
             f"'{text}' is no block", allowed="TENSORS:NAME=WEIGHT, as in 'up_blocks.*:style-a=2'"
         ) from None
-
-
-def _dtype(text: str) -> Dtype:
-    from atoll.merge.recipe import Dtype
-
-    return cast("Dtype", _choice("dtype", text, get_args(Dtype)))
-
-
-def _method(text: str) -> Method:
-    from atoll.merge.recipe import Method
-
-    return cast("Method", _choice("method", text, get_args(Method)))
 
 
 def _choice(what: str, text: str, choices: Sequence[str]) -> str:
@@ -291,7 +307,13 @@ def _result(made: Soup) -> Result:
     listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
     if made.recipe.method != "mean":
         listed += f"\n  by {made.recipe.method}, with {made.recipe.base} as the base"
-    for tensors, weights in blocks.items() if made.recipe.method == "mean" else ():
+    of_method = {
+        name: getattr(made.recipe, name)
+        for name in ("density", "scale", "seed")
+        if getattr(made.recipe, name) is not None
+    }
+    listed += "".join(f", {name} {value:g}" for name, value in of_method.items())
+    for tensors, weights in blocks.items() if made.recipe.method != "model-stock" else ():
         told = ", ".join(f"{weight} x {name}" for name, weight in weights.items())
         listed += f"\n  in {tensors}: {told}"
     result: dict[str, Any] = {
@@ -301,58 +323,11 @@ def _result(made: Soup) -> Result:
         "base_sha256": made.recipe.base_sha256,
         "ingredients": ingredients,
         "method": made.recipe.method,
+        **of_method,
         "blocks": blocks,
         "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }
     return result
-
-
-def _checked(check: Check) -> Result:
-    compared, barrier = check.comparison, check.barrier
-    rows: list[dict[str, Any]] = []
-    for number, one in enumerate(check.opened):
-        rows.append(
-            {
-                "name": one.ingredient.name,
-                "weight": one.ingredient.weight,
-                "shard": one.ingredient.shard,
-                "base_sha256": one.base_sha256,
-                "family": None if one.card is None else one.card.family,
-                "dtypes": one.model.dtypes,
-                "move": None if compared.moves is None else compared.moves[number],
-                "loss": None if barrier is None else barrier.losses[number],
-            }
-        )
-    names = [row["name"] for row in rows]
-    table = [["expert", "weight", "base", "family", "dtypes", "move", "loss"]]
-    for row in rows:
-        shown = [row["name"], row["weight"], (row["base_sha256"] or "unknown")[:12]]
-        shown += [row["family"] or "unknown", ", ".join(row["dtypes"])]
-        table.append([*map(str, shown), _figure(row["move"]), _figure(row["loss"])])
-    told = aligned(table)
-    pairs: dict[str, Sequence[Sequence[float | None]] | None] = {
-        "cosines of moves": compared.cosines,
-        "distances": compared.distances,
-        "loss barriers": None if barrier is None else barrier.barriers,
-    }
-    for title, matrix in pairs.items():
-        if matrix is not None and len(names) > 1:
-            lines = [
-                [name, *map(_figure, values)] for name, values in zip(names, matrix, strict=True)
-            ]
-            told += ["", *aligned([[title, *names], *lines])]
-    if barrier is not None:
-        told += ["", f"loss of the soup with equal weights: {barrier.soup:.4f}"]
-    return {
-        "experts": rows,
-        "elements": compared.elements,
-        "base_norm": compared.base_norm,
-        "cosines": compared.cosines,
-        "distances": compared.distances,
-        "barriers": None if barrier is None else barrier.barriers,
-        "soup_loss": None if barrier is None else barrier.soup,
-        "text": "\n".join(told),
-    }
 
 
 def _check_of_run(place: Place) -> None:
@@ -374,10 +349,6 @@ def _check_of_run(place: Place) -> None:
             f"{place} lies in the run {home}, and is none of its experts",
             allowed="folders with atoll.json, such as islands/SHARD/expert",
         )
-
-
-def _figure(value: float | None) -> str:
-    return "" if value is None else f"{value:.4f}"
 
 
 @contextmanager

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -123,6 +123,64 @@ def leave_one_out(
         _check_finite(out, _without(tensors, i), _without(weights, i))
 
 
+def mean_by_element(tensors: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> None:
+    """The mean with weights of its own in every element, into `out`; tensors are `(count,)`.
+
+    `weights` are whole numbers in float64, `(count,)`, of any sign. In every element their sum is
+    positive, and their magnitudes add up to at most `MAX_TOTAL`. Raises as `mean`.
+    """
+    total = torch.stack(list(weights)).sum(dim=0)
+    span, sums, inexact = _sums_by_element(tensors, weights)
+    sums.div_(total)
+    if inexact is None and span.normal_over(int(total.max())):
+        _round_normal(sums, out, _Scratch(len(out)))
+    else:
+        out.copy_(_round(sums, out.dtype))
+    if inexact is not None and bool(inexact.any()):
+        settled = [
+            _settle(column, counts) for column, counts in _columns(tensors, weights, inexact)
+        ]
+        out[inexact] = _round(torch.tensor(settled, dtype=torch.float64), out.dtype)
+    if not bool(torch.isfinite(out).all()):
+        raise NotFiniteError(None)
+
+
+def signs(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
+    """The signs of the sums `sum(p_i theta_i)`, -1, 0 or 1 in float64, weighted as above."""
+    _, sums, inexact = _sums_by_element(tensors, weights)
+    found = sums.sign_()
+    if inexact is not None and bool(inexact.any()):
+        told = [_whole(*column) for column in _columns(tensors, weights, inexact)]
+        found[inexact] = torch.tensor([float((n > 0) - (n < 0)) for n in told], dtype=found.dtype)
+    return found
+
+
+def _sums_by_element(
+    tensors: Sequence[Tensor], weights: Sequence[Tensor]
+) -> tuple[_Span, Tensor, Tensor | None]:
+    """Float64 sums with weights by element, and which were rounded on the way: None is none."""
+    reach = int(torch.stack([weight.abs() for weight in weights]).sum(dim=0).max())
+    assert reach <= MAX_TOTAL, reach
+    span = _span(tensors, _Scratch(len(tensors[0])))
+    terms = [tensor.double().mul_(weight) for tensor, weight in zip(tensors, weights, strict=True)]
+    if span.proves_exact(reach):
+        sums = torch.zeros_like(terms[0])
+        for term in terms:
+            sums.add_(term)
+        return span, sums, None
+    return span, *_checked(terms)
+
+
+def _columns(
+    tensors: Sequence[Tensor], weights: Sequence[Tensor], where: Tensor
+) -> Iterator[tuple[tuple[float, ...], list[int]]]:
+    """Values and weights of single elements."""
+    columns = zip(*(tensor[where].double().tolist() for tensor in tensors), strict=True)
+    counts = zip(*(weight[where].tolist() for weight in weights), strict=True)
+    for column, told in zip(columns, counts, strict=True):
+        yield column, [int(count) for count in told]
+
+
 def _check(tensors: Sequence[Tensor], weights: Sequence[int], outs: Sequence[Tensor]) -> None:
     assert sum(map(abs, weights)) <= MAX_TOTAL, weights
     assert {each.dtype for each in (*tensors, *outs)} <= set(DTYPES)
@@ -176,7 +234,10 @@ def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _S
     if span.proves_exact(reach):
         _divide(_sums(values, weights, scratch), total, span, out, scratch)
         return
-    checked, inexact = _checked_sums(values, weights)
+    # Products are exact: 24 bits times 28 bits.
+    checked, inexact = _checked(
+        value.double().mul_(weight) for value, weight in zip(values, weights, strict=True)
+    )
     out.copy_(_round(checked / total, out.dtype))
     where = inexact.nonzero().reshape(-1)
     if len(where):
@@ -244,16 +305,15 @@ def _wide(value: Tensor, scratch: _Scratch) -> Tensor:
     return scratch.single(len(value)).copy_(value) if value.dtype == torch.float16 else value
 
 
-def _checked_sums(values: list[Tensor], weights: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """The float64 sums, and which of them were rounded on the way.
+def _checked(terms: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+    """The float64 sums of terms without error, and which of them were rounded on the way.
 
-    Products are exact: 24 bits times 28 bits. Of s = fl(a + b), one of s - a and s - b is computed
-    without error (Dekker), so if they give b and a, then s = a + b.
+    Of s = fl(a + b), one of s - a and s - b is computed without error (Dekker), so if they give b
+    and a, then s = a + b.
     """
-    sums = torch.zeros(values[0].numel(), dtype=torch.float64)
-    inexact = torch.zeros(values[0].numel(), dtype=torch.bool)
-    for value, weight in zip(values, weights, strict=True):
-        term = value.double().mul_(weight)
+    first, *others = terms
+    sums, inexact = first + 0.0, torch.zeros(len(first), dtype=torch.bool)
+    for term in others:
         new = sums + term
         inexact |= (new - sums != term) | (new - term != sums)
         sums = new
@@ -266,16 +326,18 @@ def _settle(column: Sequence[float], weights: Sequence[int]) -> float:
     Round-to-odd keeps the side of every number of at most 51 bits, float32's midpoints among them.
     Only for the rare elements whose values lie too far apart for float64.
     """
-    # Every finite value of the three dtypes is a multiple of 2**-149.
-    scaled = sum(
-        weight * int(math.ldexp(value, 149)) for value, weight in zip(column, weights, strict=True)
-    )
-    total = sum(weights)
+    scaled, total = _whole(column, weights), sum(weights)
     # Shifted so that the quotient has 52 or 53 bits.
     shift = 52 + total.bit_length() - scaled.bit_length()
     odd, remainder = divmod(abs(scaled) << max(shift, 0), total << max(-shift, 0))
     odd |= remainder != 0
     return math.copysign(math.ldexp(odd, -149 - shift), scaled)
+
+
+def _whole(column: Sequence[float], weights: Sequence[int]) -> int:
+    """One element's sum in units of 2**-149, of which every finite value is a multiple."""
+    pairs = zip(column, weights, strict=True)
+    return sum(weight * int(math.ldexp(value, 149)) for value, weight in pairs)
 
 
 # -- 2. the quotient, on the right side; 3. one rounding -------------------------------------------

@@ -48,7 +48,11 @@ def grams(models: Sequence[Model]) -> dict[str, Gram]:
             }
 
             def look(
-                name: str, values: Sequence[Tensor], _: Sequence[Tensor], file: str = file
+                name: str,
+                _: int,
+                values: Sequence[Tensor],
+                __: Sequence[Tensor],
+                file: str = file,
             ) -> None:
                 called = block_name(file, name)
                 # Of differences: inner products of the weights themselves would lose them.

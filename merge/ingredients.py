@@ -147,9 +147,14 @@ def find_ingredients(
     return found
 
 
+def by_name(opened: Iterable[Opened]) -> list[Opened]:
+    """In the order of a recipe."""
+    return sorted(opened, key=lambda one: one.ingredient.name)
+
+
 def check_alike(opened: Sequence[Opened]) -> None:
     """Refuse ingredients that are not all copies of one base with one layout."""
-    first = min(opened, key=lambda one: one.ingredient.name)
+    first = by_name(opened)[0]
     for other in opened:
         pair = f"'{first.ingredient.name}' and '{other.ingredient.name}'"
         if first.base_sha256 != other.base_sha256:

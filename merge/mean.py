@@ -39,27 +39,24 @@ def mean_rule(recipe: Recipe, file: str, without_one: Sequence[Recipe] | None = 
     """
     names = [part.name for part in recipe.ingredients]
 
-    def rule(name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    def rule(name: str, _: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         called = block_name(file, name)
         weights = recipe.weights(called)
         every = [weights] if without_one is None else _of_others(without_one, called, weights)
         if values[0].dtype not in exact.DTYPES:
             for each, out in zip(every, outs, strict=True):
                 heard = [index for index, weight in enumerate(each) if weight]
-                _same(
-                    tensor_name(file, name), [values[i] for i in heard], [names[i] for i in heard]
-                )
-                out.copy_(values[heard[0]])
+                copy_same(file, name, [values[i] for i in heard], [names[i] for i in heard], out)
             return
         # Each weighs as in the whole, but for the one left out: then one sum does for all.
         left_out = [[*weights[:i], 0, *weights[i + 1 :]] for i in range(len(weights))]
         if without_one is not None and min(weights) > 0 and every == left_out:
-            with _named(file, name, outs[0].dtype, names):
+            with named(file, name, outs[0].dtype, names):
                 exact.leave_one_out(values, weights, outs)
             return
         for each, out in zip(every, outs, strict=True):
             heard = [index for index, weight in enumerate(each) if weight]
-            with _named(file, name, out.dtype, [names[i] for i in heard]):
+            with named(file, name, out.dtype, [names[i] for i in heard]):
                 exact.mean([values[i] for i in heard], [each[i] for i in heard], out=out)
 
     return rule
@@ -76,7 +73,7 @@ def _of_others(recipes: Sequence[Recipe], tensor: str, whole: Sequence[int]) -> 
 
 
 @contextmanager
-def _named(file: str, name: str, dtype: torch.dtype, names: Sequence[str]) -> Iterator[None]:
+def named(file: str, name: str, dtype: torch.dtype, names: Sequence[str]) -> Iterator[None]:
     """What cannot be averaged, by the names of tensor and ingredient."""
     try:
         yield
@@ -100,12 +97,16 @@ def _mean_layout(layouts: Sequence[Layout], dtype: Dtype) -> Layout:
     return replace(layouts[0], dtype=FORMAT_NAMES[chosen])
 
 
-def _same(tensor: str, values: Sequence[Tensor], names: Sequence[str]) -> None:
+def copy_same(
+    file: str, name: str, values: Sequence[Tensor], names: Sequence[str], out: Tensor
+) -> None:
+    """What is no float is in a soup as all have it, or there is none."""
     for value, other in zip(values, names, strict=True):
         if not torch.equal(value.view(torch.uint8), values[0].view(torch.uint8)):
             raise Refused(
-                f"The {FORMAT_NAMES[value.dtype]} {tensor} differs between '{names[0]}' and "
-                f"'{other}'",
+                f"The {FORMAT_NAMES[value.dtype]} {tensor_name(file, name)} differs between "
+                f"'{names[0]}' and '{other}'",
                 allowed="integer tensors that are equal in all ingredients",
                 cure="leave one of them out",
             )
+    out.copy_(values[0])

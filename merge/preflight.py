@@ -12,7 +12,6 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from atoll.merge.barrier import Barrier, measure_barrier
 from atoll.merge.far import Place
 from atoll.merge.grams import grams
 from atoll.merge.ingredients import Opened, open_base
-from atoll.merge.recipe import Recipe
+from atoll.merge.recipe import Recipe, Settings
 from atoll.merge.soup import prepare
 
 
@@ -54,18 +53,23 @@ class Comparison:
 
 
 def check(
-    out: Path, experts: Mapping[Place, int], *, pack: Path | None = None, **options: Any
+    out: Path,
+    experts: Mapping[Place, int],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
+    *,
+    base: Place | None = None,
+    negative: bool = False,
+    pack: Path | None = None,
 ) -> Check:
-    """Refuse what `create` would, with the same `options`, and measure the rest.
+    """Refuse what `create` would, and measure the rest.
 
     Losses are measured on the records of a run's `pack` if there is one.
     """
-    opened, recipe = prepare(out, experts, **options)
+    opened, recipe = prepare(out, experts, settings, base=base, negative=negative)
     if opened[0].model.is_adapter:
         raise Refused("Adapters are not compared", cure="leave out --check, or compare the models")
     if pack is not None and recipe.variant is not None:
         raise UsageError("Losses are measured without --variant", cure="leave out one of the two")
-    base = options.get("base")
     start = None if base is None else open_base(base, opened[0], recipe.variant)
     barrier = None if pack is None else measure_barrier(opened, Pack(pack))
     return Check(opened, recipe, compare(opened, start), barrier)

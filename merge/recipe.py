@@ -9,7 +9,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
+from fractions import Fraction
 from pathlib import Path
 from typing import Literal, Self
 
@@ -24,10 +26,51 @@ RECIPE_NAME = "soup.json"
 SOUP_KEY = "atoll.soup"  # in the header of its weights
 SCHEMA_VERSION = 1
 
-# How weights come about: as they are given, or in every tensor from the experts (`merge/stock.py`).
-Method = Literal["mean", "model-stock"]
+# How a soup comes about: as a mean by the weights that are given, by weights that are found in
+# every tensor (`merge/stock.py`), or of what is kept of the experts' moves (`merge/moves.py`).
+Method = Literal["mean", "model-stock", "ties", "dare"]
+MOVES = ("ties", "dare")
+_DENSITIES = {"ties": 0.2, "dare": 0.1}  # of the papers
+_OF_MOVES = ("density", "scale", "seed")
 # "same": each tensor keeps the ingredients' dtype.
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a soup is asked to be, beside its ingredients; all of it goes into its recipe.
+
+    `density` is the part of an expert's moves that TIES and DARE keep, `scale` what the mean of
+    those is multiplied by before it is added to the base, both in hundredths; `seed` is DARE's.
+    None is the method's own.
+    """
+
+    dtype: Dtype = "same"
+    variant: str | None = None  # of the ingredients' files
+    blocks: Sequence[Block] = ()
+    method: Method = "mean"
+    density: float | None = None
+    scale: float | None = None
+    seed: int | None = None
+
+    def resolved(self) -> Settings:
+        """With the method's own values; `UsageError` for what it does not have, or not so."""
+        moves = self.method in MOVES
+        told = {"density": moves, "scale": moves, "seed": self.method == "dare"}
+        for name, known in told.items():
+            if getattr(self, name) is not None and not known:
+                raise UsageError(
+                    f"{self.method} has no {name}", cure=f"leave out --{name}, or name a --method"
+                )
+        if not moves:
+            return self
+        density = _DENSITIES[self.method] if self.density is None else self.density
+        scale = 1.0 if self.scale is None else self.scale
+        for name, value, most in (("density", density, 1.0), ("scale", scale, 100.0)):
+            if not 0 < value <= most or (Fraction(str(value)) * 100).denominator > 1:
+                raise UsageError(f"{name} is {value}", allowed=f"0.01, 0.02, ... up to {most:g}")
+        seed = (self.seed or 0) if self.method == "dare" else None
+        return replace(self, density=density, scale=scale, seed=seed)
 
 
 class Ingredient(BaseModel):
@@ -69,6 +112,9 @@ class Recipe(BaseModel):
     base_sha256: str | None  # None: nobody said which base they are copies of
     variant: str | None = None  # of the ingredients' files
     method: Method = "mean"
+    density: float | None = None
+    scale: float | None = None
+    seed: int | None = None
     base: str | None = None  # the ingredient that is the base, if there is one
     blocks: tuple[Block, ...] = ()  # sorted by pattern
     dtype: Dtype = "same"
@@ -82,15 +128,13 @@ class Recipe(BaseModel):
     def of(
         cls,
         ingredients: list[Ingredient],
+        settings: Settings,
         *,
         base_sha256: str | None,
-        variant: str | None,
-        blocks: Iterable[Block] = (),
-        dtype: Dtype,
-        method: Method = "mean",
         base: str | None = None,
     ) -> Self:
-        """A recipe in the one order, after checking names and weights."""
+        """A recipe in the one order, after checking names, weights and settings."""
+        settings = settings.resolved()
         names = [ingredient.name for ingredient in ingredients]
         for name in names:
             if names.count(name) > 1:
@@ -103,18 +147,15 @@ class Recipe(BaseModel):
         recipe = cls(
             ingredients=ordered,
             base_sha256=base_sha256,
-            variant=variant,
-            method=method,
             base=base,
-            blocks=in_order(blocks),
-            dtype=dtype,
+            **(vars(settings) | {"blocks": in_order(settings.blocks)}),
         )
         recipe._check_weights()
         return recipe
 
     def blocks_without(self, names: Collection[str]) -> tuple[Block, ...]:
-        """The blocks of a soup that ingredients have left; a method finds them anew."""
-        if self.method != "mean":
+        """The blocks of a soup that ingredients have left; Model Stock finds its own anew."""
+        if self.method == "model-stock":
             return ()
         return in_order(
             Block(
@@ -124,16 +165,19 @@ class Recipe(BaseModel):
             for block in self.blocks
         )
 
+    def settings(self, blocks: Iterable[Block]) -> Settings:
+        """What the soup was asked to be, with other blocks."""
+        told = {each.name: getattr(self, each.name) for each in fields(Settings)}
+        return Settings(**(told | {"blocks": tuple(blocks)}))
+
     def has_mean_without(self, names: Collection[str]) -> bool:
         """Whether a soup is left when ingredients leave: an expert, and weights with a mean."""
         rest = [part for part in self.ingredients if part.name not in names]
         if not {part.name for part in rest} - {self.base}:
             return False
         try:
-            Recipe.of(
-                rest, base_sha256=self.base_sha256, variant=self.variant, dtype=self.dtype,
-                blocks=self.blocks_without(names),
-            )  # fmt: skip
+            rest_of = self.settings(self.blocks_without(names))
+            Recipe.of(rest, rest_of, base_sha256=self.base_sha256, base=self.base)
         except UsageError:
             return False
         return True
@@ -159,10 +203,31 @@ class Recipe(BaseModel):
                     allowed=", ".join(names),
                 )
         for part in self.ingredients:
-            check_weight(part.weight, part.name, negative=True)
+            check_weight(part.weight, part.name, negative=self.method == "mean")
+        if self.method in MOVES:
+            self._check_moves()
         check_total(self._weights(None), "")
         for block in self.blocks:
             check_total(self._weights(block), f" in {block.tensors}")
+
+    def _check_moves(self) -> None:
+        """Weights are of the experts alone, and all that they are multiplied with is counted."""
+        for block in self.blocks:
+            for name, weight in block.weights.items():
+                if name == self.base:
+                    raise UsageError(
+                        f"'{name}' is the base, which has no weight", allowed="those of experts"
+                    )
+                if weight:
+                    check_weight(weight, f"{name} in {block.tensors}")
+        kept, scale = (Fraction(str(each)) for each in (self.density, self.scale))
+        widest = 2 * scale.numerator * kept.denominator + scale.denominator * kept.numerator
+        most = [self._weights(None), *(self._weights(block) for block in self.blocks)]
+        if widest * max(map(sum, most)) > MAX_TOTAL:
+            raise UsageError(
+                "The weights are too large for this density and scale",
+                cure="divide them by a common factor, or say 0.2 and not 0.21",
+            )
 
     @classmethod
     def load(cls, soup: Path) -> Self:
@@ -189,6 +254,8 @@ class Recipe(BaseModel):
         if names != sorted(set(names)):
             raise Refused(f"{path} is damaged: ingredients are not sorted by distinct names")
         try:
+            if recipe.settings(recipe.blocks) != recipe.settings(recipe.blocks).resolved():
+                raise Refused(f"{path} is damaged: it leaves out what its method needs")
             recipe._check_weights()
         except UsageError as error:
             raise Refused(f"{path} is damaged: {error.what}") from error
@@ -197,6 +264,7 @@ class Recipe(BaseModel):
     def to_bytes(self) -> bytes:
         """The file's content; what is not said of a soup is not in it."""
         unsaid = {name for name in ("variant", "base", "blocks") if not getattr(self, name)}
+        unsaid |= {name for name in _OF_MOVES if getattr(self, name) is None}
         unsaid |= {"method"} if self.method == "mean" else set()
         return canonical_json(self.model_dump(mode="json", exclude=unsaid))
 
@@ -212,7 +280,9 @@ class Recipe(BaseModel):
         """The soup's unique name, a function of what is in it: same soup, same name."""
         parts = [(i.name, i.weight, i.sha256) for i in self.ingredients]
         blocks = [[block.model_dump() for block in self.blocks]] if self.blocks else []
-        text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *blocks])
+        moves = [[self.method, *(getattr(self, name) for name in _OF_MOVES)]]
+        told = [*blocks, *(moves if self.method in MOVES else [])]
+        text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *told])
         return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     @property
@@ -226,7 +296,8 @@ class Recipe(BaseModel):
         }
         if self.method != "mean":
             told["method"] = self.method
-        elif self.blocks:
+        told |= {n: getattr(self, n) for n in _OF_MOVES if getattr(self, n) is not None}
+        if self.blocks and self.method != "model-stock":
             told["blocks"] = {block.tensors: block.weights for block in self.blocks}
         return {SOUP_KEY: canonical_json(told).decode()}
 

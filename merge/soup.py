@@ -16,27 +16,31 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import Refused, UsageError
+from atoll.merge.averages import averaged
 from atoll.merge.far import Place
 from atoll.merge.ingredients import (
     Opened,
     block_name,
+    by_name,
     check_alike,
     find_ingredients,
     open_experts,
     sha256_base,
 )
-from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
-from atoll.merge.lora import layouts_of, mean_adapter, read_adapter
-from atoll.merge.mean import mean_layouts, mean_rule
-from atoll.merge.model import sha256_weights
-from atoll.merge.recipe import RECIPE_NAME, Block, Dtype, Method, Recipe, check_blocks, in_order
+from atoll.merge.mean import mean_layouts
+from atoll.merge.recipe import (
+    MOVES,
+    RECIPE_NAME,
+    Block,
+    Recipe,
+    Settings,
+    check_blocks,
+    in_order,
+)
 from atoll.merge.stock import stock_blocks
-from atoll.merge.stream import Out, save, stream
 
 
 @dataclass(frozen=True)
@@ -51,54 +55,44 @@ class Soup:
 def prepare(
     out: Path,
     experts: Mapping[Place, int],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
-    dtype: Dtype = "same",
     base: Place | None = None,
-    variant: str | None = None,
-    blocks: Sequence[Block] = (),
     negative: bool = False,
-    method: Method = "mean",
 ) -> tuple[list[Opened], Recipe]:
     """The ingredients of a soup in the order of its recipe, and the recipe, without digests.
 
     All is checked that can be told from headers and configurations.
     """
-    own = None
-    if method != "mean":
+    settings, own = settings.resolved(), None
+    if settings.method != "mean":
         if base is None:
-            raise UsageError(f"{method} needs the base", cure="name it: --base PATH")
+            raise UsageError(f"{settings.method} needs the base", cure="name it: --base PATH")
         experts = {**experts, base: 1}
-    opened = _sorted(_opened(experts, out, base, variant, negative))
-    check_blocks(blocks, {one.ingredient.name for one in opened}, negative=negative)
-    if method != "mean":
+    opened = by_name(_opened(experts, out, base, settings.variant, negative))
+    names = {one.ingredient.name for one in opened}
+    check_blocks(settings.blocks, names, negative=negative)
+    if settings.method != "mean":
         (own,) = (one.ingredient.name for one in opened if one.place == base)
-    return opened, _recipe(
-        opened, dtype=dtype, variant=variant, blocks=blocks, method=method, base=own
-    )
+    return opened, _recipe(opened, settings, base=own)
 
 
 def create(
     out: Path,
     experts: Mapping[Place, int],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
-    dtype: Dtype = "same",
     base: Place | None = None,
-    variant: str | None = None,
-    blocks: Sequence[Block] = (),
     negative: bool = False,
-    method: Method = "mean",
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
 
-    `base` is what those without a card are copies of. In `blocks` weights are others; `negative`
-    ones are refused unless it is said that they are meant (task arithmetic, arXiv 2212.04089).
-    A `method` other than the mean finds the weights itself, and needs the base. The same command
-    again makes the same soup again; anything else that lies at `out` is refused.
+    `base` is what those without a card are copies of, and what methods other than the mean need.
+    `negative` weights are refused unless it is said that they are meant (task arithmetic,
+    arXiv 2212.04089). The same command again makes the same soup again; anything else that lies at
+    `out` is refused.
     """
-    opened, recipe = prepare(
-        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative,
-        method=method,
-    )  # fmt: skip
+    opened, recipe = prepare(out, experts, settings, base=base, negative=negative)
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -158,26 +152,27 @@ def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] =
 def leave_one_out(
     out: Path,
     experts: Mapping[Place, int],
+    settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
-    dtype: Dtype = "same",
     base: Place | None = None,
-    variant: str | None = None,
-    blocks: Sequence[Block] = (),
     negative: bool = False,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
 
     Each is bitwise what `create` makes of the others there; the experts are read once for all.
     """
-    opened, whole = prepare(
-        out, experts, dtype=dtype, base=base, variant=variant, blocks=blocks, negative=negative
-    )
+    if settings.method != "mean":
+        raise UsageError(
+            f"Leaving out one at a time is not for {settings.method}",
+            cure="make the soup, and take out one with `atoll soup remove`",
+        )
+    opened, whole = prepare(out, experts, settings, base=base, negative=negative)
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
     adapters = opened[0].model.is_adapter
-    layouts = {} if adapters else mean_layouts(opened, dtype)
+    layouts = {} if adapters else mean_layouts(opened, settings.dtype)
     if (
-        dtype == "same"
+        settings.dtype == "same"
         and not adapters
         and any(
             weights.layout != layouts[file]
@@ -198,12 +193,12 @@ def leave_one_out(
             for name, soup in left_out.items()
         ]
         recipes = [
-            _recipe(each, dtype=dtype, variant=variant, blocks=whole.blocks_without([name]))
+            _recipe(each, whole.settings(whole.blocks_without([name])))
             for name, each in zip(left_out, others, strict=True)
         ]
         for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
             _check_same(soup, earlier, recipe, read=False)
-        recipes = _averaged(whole, recipes, others, opened, partials)
+        recipes = averaged(whole, recipes, others, opened, partials)
         made = {}
         for number, (name, soup) in enumerate(left_out.items()):
             _check_same(soup, there[number], recipes[number], read=True)
@@ -217,20 +212,9 @@ def show(soup: Path) -> Soup:
     return Soup(soup, _card_of(soup), recipe)
 
 
-def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[str, str]]:
-    """The soup's weights computed and written nowhere: their sha256 by file, and the recipe.
-
-    Of every tensor only a piece of each ingredient is in memory.
-    """
-    opened = _sorted(opened)
-    with ExitStack() as closing:
-        (digests,) = _streamed(recipe, [recipe], opened, [None], closing)
-        return _read(recipe, opened, digests), digests
-
-
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     """The content of everything in a soup's folder but the weights, by file name."""
-    opened = _sorted(opened)
+    opened = by_name(opened)
     model = opened[0].model
     files = {name: model.written(name) for name in model.texts}
     files[RECIPE_NAME] = recipe.to_bytes()
@@ -269,42 +253,25 @@ def _opened(
     return open_experts(experts, soup, base_sha256=base_sha256, variant=variant, negative=negative)
 
 
-def _sorted(opened: Iterable[Opened]) -> list[Opened]:
-    return sorted(opened, key=lambda one: one.ingredient.name)
-
-
 def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) -> Recipe:
     """The recipe of a soup that has changed."""
-    return _recipe(
-        opened, dtype=recipe.dtype, variant=recipe.variant, blocks=blocks, method=recipe.method,
-        base=None if recipe.method == "mean" else recipe.base,
-    )  # fmt: skip
+    base = None if recipe.method == "mean" else recipe.base
+    return _recipe(opened, recipe.settings(blocks), base=base)
 
 
-def _recipe(
-    opened: Sequence[Opened],
-    *,
-    dtype: Dtype,
-    variant: str | None,
-    blocks: Iterable[Block],
-    method: Method = "mean",
-    base: str | None = None,
-) -> Recipe:
+def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = None) -> Recipe:
     if base is None:
         bases = [one for one in opened if one.card is not None and one.card.kind == "base"]
         base = bases[0].ingredient.name if bases else None
     experts = [one for one in opened if one.ingredient.name != base]
     if not experts:
-        if opened and method == "mean":
+        if opened and settings.method == "mean":
             raise Refused(f"{opened[0].place} is a base", allowed="experts, and a base beside them")
         raise UsageError("A soup needs at least one expert", cure="name one: EXPERT[=WEIGHT]")
     recipe = Recipe.of(
         [one.ingredient for one in opened],
+        settings,
         base_sha256=opened[0].base_sha256,
-        variant=variant,
-        blocks=blocks,
-        dtype=dtype,
-        method=method,
         base=base,
     )
     check_alike(opened)
@@ -320,22 +287,24 @@ def _recipe(
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
-    if method == "mean":
+    if recipe.method in MOVES and opened[0].model.is_adapter:
+        raise Refused(f"{recipe.method} is not for adapters", allowed="models")
+    if recipe.method != "model-stock":
         return recipe
     if recipe.blocks or any(part.weight != 1 for part in recipe.ingredients):
         raise UsageError(
-            f"{method} finds the weights itself",
+            f"{recipe.method} finds the weights itself",
             cure="leave out weights and blocks, or the method",
         )
-    return recipe.model_copy(update={"blocks": method_blocks(recipe, opened)})
+    return recipe.model_copy(update={"blocks": stock_blocks_of(recipe, opened)})
 
 
-def method_blocks(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ...]:
-    """The weights that a soup's method finds for every tensor."""
+def stock_blocks_of(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ...]:
+    """The weights that Model Stock finds for every tensor."""
     if opened[0].model.is_adapter:
         raise Refused(f"{recipe.method} is not for adapters", allowed="models")
     (base,) = (one for one in opened if one.ingredient.name == recipe.base)
-    experts = [one for one in _sorted(opened) if one is not base]
+    experts = [one for one in by_name(opened) if one is not base]
     return in_order(stock_blocks(experts, base))
 
 
@@ -359,73 +328,8 @@ def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) 
 
 def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
     """Fill the folder `partial`, which will lie at `soup`."""
-    (recipe,) = _averaged(recipe, [recipe], [opened], _sorted(opened), [partial])
+    (recipe,) = averaged(recipe, [recipe], [opened], by_name(opened), [partial])
     return _fill(partial, recipe, opened, soup)
-
-
-def _averaged(
-    whole: Recipe,
-    recipes: Sequence[Recipe],
-    parts: Sequence[Sequence[Opened]],
-    opened: Sequence[Opened],
-    partials: Sequence[Path],
-) -> list[Recipe]:
-    """Write the weights of every soup, each of its `parts`; the recipes with all digests."""
-    with ExitStack() as closing:
-        digests = _streamed(whole, recipes, opened, partials, closing)
-        return [_read(*each) for each in zip(recipes, parts, digests, strict=True)]
-
-
-def _streamed(
-    whole: Recipe,
-    recipes: Sequence[Recipe],
-    opened: Sequence[Opened],
-    folders: Sequence[Path | None],
-    closing: ExitStack,
-) -> list[dict[str, str]]:
-    """The mean of the `whole`, or of all but one each, into every folder; their sha256 by file.
-
-    What was opened stays so until the stack is closed: its digests are still to be asked for.
-    """
-    models = [closing.enter_context(one.model) for one in opened]
-    if opened[0].model.is_adapter:
-        return [_adapters(*each, opened) for each in zip(recipes, folders, strict=True)]
-    digests: list[dict[str, str]] = [{} for _ in folders]
-    for file, layouts in mean_layouts(opened, whole.dtype).items():
-        outs = []
-        for recipe, folder in zip(recipes, folders, strict=True):
-            path = None if folder is None else folder / file
-            if path is not None:
-                path.parent.mkdir(exist_ok=True)
-            outs.append(Out(path, recipe.metadata))
-        rule = mean_rule(whole, file, None if len(folders) == 1 else recipes)
-        sources = [model.weights[file] for model in models]
-        found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
-        for known, digest in zip(digests, found, strict=True):
-            known[file] = digest
-    return digests
-
-
-def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> dict[str, str]:
-    """The mean of the adapters in a recipe; small enough to be in memory."""
-    parts = {part.name for part in recipe.ingredients}
-    adapters = [
-        read_adapter(weights, one.ingredient.name)
-        for one in opened
-        for weights in one.model.weights.values()
-        if one.ingredient.name in parts
-    ]
-    made = mean_adapter(
-        recipe, adapters, None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
-    )
-    path = None if folder is None else folder / ADAPTER_NAME
-    return {ADAPTER_NAME: save(made, layouts_of(made), Out(path, recipe.metadata))}
-
-
-def _read(recipe: Recipe, opened: Sequence[Opened], digests: Mapping[str, str]) -> Recipe:
-    """The recipe with the digests of what came and of what was read for it."""
-    ingredients = tuple(one.read() for one in _sorted(opened))
-    return recipe.model_copy(update={"ingredients": ingredients, "sha256": sha256_weights(digests)})
 
 
 def _fill(partial: Path, recipe: Recipe, opened: Sequence[Opened], soup: Path) -> Soup:

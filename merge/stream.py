@@ -31,8 +31,11 @@ from atoll.core.journal import progress
 from atoll.merge import exact
 from atoll.merge.weights import DTYPES, Layout, Weights, as_bytes
 
-Rule = Callable[[str, Sequence[Tensor], Sequence[Tensor]], None]
-"""`rule(name, values, outs)` fills a tensor's pieces, `(count,)`, from the same of each file."""
+Rule = Callable[[str, int, Sequence[Tensor], Sequence[Tensor]], None]
+"""`rule(name, first, values, outs)` fills a piece of a tensor, `(count,)`, from those of each file.
+
+It begins at `first` of the flattened tensor.
+"""
 
 
 @dataclass(frozen=True)
@@ -97,7 +100,7 @@ def stream(
             values, results = parts[: len(sources)], parts[len(sources) :]
             for source, value in zip(sources, values, strict=True):
                 source.read(piece.name, piece.first, value)
-            rule(piece.name, values, results)
+            rule(piece.name, piece.first, values, results)
             return taken, results, copies * piece.count * layouts[piece.name].torch_dtype.itemsize
 
         def written(future: Future[tuple[_Buffers, list[Tensor], int]]) -> None:

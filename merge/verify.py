@@ -13,10 +13,11 @@ from pathlib import Path
 
 from atoll.core.errors import Refused
 from atoll.core.storage import sha256_file
+from atoll.merge.averages import mean_files
 from atoll.merge.ingredients import check_alike, find_ingredients
 from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import Recipe
-from atoll.merge.soup import mean_files, method_blocks, small_files
+from atoll.merge.soup import small_files, stock_blocks_of
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,7 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
     problems = []
     if opened[0].base_sha256 != recipe.base_sha256:
         problems.append("soup.json names another base than the ingredients")
-    if recipe.method != "mean" and method_blocks(recipe, opened) != recipe.blocks:
+    if recipe.method == "model-stock" and stock_blocks_of(recipe, opened) != recipe.blocks:
         problems.append(f"soup.json has other weights than {recipe.method} finds")
     texts = small_files(made, opened)
     wanted = digests | {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}

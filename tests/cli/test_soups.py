@@ -81,6 +81,32 @@ def test_blocks_and_negative_weights_are_options(fresh: Path, tmp_path: Path) ->
     assert [part["weight"] for part in base["ingredients"]] in ([2, -1], [-1, 2])
 
 
+@pytest.mark.parametrize("method", ["ties", "dare"])
+def test_methods_that_keep_parts_of_moves(fresh: Path, tmp_path: Path, method: str) -> None:
+    experts = sorted((fresh / "islands").glob("*/expert"))
+    out = fresh / "soups" / method
+    asked = ["--base", fresh / "base", "--method", method, "--density", "0.5", "--scale", "1.5"]
+    seed = {"seed": 3} if method == "dare" else {}
+    asked += [f"--{name}={value}" for name, value in seed.items()]
+    made = done("soup", "create", out, *experts, *asked)
+    told = {"method": method, "density": 0.5, "scale": 1.5, **seed}
+    assert {name: made[name] for name in told} == told
+    assert (
+        f"by {method}, with base as the base, density 0.5, scale 1.5"
+        in atoll("soup", "show", out).out
+    )
+    done("verify", fresh)
+    done("unlearn", fresh, SHARD)  # which made nothing of its own stay
+    rest = [expert for expert in experts if expert.exists()]
+    assert len(rest) == len(experts) - 1
+    never = done("soup", "create", fresh / "soups" / "never", *rest, *asked)
+    assert done("soup", "show", out)["sha256"] == never["sha256"]
+    said = atoll("soup", "create", tmp_path / "soup", *rest, "--density", "0.5")
+    assert (said.code, "mean has no density" in said.err) == (2, True)
+    said = atoll("soup", "create", tmp_path / "soup", *rest, "--method", "tie")
+    assert (said.code, "ties" in said.err) == (2, True)
+
+
 def test_experts_of_a_run_on_a_store_are_averaged_and_remembered_there(
     fresh: Path, tmp_path: Path
 ) -> None:

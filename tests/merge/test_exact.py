@@ -237,7 +237,7 @@ def test_the_proof_of_exactness_is_not_too_generous(dtype):
 
 def test_stragglers_are_few_on_real_scales():
     tensors = [like_weights(torch.float32, 200_000, seed=i) for i in range(4)]
-    _, inexact = exact._checked_sums(tensors, [1, 2, 3, 4])
+    _, inexact = exact._checked(t.double() * weight for weight, t in enumerate(tensors, 1))
     assert int(inexact.sum()) < 5
 
 
@@ -354,3 +354,53 @@ def test_leaving_one_out_names_what_is_not_finite(dtype):
     with pytest.raises(exact.NotFiniteError) as caught:
         exact.leave_one_out(tensors, [1, 1, 1], [torch.empty_like(t) for t in tensors])
     assert caught.value.index == 1
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.data())
+def test_weights_of_their_own_in_every_element(data):
+    """Means and signs by definition, where sums are exact and where they are not."""
+    dtypes = data.draw(st.lists(st.sampled_from(DTYPES), min_size=2, max_size=4))
+    target = data.draw(st.sampled_from(DTYPES))
+    draw = data.draw(st.sampled_from([any_bits, like_weights]))
+    seed = data.draw(st.integers(0, 2**31))
+    tensors = [draw(dtype, 40, seed=seed + i) for i, dtype in enumerate(dtypes)]
+    generator = torch.Generator().manual_seed(seed)
+    weights = [torch.randint(-3, 9, (40,), generator=generator).double() for _ in dtypes]
+    cancels = data.draw(st.booleans())
+    if cancels:  # where weights add up to 0 values do, nearly
+        tensors[1] = tensors[0].to(tensors[1].dtype)
+        tensors[1][~torch.isfinite(tensors[1])] = 0
+    votes = [weights[0], -weights[0], *weights[2:]] if cancels else weights
+    found = exact.signs(tensors, votes).tolist()
+    columns = list(zip(*(t.double().tolist() for t in tensors), strict=True))
+    for i, column in enumerate(columns):
+        total = sum(Fraction(v) * int(w[i]) for v, w in zip(column, votes, strict=True))
+        assert found[i] == (total > 0) - (total < 0)
+    weights[0] += 10  # the sum is positive
+    out = torch.empty(40, dtype=target)
+    means = []
+    for i, column in enumerate(columns):
+        counts = [int(w[i]) for w in weights]
+        total = sum(Fraction(v) * n for v, n in zip(column, counts, strict=True))
+        means.append(rounded(total / sum(counts), target) + 0.0)
+    wanted = torch.tensor(means, dtype=torch.float64).to(target)
+    if bool(torch.isfinite(wanted).all()):
+        exact.mean_by_element(tensors, weights, out)
+        assert bits(out) == bits(wanted)
+        return
+    with pytest.raises(exact.NotFiniteError) as raised:
+        exact.mean_by_element(tensors, weights, out)
+    assert raised.value.index is None
+
+
+def test_what_is_not_finite_is_refused_by_element_too():
+    values = [torch.tensor([1.0]), torch.tensor([math.inf])]
+    ones = [torch.ones(1, dtype=torch.float64)] * 2
+    for call in (
+        lambda: exact.signs(values, ones),
+        lambda: exact.mean_by_element(values, ones, torch.empty(1)),
+    ):
+        with pytest.raises(exact.NotFiniteError) as raised:
+            call()
+        assert raised.value.index == 1

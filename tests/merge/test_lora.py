@@ -19,7 +19,7 @@ from atoll.core.errors import AtollError, Refused
 from atoll.core.storage import sha256_folder
 from atoll.merge import soup
 from atoll.merge.lora import FILE_NAME
-from atoll.merge.recipe import Block
+from atoll.merge.recipe import Block, Settings
 from atoll.merge.verify import verify
 
 LAYERS = {"unet.a.to_q": (5, 3), "unet.b.conv": (4, 2)}  # outputs, inputs
@@ -154,7 +154,7 @@ def test_blocks_weights_and_dtypes_of_adapters(tmp_path):
     a, b = (file(tmp_path / f"{n}.safetensors", s) for n, s in zip("ab", states, strict=True))
     block = Block(tensors="unet.b.*", weights={"b": 0})
     made = soup.create(
-        tmp_path / "soup", {a: 3, b: -1}, blocks=[block], negative=True, dtype="float32"
+        tmp_path / "soup", {a: 3, b: -1}, Settings(blocks=[block], dtype="float32"), negative=True
     )
     mean = load_file(made.path / FILE_NAME)
     assert {value.dtype for value in mean.values()} == {torch.float32}
@@ -167,7 +167,9 @@ def test_a_layer_in_which_nobody_is_heard_is_zero(tmp_path):
     a = file(tmp_path / "a.safetensors", adapter(0, dict.fromkeys(LAYERS, 2)))
     b = file(tmp_path / "b.safetensors", adapter(1, {"unet.a.to_q": 2}))
     block = Block(tensors="unet.b.*", weights={"a": 0})
-    mean = load_file(soup.create(tmp_path / "s", {a: 1, b: 1}, blocks=[block]).path / FILE_NAME)
+    mean = load_file(
+        soup.create(tmp_path / "s", {a: 1, b: 1}, Settings(blocks=[block])).path / FILE_NAME
+    )
     assert not product(mean, "unet.b.conv").any()
 
 

@@ -26,6 +26,7 @@ from atoll.core.errors import AtollError, MissingError, Refused, UsageError
 from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup
 from atoll.merge.model import FILE_NAME
+from atoll.merge.recipe import Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
@@ -150,7 +151,7 @@ def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_pa
         assert list((path / "transformer").glob("*.index.fp16.json"))
     with pytest.raises(MissingError, match="fp16"):
         soup.create(tmp_path / "new", plain)
-    varied = soup.create(tmp_path / "varied", plain, variant="fp16")
+    varied = soup.create(tmp_path / "varied", plain, Settings(variant="fp16"))
     assert varied.recipe.variant == "fp16"
     for part in PARTS:
         assert sha256_file(varied.path / part) == sha256_file(expected / part)
@@ -173,7 +174,7 @@ def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_pa
 def test_a_variant_that_there_is_not_is_refused(make_pipeline, tmp_path, variant, kind, words):
     for path in (make_pipeline("a"), make_pipeline("a") / "vae"):
         with pytest.raises(kind, match=words):
-            soup.create(tmp_path / "soup", {path: 1}, variant=variant)
+            soup.create(tmp_path / "soup", {path: 1}, Settings(variant=variant))
 
 
 def test_files_that_are_left_out_are_named(make_pipeline, tmp_path, caplog):
@@ -187,7 +188,7 @@ def test_files_that_are_left_out_are_named(make_pipeline, tmp_path, caplog):
 def test_a_part_that_has_no_variant_is_taken_as_it_is(make_pipeline, tmp_path):
     path = make_pipeline("a", variant="fp16")
     (path / "vae" / WEIGHTS.replace(".s", ".fp16.s")).rename(path / "vae" / WEIGHTS)
-    soup.create(tmp_path / "soup", {path: 1}, variant="fp16")
+    soup.create(tmp_path / "soup", {path: 1}, Settings(variant="fp16"))
     assert (tmp_path / "soup" / "vae" / WEIGHTS).is_file()
 
 

@@ -19,6 +19,7 @@ from atoll.core.storage import sha256_folder
 from atoll.merge import grams, soup
 from atoll.merge.barrier import measure_barrier
 from atoll.merge.preflight import check
+from atoll.merge.recipe import Settings
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
 
@@ -73,7 +74,7 @@ def test_what_create_refuses_is_refused_and_nothing_is_divided_by_zero(make_expe
     digest = sha256_folder(base)
     paths = [make_expert(name, base_sha256=digest) for name in "ab"]
     with pytest.raises(UsageError, match="without --variant"):
-        check(tmp_path / "soup", {make_variant(paths[0]): 1}, variant="x", pack=tmp_path)
+        check(tmp_path / "soup", {make_variant(paths[0]): 1}, Settings(variant="x"), pack=tmp_path)
     state = load_file(paths[1] / WEIGHTS)
     save_file(state | {"conv_in.bias": torch.full((4,), float("nan"))}, paths[1] / WEIGHTS)
     with pytest.raises(Refused, match="'b' holds NaN or infinity in tensor 'conv_in"):

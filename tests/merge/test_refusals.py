@@ -19,6 +19,7 @@ from atoll.core import disk
 from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageError
 from atoll.core.storage import sha256_folder
 from atoll.merge import exact, soup
+from atoll.merge.recipe import Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 from atoll.merge.weights import Weights
@@ -319,8 +320,8 @@ def test_a_second_writer(make_expert, pair):
 def test_a_dtype_that_is_too_narrow(make_expert, tmp_path):
     big = make_expert("a", change=lambda state: state["conv_in.bias"].fill_(1e5))
     with pytest.raises(Refused, match=r"'conv_in.bias' does not fit into float16"):
-        soup.create(tmp_path / "soup", {big: 1}, dtype="float16")
-    soup.create(tmp_path / "soup", {big: 1}, dtype="bfloat16")
+        soup.create(tmp_path / "soup", {big: 1}, Settings(dtype="float16"))
+    soup.create(tmp_path / "soup", {big: 1}, Settings(dtype="bfloat16"))
 
 
 def test_a_file_that_shrinks_while_it_is_read(make_expert):
@@ -352,12 +353,12 @@ def test_leaving_one_out(make_expert, pair, tmp_path):
     (out / "without-b").mkdir(parents=True)
     (out / "without-b" / "mine").write_text("mine")
     with pytest.raises(Refused, match="holds no soup"):
-        soup.leave_one_out(out, {a: 1, b: 1, half: 1}, dtype="float32")
+        soup.leave_one_out(out, {a: 1, b: 1, half: 1}, Settings(dtype="float32"))
     assert os.listdir(out) == ["without-b"]
     (out / "without-b" / "mine").unlink()
-    soup.leave_one_out(out, {a: 1, b: 1, half: 1}, dtype="float32")
+    soup.leave_one_out(out, {a: 1, b: 1, half: 1}, Settings(dtype="float32"))
     with pytest.raises(Refused, match="another soup"):
-        soup.leave_one_out(out, {a: 1, b: 2, half: 1}, dtype="float32")
+        soup.leave_one_out(out, {a: 1, b: 2, half: 1}, Settings(dtype="float32"))
 
 
 @pytest.mark.parametrize("change", ["add", "remove"])

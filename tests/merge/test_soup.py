@@ -21,6 +21,7 @@ from atoll.core.schedule import NoiseSchedule
 from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup, stream
 from atoll.merge.ledger_entry import ledger_entry
+from atoll.merge.recipe import Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
@@ -125,7 +126,7 @@ def test_experts_of_several_dtypes_meet_in_the_widest_or_in_the_chosen_one(make_
         ("bfloat16", 3, dtypes[1]),
     ):
         folder = tmp_path / f"{chosen}-{several}"
-        soup.create(folder, dict.fromkeys(experts[:several], 1), dtype=chosen)
+        soup.create(folder, dict.fromkeys(experts[:several], 1), Settings(dtype=chosen))
         assert verify(folder).holds
         for name, value in load_file(folder / WEIGHTS).items():
             values = [part[name] for part in parts[:several]]
@@ -136,7 +137,7 @@ def test_experts_of_several_dtypes_meet_in_the_widest_or_in_the_chosen_one(make_
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_is_rounded_once_and_survives_changes(make_expert, tmp_path, dtype):
     experts = [make_expert(name) for name in "abc"]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1), dtype=dtype).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1), Settings(dtype=dtype)).path
     parts = [load_file(path / WEIGHTS) for path in experts]
     for name, value in load_file(out / WEIGHTS).items():
         expected = exact.mean([p[name] for p in parts], [1, 1, 1], dtype=getattr(torch, dtype))
@@ -174,7 +175,7 @@ def test_integer_tensors_that_agree_are_copied_and_pieces_do_not_show(
 @pytest.mark.parametrize("dtype", ["same", "bfloat16"])
 def test_every_soup_without_one_is_the_soup_of_the_others(make_expert, tmp_path, dtype):
     experts = {make_expert(f"e{i}"): 1 + i for i in range(4)}
-    made = soup.leave_one_out(tmp_path / "loo", experts, dtype=dtype)
+    made = soup.leave_one_out(tmp_path / "loo", experts, Settings(dtype=dtype))
     assert list(made) == ["e0", "e1", "e2", "e3"]
     for left_out in list(experts):
         folder = tmp_path / "loo" / f"without-{left_out.name}"
@@ -183,9 +184,9 @@ def test_every_soup_without_one_is_the_soup_of_the_others(make_expert, tmp_path,
         before = files(folder)
         assert soup.show(folder) == made[left_out.name]
         # The same command takes it for what it makes, and changes nothing.
-        assert files(soup.create(folder, others, dtype=dtype).path) == before
+        assert files(soup.create(folder, others, Settings(dtype=dtype)).path) == before
     before = files(tmp_path / "loo")
-    soup.leave_one_out(tmp_path / "loo", dict(reversed(experts.items())), dtype=dtype)
+    soup.leave_one_out(tmp_path / "loo", dict(reversed(experts.items())), Settings(dtype=dtype))
     assert files(tmp_path / "loo") == before
     assert sorted(os.listdir(tmp_path / "loo")) == [f"without-e{i}" for i in range(4)]
 

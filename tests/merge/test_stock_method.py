@@ -13,7 +13,7 @@ from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, grams, soup
-from atoll.merge.recipe import Block
+from atoll.merge.recipe import Block, Settings
 from atoll.merge.stock import ratio
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
@@ -58,7 +58,9 @@ def test_the_point_is_nearest_to_the_middle_of_the_sphere():
 
 def test_every_tensor_is_the_exact_mean_with_its_own_weights(base, paths, tmp_path, monkeypatch):
     monkeypatch.setattr(grams, "_CHUNK", 50)
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), base=base, method="model-stock")
+    made = soup.create(
+        tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method="model-stock"), base=base
+    )
     mean = load_file(made.path / WEIGHTS)
     start, *ends = (load_file(path / WEIGHTS) for path in (base, *paths))
     for name, value in mean.items():
@@ -79,17 +81,17 @@ def test_every_tensor_is_the_exact_mean_with_its_own_weights(base, paths, tmp_pa
 
 
 def test_what_leaves_was_never_there(base, paths, make_expert, tmp_path):
-    options = {"base": base, "method": "model-stock"}
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), **options).path
+    stock = Settings(method="model-stock")
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), stock, base=base).path
     before = sha256_folder(out)
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), **options).path
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), stock, base=base).path
     assert sha256_folder(again) == before
     soup.add(out, {make_expert("d", base_sha256=sha256_folder(base)): 1})
     assert sha256_folder(out) != before
     soup.remove(out, "d")
     assert sha256_folder(out) == before
     soup.remove(out, "a")
-    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), **options).path
+    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), stock, base=base).path
     assert sha256_folder(out) == sha256_folder(never)
     soup.remove(out, "b")  # one alone is itself
     assert all(
@@ -105,14 +107,16 @@ def test_what_leaves_was_never_there(base, paths, make_expert, tmp_path):
 def test_strangers_with_a_stranger_for_a_base(base, paths, tmp_path):
     for path in (base, *paths):
         (path / CARD_NAME).unlink()
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), base=base, method="model-stock")
+    made = soup.create(
+        tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method="model-stock"), base=base
+    )
     assert verify(made.path).holds
     assert made.recipe.base == "base"
 
 
 def test_other_weights_than_the_method_finds_are_found_out(base, paths, tmp_path):
-    options = {"base": base, "method": "model-stock"}
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), **options)
+    stock = Settings(method="model-stock")
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), stock, base=base)
     blocks = [made.recipe.blocks[0].model_copy(update={"weights": {"a": 7}})]
     other = made.recipe.model_copy(update={"blocks": (*blocks, *made.recipe.blocks[1:])})
     (made.path / "soup.json").write_bytes(canonical_json(other.model_dump(mode="json")))
@@ -120,18 +124,16 @@ def test_other_weights_than_the_method_finds_are_found_out(base, paths, tmp_path
 
 
 def test_what_the_method_does_not_take(base, paths, tmp_path):
-    create = lambda experts, **more: soup.create(  # noqa: E731
-        tmp_path / "soup", experts, **({"base": base, "method": "model-stock"} | more)
-    )
+
+    def create(experts, blocks=(), base=base):
+        asked = Settings(method="model-stock", blocks=blocks)
+        return soup.create(tmp_path / "soup", experts, asked, base=base)
+
+    block = Block(tensors="conv_in.*", weights={"a": 2})
     for call, words in (
         (lambda: create(dict.fromkeys(paths, 1), base=None), "needs the base"),
         (lambda: create({paths[0]: 2, paths[1]: 1}), "finds the weights itself"),
-        (
-            lambda: create(
-                dict.fromkeys(paths, 1), blocks=[Block(tensors="conv_in.*", weights={"a": 2})]
-            ),
-            "finds the weights itself",
-        ),
+        (lambda: create(dict.fromkeys(paths, 1), [block]), "finds the weights itself"),
         (lambda: create({}), "at least one expert"),
     ):
         with pytest.raises(UsageError, match=words):

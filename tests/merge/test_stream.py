@@ -41,7 +41,7 @@ def layouts() -> dict[str, Layout]:
     return {key: Layout(names[value.dtype], tuple(value.shape)) for key, value in STATE.items()}
 
 
-def first_of(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+def first_of(_name: str, _first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     for out in outs:
         out.copy_(values[0])
 
@@ -75,7 +75,7 @@ def test_pieces_are_put_in_order_whoever_makes_them(weights: Weights, tmp_path, 
     monkeypatch.setattr(streaming, "_PIECE_BYTES", 500)
     makers = set()
 
-    def slowly(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    def slowly(_name: str, _first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         makers.add(threading.get_ident())
         time.sleep(random.uniform(0, 0.01))
         outs[0].copy_(values[0])
@@ -103,7 +103,7 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
     monkeypatch.setattr(streaming, "_MEMORY_BYTES", 60_000)
     seen: set[int] = set()
 
-    def spy(_name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    def spy(_name: str, _first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         parts = [*values, *outs]
         seen.add(sum(part.nbytes for part in parts))
         places = sorted((part.data_ptr(), part.nbytes) for part in parts if part.nbytes)
@@ -124,7 +124,7 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
 def test_an_error_in_a_rule_ends_it(weights: Weights, tmp_path, monkeypatch):
     monkeypatch.setattr(streaming, "_PIECE_BYTES", 100)
 
-    def failing(name: str, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+    def failing(name: str, _first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         if name == "long":
             raise Refused("as it would be for a NaN")
         outs[0].copy_(values[0])

@@ -15,7 +15,7 @@ from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import soup
-from atoll.merge.recipe import Block
+from atoll.merge.recipe import Block, Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
@@ -46,7 +46,7 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
     blocks = [
         block("up_blocks.*", a=5), block("up_blocks.0.*", b=0, c=7), block("conv_in.bias", a=0),
     ]  # fmt: skip
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), blocks=blocks)
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(blocks=blocks))
     check(made, paths, {
         "conv_out.bias": [1, 1, 1],
         "conv_in.bias": [0, 1, 1],
@@ -54,7 +54,7 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
         "up_blocks.0.resnets.0.conv1.bias": [1, 0, 7],
     })  # fmt: skip
     assert verify(made.path).holds
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths, 1), blocks=blocks[::-1])
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths, 1), Settings(blocks=blocks[::-1]))
     assert sha256_folder(again.path) == sha256_folder(made.path)
     plain = soup.create(tmp_path / "plain", dict.fromkeys(paths, 1))
     assert plain.recipe.name != made.recipe.name
@@ -69,7 +69,7 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
 def test_blocks_come_and_go_with_their_ingredients(make_expert, tmp_path):
     a, b, c = (make_expert(name) for name in "abc")
     told = [block("up_blocks.*", a=2)]
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}, blocks=told).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}, Settings(blocks=told)).path
     before = sha256_folder(out)
     with pytest.raises(UsageError, match="'a', which is not added here"):
         soup.add(out, {c: 1}, blocks=[block("up_blocks.*", a=3)])
@@ -87,18 +87,20 @@ def test_leaving_out_with_blocks_is_creating_without(make_expert, tmp_path, weig
     paths = {name: make_expert(name) for name in "abc"}
     told = [block("up_blocks.*", **weights)]
     every = dict.fromkeys(paths.values(), 2)
-    made = soup.leave_one_out(tmp_path / "loo", every, blocks=told, negative=True)
+    made = soup.leave_one_out(tmp_path / "loo", every, Settings(blocks=told), negative=True)
     for left, one in made.items():
         rest = {path: 2 for name, path in paths.items() if name != left}
         kept = [block("up_blocks.*", **{n: w for n, w in weights.items() if n != left})]
-        alone = soup.create(tmp_path / "loo" / f"created-{left}", rest, blocks=kept, negative=True)
+        alone = soup.create(
+            tmp_path / "loo" / f"created-{left}", rest, Settings(blocks=kept), negative=True
+        )
         assert sha256_folder(alone.path) == sha256_folder(one.path)
 
 
 def test_a_block_that_leaves_uncovers_the_one_below(make_expert, tmp_path):
     paths = [make_expert(name) for name in "abc"]
     told = [block("up_blocks.*", a=5), block("up_blocks.1.*", c=4)]
-    made = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1), blocks=told)
+    made = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1), Settings(blocks=told))
     check(made["c"], paths[:2], {"up_blocks.1.resnets.0.conv1.bias": [5, 1]})
     check(made["a"], paths[1:], {"up_blocks.1.resnets.0.conv1.bias": [1, 4]})
     assert all(verify(one.path).holds for one in made.values())
@@ -113,7 +115,9 @@ def test_a_component_of_a_pipeline_is_a_block(make_expert, tmp_path):
         index = {part: ["diffusers", "UNet2DConditionModel"] for part in ("unet", "other")}
         (whole / "model_index.json").write_text(json.dumps(index))
         paths.append(whole)
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), blocks=[block("unet.*", b=0)])
+    made = soup.create(
+        tmp_path / "soup", dict.fromkeys(paths, 1), Settings(blocks=[block("unet.*", b=0)])
+    )
     first = load_file(paths[0] / "unet" / WEIGHTS)
     assert all(
         torch.equal(value, first[name])
@@ -131,10 +135,10 @@ def test_what_nobody_is_heard_in_need_not_agree(make_expert, tmp_path):
         state["conv_in.bias"][:] = float("nan") if count == 2 else 1.0
         save_file(state, path / WEIGHTS)
     silent = [block("count", b=0), block("conv_in.bias", b=0)]
-    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), blocks=silent)
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(blocks=silent))
     assert load_file(made.path / WEIGHTS)["count"].tolist() == [1]
     with pytest.raises(Refused, match="'b' holds NaN or infinity in tensor 'conv_in"):
-        soup.create(tmp_path / "new", dict.fromkeys(paths, 1), blocks=silent[:1])
+        soup.create(tmp_path / "new", dict.fromkeys(paths, 1), Settings(blocks=silent[:1]))
 
 
 def test_task_arithmetic_with_the_base(make_expert, tmp_path):
@@ -182,7 +186,10 @@ def test_weights_that_make_no_mean(make_expert, tmp_path, weights, blocks, words
     paths = [make_expert(name) for name in "ab"]
     with pytest.raises(UsageError) as caught:
         soup.create(
-            tmp_path / "soup", dict(zip(paths, weights, strict=True)), blocks=blocks, negative=True
+            tmp_path / "soup",
+            dict(zip(paths, weights, strict=True)),
+            Settings(blocks=blocks),
+            negative=True,
         )
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "soup").exists()
@@ -191,7 +198,7 @@ def test_weights_that_make_no_mean(make_expert, tmp_path, weights, blocks, words
 def test_negative_weights_of_blocks_are_to_be_meant(make_expert, tmp_path):
     paths = {make_expert("a"): 9, make_expert("b"): 1}
     with pytest.raises(UsageError, match="--negative"):
-        soup.create(tmp_path / "soup", paths, blocks=[block("up_blocks.*", b=-1)])
+        soup.create(tmp_path / "soup", paths, Settings(blocks=[block("up_blocks.*", b=-1)]))
 
 
 def test_leaving_out_what_the_rest_needs_is_refused(make_expert, tmp_path):
