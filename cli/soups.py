@@ -71,6 +71,10 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="What TIES and DARE multiply the moves' mean by (1).")
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Of what DARE keeps (0).")] = None,
+        state: Annotated[
+            bool,
+            typer.Option("--state", help="Keep the exact sums too, to add and remove faster."),
+        ] = False,
         check: Annotated[
             bool, typer.Option("--check", help="Only say how the experts go together.")
         ] = False,
@@ -89,7 +93,7 @@ def register(app: typer.Typer) -> None:
         weighted = _weighted(expert)
         settings = _settings(
             dtype=dtype, variant=variant, block=block, method=method, density=density,
-            scale=scale, seed=seed,
+            scale=scale, seed=seed, state=state,
         )  # fmt: skip
         place = _place(base)
         if check and method != "mean":
@@ -210,6 +214,7 @@ def _settings(
     density: float | None = None,
     scale: float | None = None,
     seed: int | None = None,
+    state: bool = False,
 ) -> Settings:
     from atoll.merge.recipe import Dtype, Method, Settings
 
@@ -221,6 +226,7 @@ def _settings(
         density=density,
         scale=scale,
         seed=seed,
+        state=state,
     )
 
 
@@ -316,6 +322,11 @@ def _result(made: Soup) -> Result:
     for tensors, weights in blocks.items() if made.recipe.method != "model-stock" else ():
         told = ", ".join(f"{weight} x {name}" for name, weight in weights.items())
         listed += f"\n  in {tensors}: {told}"
+    if made.recipe.state_sha256 is not None:
+        listed += "\n  with its running state"
+    plan = made.plan
+    if plan is not None and plan.from_state:
+        listed += f"\n  from its running state, {plan.read_bytes / 1e9:.3g} GB read"
     result: dict[str, Any] = {
         "soup": str(made.path),
         "name": made.recipe.name,
@@ -324,6 +335,8 @@ def _result(made: Soup) -> Result:
         "ingredients": ingredients,
         "method": made.recipe.method,
         **of_method,
+        "state_sha256": made.recipe.state_sha256,
+        "plan": None if plan is None else vars(plan),
         "blocks": blocks,
         "text": f"{made.path}: {made.recipe.name}\n{listed}",
     }

@@ -6,20 +6,53 @@ recipes with the digests of all that was read and written.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 
-from atoll.merge.ingredients import Opened, by_name
+from atoll.core.errors import AtollError, Refused
+from atoll.core.storage import sha256_file
+from atoll.merge.ingredients import Opened, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import layouts_of, mean_adapter, read_adapter
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
 from atoll.merge.moves import moves_rule, trim_limits
-from atoll.merge.recipe import MOVES, Recipe
+from atoll.merge.recipe import MOVES, RECIPE_NAME, Ingredient, Recipe
+from atoll.merge.state import FOLDER as STATE
+from atoll.merge.state import Rests, rest_name, state_layouts, state_name, state_rule
 from atoll.merge.stream import Out, save, stream
+from atoll.merge.weights import Layout, Weights
+
+
+@dataclass
+class Digests:
+    """Of what was written: sha256 by file, of the weights and of the running state."""
+
+    weights: dict[str, str] = field(default_factory=dict)
+    state: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Change:
+    """An ingredient that came, or with `sign` -1 one that leaves, and what it counts."""
+
+    opened: Opened
+    sign: int
+    recipe: Recipe  # that has its weights
+
+    def weight(self, tensor: str) -> int:
+        """What is added of it."""
+        names = [part.name for part in self.recipe.ingredients]
+        return self.sign * self.recipe.weights(tensor)[names.index(self.opened.ingredient.name)]
+
+
+class StateUnusableError(Exception):
+    """A running state, or an ingredient that leaves, is not what the recipe says it is."""
 
 
 def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[str, str]]:
@@ -30,7 +63,7 @@ def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[s
     opened = by_name(opened)
     with ExitStack() as closing:
         (digests,) = _streamed(recipe, [recipe], opened, [None], closing)
-        return _read(recipe, opened, digests), digests
+        return _read(recipe, opened, digests), digests.weights | digests.state
 
 
 def averaged(
@@ -46,41 +79,129 @@ def averaged(
         return [_read(*each) for each in zip(recipes, parts, digests, strict=True)]
 
 
+def updated(
+    recipe: Recipe,
+    opened: Sequence[Opened],
+    changes: Sequence[Change],
+    partial: Path,
+    *,
+    soup: Path,
+    state_sha256: str,
+) -> Recipe:
+    """Write a soup's weights and state from the state of the one at `soup`, and what changed.
+
+    Raises `StateUnusableError`, once all is read, where that state is another.
+    """
+    digests, before = Digests(), Digests()
+    removing = any(change.sign < 0 for change in changes)
+    with ExitStack() as closing:
+        # What leaves may be another by now; so may the state, and neither is an error.
+        if removing:
+            closing.enter_context(_unusable(Refused))
+            check_alike([*opened, *(change.opened for change in changes)])
+        models = [closing.enter_context(change.opened.model) for change in changes]
+        for file, layouts in mean_layouts(opened, recipe.dtype).items():
+            with _unusable(AtollError, SafetensorError, ValueError, OSError):
+                sums = closing.enter_context(Weights([soup / state_name(file)]))
+                rests = Rests.load(soup, file)
+            if sums.layout != state_layouts(layouts):
+                raise StateUnusableError(f"{state_name(file)} has other tensors")
+            _stream_with_state(
+                recipe, file, layouts, [sums, *(model.weights[file] for model in models)],
+                [change.opened.ingredient.name for change in changes],
+                lambda tensor: [change.weight(tensor) for change in changes],
+                partial, digests, before=rests,
+            )  # fmt: skip
+            before.state |= {state_name(file): next(iter(sums.sha256().values()))}
+            left = soup / rest_name(file)
+            before.state |= {rest_name(file): sha256_file(left)} if left.is_file() else {}
+        if sha256_weights(before.state) != state_sha256:
+            raise StateUnusableError(f"{soup / STATE} is not what {RECIPE_NAME} says")
+        read = {change.opened.ingredient.name: change.opened.read() for change in changes}
+    ingredients = tuple(read.get(part.name, part) for part in recipe.ingredients)
+    return _with_digests(recipe, ingredients, digests)
+
+
+@contextmanager
+def _unusable(*kinds: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except kinds as error:
+        raise StateUnusableError(str(error)) from error
+
+
 def _streamed(
     whole: Recipe,
     recipes: Sequence[Recipe],
     opened: Sequence[Opened],
     folders: Sequence[Path | None],
     closing: ExitStack,
-) -> list[dict[str, str]]:
-    """The mean of the `whole`, or of all but one each, into every folder; their sha256 by file.
+) -> list[Digests]:
+    """The mean of the `whole`, or of all but one each, into every folder; their digests.
 
     What was opened stays so until the stack is closed: its digests are still to be asked for.
     """
     models = [closing.enter_context(one.model) for one in opened]
     if opened[0].model.is_adapter:
         return [_adapters(*each, opened) for each in zip(recipes, folders, strict=True)]
-    digests: list[dict[str, str]] = [{} for _ in folders]
+    digests = [Digests() for _ in folders]
     limits = trim_limits(whole, models) if whole.method == "ties" else {}
     for file, layouts in mean_layouts(opened, whole.dtype).items():
-        outs = []
-        for recipe, folder in zip(recipes, folders, strict=True):
-            path = None if folder is None else folder / file
-            if path is not None:
-                path.parent.mkdir(exist_ok=True)
-            outs.append(Out(path, recipe.metadata))
+        sources = [model.weights[file] for model in models]
+        if whole.state_sha256 is not None:
+            names = [part.name for part in whole.ingredients]
+            _stream_with_state(
+                whole, file, layouts, sources, names, whole.weights, folders[0], digests[0]
+            )
+            continue
         if whole.method in MOVES:
             rule = moves_rule(whole, file, limits.get(file, []))
         else:
             rule = mean_rule(whole, file, None if len(folders) == 1 else recipes)
-        sources = [model.weights[file] for model in models]
+        outs = [
+            Out(_place(folder, file), recipe.metadata)
+            for recipe, folder in zip(recipes, folders, strict=True)
+        ]
         found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
         for known, digest in zip(digests, found, strict=True):
-            known[file] = digest
+            known.weights[file] = digest
     return digests
 
 
-def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> dict[str, str]:
+def _stream_with_state(
+    recipe: Recipe,
+    file: str,
+    layouts: Mapping[str, Layout],
+    sources: Sequence[Weights],
+    names: Sequence[str],
+    signed: Callable[[str], Sequence[int]],
+    folder: Path | None,
+    digests: Digests,
+    *,
+    before: Rests | None = None,
+) -> None:
+    """Write a file of a soup and its sums, and note their digests."""
+    rests = Rests()
+    rule = state_rule(
+        file, names, signed, lambda tensor: sum(recipe.weights(tensor)), rests, before=before
+    )
+    outs = [
+        Out(_place(folder, file), recipe.metadata),
+        Out(_place(folder, state_name(file)), recipe.metadata, state_layouts(layouts)),
+    ]
+    found = stream(sources, layouts, rule, outs=outs, what=f"averaging {file}")
+    digests.weights[file], digests.state[state_name(file)] = found
+    digests.state |= rests.save(folder, file, recipe.metadata)
+
+
+def _place(folder: Path | None, file: str) -> Path | None:
+    if folder is None:
+        return None
+    (folder / file).parent.mkdir(parents=True, exist_ok=True)
+    return folder / file
+
+
+def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> Digests:
     """The mean of the adapters in a recipe; small enough to be in memory."""
     parts = {part.name for part in recipe.ingredients}
     adapters = [
@@ -92,11 +213,16 @@ def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> 
     made = mean_adapter(
         recipe, adapters, None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
     )
-    path = None if folder is None else folder / ADAPTER_NAME
-    return {ADAPTER_NAME: save(made, layouts_of(made), Out(path, recipe.metadata))}
+    path = _place(folder, ADAPTER_NAME)
+    return Digests({ADAPTER_NAME: save(made, layouts_of(made), Out(path, recipe.metadata))})
 
 
-def _read(recipe: Recipe, opened: Sequence[Opened], digests: Mapping[str, str]) -> Recipe:
+def _read(recipe: Recipe, opened: Sequence[Opened], digests: Digests) -> Recipe:
     """The recipe with the digests of what came and of what was read for it."""
-    ingredients = tuple(one.read() for one in by_name(opened))
-    return recipe.model_copy(update={"ingredients": ingredients, "sha256": sha256_weights(digests)})
+    return _with_digests(recipe, tuple(one.read() for one in by_name(opened)), digests)
+
+
+def _with_digests(recipe: Recipe, parts: tuple[Ingredient, ...], digests: Digests) -> Recipe:
+    state = None if recipe.state_sha256 is None else sha256_weights(digests.state)
+    found = {"ingredients": parts, "sha256": sha256_weights(digests.weights), "state_sha256": state}
+    return recipe.model_copy(update=found)

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -153,6 +153,43 @@ def signs(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
         told = [_whole(*column) for column in _columns(tensors, weights, inexact)]
         found[inexact] = torch.tensor([float((n > 0) - (n < 0)) for n in told], dtype=found.dtype)
     return found
+
+
+def add(sums: Tensor, rests: dict[int, float], tensor: Tensor, weight: int) -> None:
+    """Add `weight * tensor` to exact sums, in place; tensors are `(count,)`, weights any integers.
+
+    A sum is the float64 in `sums` and, where that is rounded, what `rests` has for the element
+    besides. There is one such pair for every sum, so that the way to it does not show. Raises
+    `NotFiniteError`, and `OverflowError` where two float64 do not hold a sum.
+    """
+    if not bool(torch.isfinite(tensor).all()):
+        raise NotFiniteError(0)
+    term = tensor.double().mul_(weight)
+    new = sums + term
+    # What rounding lost, without error (Knuth, TAOCP 2, section 4.2.2, theorem B).
+    back = new - sums
+    lost = (sums - (new - back)).add_(term.sub(back))
+    for i in sorted({*lost.nonzero().reshape(-1).tolist(), *rests}):
+        whole = _whole((float(sums[i]), rests.pop(i, 0.0), float(term[i])), (1, 1, 1))
+        near = math.ldexp(float(whole), -149)
+        left = whole - _whole((near,), (1,))
+        new[i] = near
+        if left:
+            rests[i] = math.ldexp(float(left), -149)
+            if _whole((rests[i],), (1,)) != left:
+                raise OverflowError(i)
+    sums.copy_(new)
+
+
+def divide(sums: Tensor, rests: Mapping[int, float], total: int, out: Tensor) -> None:
+    """Exact sums, as `add` has them, over `total`, rounded once into `out`; raises as `mean`."""
+    assert 0 < total <= MAX_TOTAL, total
+    out.copy_(_round(sums / total, out.dtype))
+    for i, rest in rests.items():
+        odd = _odd(_whole((float(sums[i]), rest), (1, 1)), total)
+        out[i] = _round(torch.tensor([odd], dtype=torch.float64), out.dtype)[0]
+    if not bool(torch.isfinite(out).all()):
+        raise NotFiniteError(None)
 
 
 def _sums_by_element(
@@ -326,7 +363,11 @@ def _settle(column: Sequence[float], weights: Sequence[int]) -> float:
     Round-to-odd keeps the side of every number of at most 51 bits, float32's midpoints among them.
     Only for the rare elements whose values lie too far apart for float64.
     """
-    scaled, total = _whole(column, weights), sum(weights)
+    return _odd(_whole(column, weights), sum(weights))
+
+
+def _odd(scaled: int, total: int) -> float:
+    """`scaled * 2**-149 / total`, rounded to odd in float64."""
     # Shifted so that the quotient has 52 or 53 bits.
     shift = 52 + total.bit_length() - scaled.bit_length()
     odd, remainder = divmod(abs(scaled) << max(shift, 0), total << max(-shift, 0))

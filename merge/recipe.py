@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from fractions import Fraction
 from pathlib import Path
@@ -42,7 +42,7 @@ class Settings:
 
     `density` is the part of an expert's moves that TIES and DARE keep, `scale` what the mean of
     those is multiplied by before it is added to the base, both in hundredths; `seed` is DARE's.
-    None is the method's own.
+    None is the method's own. `state` keeps the exact sums beside the soup (`merge/state.py`).
     """
 
     dtype: Dtype = "same"
@@ -52,10 +52,15 @@ class Settings:
     density: float | None = None
     scale: float | None = None
     seed: int | None = None
+    state: bool = False
 
     def resolved(self) -> Settings:
         """With the method's own values; `UsageError` for what it does not have, or not so."""
         moves = self.method in MOVES
+        if self.state and self.method != "mean":
+            raise UsageError(
+                f"{self.method} has no running state", cure="leave out --state, or the method"
+            )
         told = {"density": moves, "scale": moves, "seed": self.method == "dare"}
         for name, known in told.items():
             if getattr(self, name) is not None and not known:
@@ -123,6 +128,7 @@ class Recipe(BaseModel):
     )
     # Of the soup's own weights, as of an ingredient's; empty until they are written.
     sha256: str = ""
+    state_sha256: str | None = None  # of its running state likewise, if it is kept
 
     @classmethod
     def of(
@@ -148,7 +154,14 @@ class Recipe(BaseModel):
             ingredients=ordered,
             base_sha256=base_sha256,
             base=base,
-            **(vars(settings) | {"blocks": in_order(settings.blocks)}),
+            variant=settings.variant,
+            method=settings.method,
+            density=settings.density,
+            scale=settings.scale,
+            seed=settings.seed,
+            blocks=in_order(settings.blocks),
+            dtype=settings.dtype,
+            state_sha256="" if settings.state else None,
         )
         recipe._check_weights()
         return recipe
@@ -167,8 +180,16 @@ class Recipe(BaseModel):
 
     def settings(self, blocks: Iterable[Block]) -> Settings:
         """What the soup was asked to be, with other blocks."""
-        told = {each.name: getattr(self, each.name) for each in fields(Settings)}
-        return Settings(**(told | {"blocks": tuple(blocks)}))
+        return Settings(
+            dtype=self.dtype,
+            variant=self.variant,
+            blocks=tuple(blocks),
+            method=self.method,
+            density=self.density,
+            scale=self.scale,
+            seed=self.seed,
+            state=self.state_sha256 is not None,
+        )
 
     def has_mean_without(self, names: Collection[str]) -> bool:
         """Whether a soup is left when ingredients leave: an expert, and weights with a mean."""
@@ -264,7 +285,7 @@ class Recipe(BaseModel):
     def to_bytes(self) -> bytes:
         """The file's content; what is not said of a soup is not in it."""
         unsaid = {name for name in ("variant", "base", "blocks") if not getattr(self, name)}
-        unsaid |= {name for name in _OF_MOVES if getattr(self, name) is None}
+        unsaid |= {n for n in (*_OF_MOVES, "state_sha256") if getattr(self, n) is None}
         unsaid |= {"method"} if self.method == "mean" else set()
         return canonical_json(self.model_dump(mode="json", exclude=unsaid))
 
@@ -273,7 +294,9 @@ class Recipe(BaseModel):
         parts = self.ingredients
         if not digests:
             parts = tuple(part.model_copy(update={"sha256": ""}) for part in parts)
-        return self.model_copy(update={"ingredients": parts, "sha256": ""})
+        state = None if self.state_sha256 is None else ""
+        unmade = {"ingredients": parts, "sha256": "", "state_sha256": state}
+        return self.model_copy(update=unmade)
 
     @property
     def name(self) -> str:

@@ -2,24 +2,26 @@
 
 Reads experts, which are folders of runs, diffusers components, pipelines or files of others. Writes
 a soup's folder: averaged weights, all else as the ingredients have it, `atoll.json` if they have
-cards, and `soup.json`. Every change computes the mean anew from the ingredients and replaces the
-folder whole, so nothing of an ingredient that left can remain, and a soup depends on what is in it
-and on nothing else.
+cards, and `soup.json`. Every change computes the mean anew from the ingredients, or from sums that
+are exact and so the same, and replaces the folder whole: nothing of an ingredient that left can
+remain, and a soup depends on what is in it and on nothing else.
 Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.08911.
 """
 
 from __future__ import annotations
 
 import fnmatch
+import logging
+import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
-from atoll.core.errors import Refused, UsageError
-from atoll.merge.averages import averaged
+from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.merge.averages import Change, StateUnusableError, averaged, updated
 from atoll.merge.far import Place
 from atoll.merge.ingredients import (
     Opened,
@@ -31,6 +33,7 @@ from atoll.merge.ingredients import (
     sha256_base,
 )
 from atoll.merge.mean import mean_layouts
+from atoll.merge.plan import Plan, plan_change
 from atoll.merge.recipe import (
     MOVES,
     RECIPE_NAME,
@@ -40,7 +43,10 @@ from atoll.merge.recipe import (
     check_blocks,
     in_order,
 )
+from atoll.merge.state import FOLDER as STATE
 from atoll.merge.stock import stock_blocks
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class Soup:
     path: Path
     card: Card | None
     recipe: Recipe
+    plan: Plan | None = None  # of how it was made just now
 
 
 def prepare(
@@ -117,8 +124,9 @@ def add(
         added = _opened(experts, soup, base, recipe.variant, negative)
         check_blocks(blocks, {one.ingredient.name for one in added}, negative=negative)
         opened += added
-        every = [*recipe.blocks_without(()), *blocks]
-        return _make(_again(recipe, opened, every), opened, partial, soup)
+        made = _again(recipe, opened, [*recipe.blocks_without(()), *blocks])
+        changes = [Change(one, 1, made) for one in added]
+        return _make(made, opened, partial, soup, before=recipe, changes=changes)
 
 
 def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
@@ -145,8 +153,14 @@ def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] =
                 cure="make another soup of the experts",
             )
         opened = find_ingredients(recipe, soup, search=search, leave=leaving)
-        every = recipe.blocks_without(leaving)
-        return _make(_again(recipe, opened, every), opened, partial, soup)
+        made = _again(recipe, opened, recipe.blocks_without(leaving))
+        changes = None
+        if recipe.state_sha256 is not None:
+            stay = {part.name for part in made.ingredients}
+            with suppress(AtollError):  # which need not be there any more
+                left = find_ingredients(recipe, soup, search=search, leave=stay)
+                changes = [Change(one, -1, recipe) for one in left]
+        return _make(made, opened, partial, soup, before=recipe, changes=changes)
 
 
 def leave_one_out(
@@ -161,9 +175,9 @@ def leave_one_out(
 
     Each is bitwise what `create` makes of the others there; the experts are read once for all.
     """
-    if settings.method != "mean":
+    if settings.method != "mean" or settings.state:
         raise UsageError(
-            f"Leaving out one at a time is not for {settings.method}",
+            "Leaving out one at a time is for plain means, and keeps no running state",
             cure="make the soup, and take out one with `atoll soup remove`",
         )
     opened, whole = prepare(out, experts, settings, base=base, negative=negative)
@@ -287,8 +301,9 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
-    if recipe.method in MOVES and opened[0].model.is_adapter:
-        raise Refused(f"{recipe.method} is not for adapters", allowed="models")
+    if opened[0].model.is_adapter and (recipe.method in MOVES or settings.state):
+        what = "A running state" if settings.state else recipe.method
+        raise Refused(f"{what} is not for adapters", allowed="models")
     if recipe.method != "model-stock":
         return recipe
     if recipe.blocks or any(part.weight != 1 for part in recipe.ingredients):
@@ -326,10 +341,35 @@ def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) 
         )
 
 
-def _make(recipe: Recipe, opened: Sequence[Opened], partial: Path, soup: Path) -> Soup:
-    """Fill the folder `partial`, which will lie at `soup`."""
-    (recipe,) = averaged(recipe, [recipe], [opened], by_name(opened), [partial])
-    return _fill(partial, recipe, opened, soup)
+def _make(
+    recipe: Recipe,
+    opened: Sequence[Opened],
+    partial: Path,
+    soup: Path,
+    *,
+    before: Recipe | None = None,
+    changes: Sequence[Change] | None = None,
+) -> Soup:
+    """Fill the folder `partial`, which will lie at `soup`; from the state there if that is less."""
+    if opened[0].model.is_adapter:
+        return _fill(partial, _anew(recipe, opened, partial), opened, soup)
+    plan = plan_change(before, recipe, opened, changes)
+    if plan.from_state and before is not None and before.state_sha256 and changes:
+        try:
+            made = updated(
+                recipe, opened, changes, partial, soup=soup, state_sha256=before.state_sha256
+            )
+            return replace(_fill(partial, made, opened, soup), plan=plan)
+        except StateUnusableError as error:
+            log.warning("%s; the soup is made anew from its ingredients", error)
+            shutil.rmtree(partial / STATE, ignore_errors=True)
+            plan = plan_change(None, recipe, opened, None)
+    return replace(_fill(partial, _anew(recipe, opened, partial), opened, soup), plan=plan)
+
+
+def _anew(recipe: Recipe, opened: Sequence[Opened], partial: Path) -> Recipe:
+    (made,) = averaged(recipe, [recipe], [opened], by_name(opened), [partial])
+    return made
 
 
 def _fill(partial: Path, recipe: Recipe, opened: Sequence[Opened], soup: Path) -> Soup:

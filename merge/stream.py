@@ -40,10 +40,19 @@ It begins at `first` of the flattened tensor.
 
 @dataclass(frozen=True)
 class Out:
-    """A file to write, and what its header says of it; without a path it is only hashed."""
+    """A file to write, and what its header says of it; without a path it is only hashed.
+
+    Its tensors are those that all files of a stream have, or of `layouts`, which have their names
+    and shapes: then they lie in the order of the others.
+    """
 
     path: Path | None = None
     metadata: Mapping[str, str] = field(default_factory=dict)
+    layouts: Mapping[str, Layout] | None = None
+
+    def of(self, layouts: Mapping[str, Layout]) -> Mapping[str, Layout]:
+        """What it holds, of a stream's."""
+        return layouts if self.layouts is None else self.layouts
 
 
 _MEMORY_BYTES = 1 << 28  # in all buffers
@@ -71,15 +80,18 @@ def stream(
     """
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
-    heads = [header(layouts, out.metadata) for out in outs]
+    every = [out.of(layouts) for out in outs]
+    order = _order(layouts)
+    heads = [header(each, out.metadata, order) for out, each in zip(outs, every, strict=True)]
+    written = every or [layouts]  # without a file what is looked at counts
+    widths = {name: sum(each[name].torch_dtype.itemsize for each in written) for name in order}
     with contextlib.ExitStack() as closing:
-        sizes = [len(head) + _size(layouts) for head in heads]
+        sizes = [len(head) + _size(each) for head, each in zip(heads, every, strict=True)]
         sinks = [
             closing.enter_context(_Sink(out.path, size))
             for out, size in zip(outs, sizes, strict=True)
         ]
-        copies = len(outs) or 1
-        total = copies * _size(layouts)
+        total = sum(map(_size, written))
         advance = closing.enter_context(progress(what, total, in_bytes=True))
         putting = closing.enter_context(ThreadPoolExecutor(threads, "put"))
 
@@ -96,45 +108,48 @@ def stream(
 
         def made(piece: _Piece) -> tuple[_Buffers, list[Tensor], int]:
             taken = buffers.get()
-            parts = taken.of(piece.count, _dtypes(piece.name, sources, layouts, len(outs)))
+            parts = taken.of(piece.count, _dtypes(piece.name, sources, every))
             values, results = parts[: len(sources)], parts[len(sources) :]
             for source, value in zip(sources, values, strict=True):
                 source.read(piece.name, piece.first, value)
             rule(piece.name, piece.first, values, results)
-            return taken, results, copies * piece.count * layouts[piece.name].torch_dtype.itemsize
+            return taken, results, piece.count * widths[piece.name]
 
-        def written(future: Future[tuple[_Buffers, list[Tensor], int]]) -> None:
+        def put_made(future: Future[tuple[_Buffers, list[Tensor], int]]) -> None:
             taken, results, size = future.result()
             put([as_bytes(result) for result in results])
             buffers.put(taken)
             advance(size)
 
         at_work: deque[Future[tuple[_Buffers, list[Tensor], int]]] = deque()
-        for piece in _pieces(sources, layouts, len(outs), _MEMORY_BYTES // slots):
+        for piece in _pieces(sources, layouts, every, _MEMORY_BYTES // slots):
             if len(at_work) == slots:
-                written(at_work.popleft())
+                put_made(at_work.popleft())
             at_work.append(pool.submit(made, piece))
         while at_work:
-            written(at_work.popleft())
+            put_made(at_work.popleft())
         return [sink.sha256.hexdigest() for sink in sinks]
 
 
 def save(tensors: Mapping[str, Tensor], layouts: Mapping[str, Layout], out: Out) -> str:
     """Write tensors that are in memory as `stream` would, and return the file's hex sha256."""
-    head = header(layouts, out.metadata)
+    order = _order(layouts)
+    head = header(layouts, out.metadata, order)
     with _Sink(out.path, len(head) + _size(layouts)) as sink:
         sink.put(memoryview(head))
-        for name in _order(layouts):
+        for name in order:
             sink.put(as_bytes(tensors[name].contiguous()))
         return sink.sha256.hexdigest()
 
 
-def header(layouts: Mapping[str, Layout], metadata: Mapping[str, str]) -> bytes:
+def header(
+    layouts: Mapping[str, Layout], metadata: Mapping[str, str], order: Sequence[str]
+) -> bytes:
     """What comes before the tensors: its own length, and where each of them lies."""
     # Without a format diffusers takes a file for a stranger's.
     entries: dict[str, object] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for name in _order(layouts):
+    for name in order:
         begin, end = end, end + layouts[name].bytes
         entries[name] = {
             "dtype": layouts[name].dtype,
@@ -164,11 +179,14 @@ class _Piece:
 
 
 def _pieces(
-    sources: Sequence[Weights], layouts: Mapping[str, Layout], outs: int, memory: int
+    sources: Sequence[Weights],
+    layouts: Mapping[str, Layout],
+    outs: Sequence[Mapping[str, Layout]],
+    memory: int,
 ) -> Iterator[_Piece]:
     """All tensors in the order of the file, in pieces for which that many bytes are enough."""
     for name in _order(layouts):
-        widths = [dtype.itemsize for dtype in _dtypes(name, sources, layouts, outs)]
+        widths = [dtype.itemsize for dtype in _dtypes(name, sources, outs)]
         room = (memory - _ALIGNED * len(widths)) // sum(widths)
         step = max(min(_PIECE_BYTES // max(widths), room), 1)
         if step > exact.CHUNK:
@@ -178,10 +196,10 @@ def _pieces(
 
 
 def _dtypes(
-    name: str, sources: Sequence[Weights], layouts: Mapping[str, Layout], outs: int
+    name: str, sources: Sequence[Weights], outs: Sequence[Mapping[str, Layout]]
 ) -> list[torch.dtype]:
     """Of a tensor in every file, and of the results."""
-    every = [*(source.layout for source in sources), *[layouts] * outs]
+    every = [*(source.layout for source in sources), *outs]
     return [DTYPES[layout[name].dtype] for layout in every]
 
 

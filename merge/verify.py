@@ -18,6 +18,7 @@ from atoll.merge.ingredients import check_alike, find_ingredients
 from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import Recipe
 from atoll.merge.soup import small_files, stock_blocks_of
+from atoll.merge.state import FOLDER as STATE
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
     there = {name: sha256_file(soup / name) for name in wanted if (soup / name).is_file()}
     for name, expected in wanted.items():
         problems += _differences(name, expected, there.get(name, ""))
-    weights = {file: there[file] for file in digests if file in there}
+    state = [name for name in digests if name.startswith(f"{STATE}/")]
+    weights = {file: there[file] for file in digests if file in there and file not in state}
     found = sha256_weights(weights) if weights else ""
     return Verdict(soup, names, made.sha256, found, tuple(problems))
 

@@ -81,6 +81,28 @@ def test_blocks_and_negative_weights_are_options(fresh: Path, tmp_path: Path) ->
     assert [part["weight"] for part in base["ingredients"]] in ([2, -1], [-1, 2])
 
 
+def test_a_running_state_is_an_option_and_forgets(fresh: Path) -> None:
+    experts = sorted((fresh / "islands").glob("*/expert"))
+    out = fresh / "soups" / "kept"
+    made = done("soup", "create", out, *experts[:1], "--state")
+    assert made["state_sha256"]
+    assert not made["plan"]["from_state"]
+    added = done("soup", "add", out, *experts[1:])
+    assert added["plan"]["read_bytes"] == 3 * made["plan"]["read_bytes"]
+    assert "with its running state" in atoll("soup", "show", out).out
+    assert done("soup", "show", out)["plan"] is None
+    done("verify", fresh)
+    left = done("soup", "remove", out, SHARD)
+    assert left["plan"]["from_state"] is False  # two that stay are as much as the state
+    done("soup", "add", out, fresh / "islands" / SHARD / "expert")
+    done("unlearn", fresh, SHARD)
+    rest = [expert for expert in experts if expert.exists()]
+    never = done("soup", "create", fresh / "soups" / "never", *rest, "--state")
+    found = done("soup", "show", out)
+    assert (found["sha256"], found["state_sha256"]) == (never["sha256"], never["state_sha256"])
+    done("verify", fresh)
+
+
 @pytest.mark.parametrize("method", ["ties", "dare"])
 def test_methods_that_keep_parts_of_moves(fresh: Path, tmp_path: Path, method: str) -> None:
     experts = sorted((fresh / "islands").glob("*/expert"))

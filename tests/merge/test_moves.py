@@ -277,7 +277,7 @@ def test_what_else_the_methods_do_not_take(base, paths, tmp_path):
         soup.create(
             out, every | {paths[0]: 2**20}, Settings(method="dare", density=0.99), base=base
         )
-    with pytest.raises(UsageError, match="not for ties"):
+    with pytest.raises(UsageError, match="for plain means"):
         soup.leave_one_out(out, every, TIES, base=base)
     adapter = {"unet.a.lora_A.weight": torch.ones(1, 2), "unet.a.lora_B.weight": torch.ones(2, 1)}
     files = [tmp_path / f"{name}.safetensors" for name in "xy"]
