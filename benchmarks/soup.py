@@ -8,11 +8,16 @@ as its users run it, start of the interpreter included: `atoll soup create`, `me
 script for sd-mecha, `cp` of the same files; with the files in the page cache, then without. Sampled
 elements of all are compared with fractions. In full it takes 25 GB of disk; a second run finds
 experts and peers made.
+
+Soups of 4, 7 and 32 of a third set are added to and removed from, with `--state` and without: which
+way the planner takes, what it moves, and whether both make the same.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import shutil
 import statistics
@@ -62,6 +67,9 @@ TINY = SD21 | {
 }  # fmt: skip
 
 
+MANY = SD21 | {"block_out_channels": (64, 128, 256, 256), "attention_head_dim": 8}
+
+
 @dataclass(frozen=True)
 class Case:
     """A set of experts."""
@@ -80,6 +88,11 @@ QUICK = (
     Case("tiny bf16", TINY, torch.bfloat16, 3),
     Case("tiny f32", TINY, torch.float32, 2),
 )
+
+
+CHANGES = (Case("many", MANY, torch.float32, 32), Case("many bf16", MANY, torch.bfloat16, 32))
+QUICK_CHANGES = (Case("tiny changes", TINY, torch.float32, 7),)
+COUNTS = (4, 7, 32)  # of the experts that a change leads to
 
 
 def experts(case: Case, out: Path) -> list[Path]:
@@ -267,6 +280,62 @@ def _memory(where: str, command: list[str], files: Sequence[Path], soup: Path) -
     ]  # fmt: skip
 
 
+def measure_changes(case: Case, out: Path) -> list[Row]:
+    """Of a soup with its running state and of one without: the last expert added and removed."""
+    place = out / case.name.replace(" ", "-")
+    folders = experts(case, place)
+    files = [folder / WEIGHTS_NAME for folder in folders]
+    rows = []
+    for count in (n for n in COUNTS if n <= case.count):
+        *others, last = folders[:count]
+        soups = {"state": place / "kept", "rebuild": place / "plain"}
+        for way, soup in soups.items():
+            shutil.rmtree(soup, ignore_errors=True)
+            create = [*ours(others, soup), *(["--state"] if way == "state" else [])]
+            subprocess.run(create, check=True)
+        size = files[0].stat().st_size
+        state = sum(8 * n for n in _elements(files[0]))
+        where = f"{case.name}, {count} experts of {size / 1e6:.0f} MB in {str(case.dtype)[6:]}"
+        for verb, what, staying in (("add", last, others), ("remove", last.name, others)):
+            told: dict[str, dict[str, Any]] = {}
+            took: dict[str, float] = {}
+            for way, soup in soups.items():
+                command = [str(Path(sys.executable).with_name("atoll")), "soup", verb, str(soup)]
+                command += [str(what), "--json", "--quiet"]
+                os.sync()
+                begun = time.perf_counter()
+                said = subprocess.run(command, check=True, stdout=subprocess.PIPE)
+                took[way], told[way] = time.perf_counter() - begun, json.loads(said.stdout)
+            plan, read = told["state"]["plan"], told["state"]["plan"]["read_bytes"]
+            # What the way not taken would have read; both write the soup and its state.
+            anew = size * len(staying) + (size if verb == "add" else 0)
+            other = anew if plan["from_state"] else state + size
+            rows += [
+                row(
+                    f"{where}, {verb}: bytes read", read / other, "of the other way's",
+                    against=f"from the {'state' if plan['from_state'] else 'experts'}: "
+                    f"{read / 1e9:.2f} GB, {plan['written_bytes'] / 1e9:.2f} written; "
+                    f"the other way reads {other / 1e9:.2f}", at_most=1.0,
+                ),
+                row(
+                    f"{where}, {verb}: with the state", took["rebuild"] / took["state"],
+                    "times as fast as without",
+                    against=f"{took['state']:.1f} s against {took['rebuild']:.1f}, which writes "
+                    f"{told['rebuild']['plan']['written_bytes'] / 1e9:.2f} GB",
+                ),
+                row(
+                    f"{where}, {verb}: soups that differ",
+                    told["state"]["sha256"] != told["rebuild"]["sha256"], "", at_most=0,
+                ),
+            ]  # fmt: skip
+    return rows
+
+
+def _elements(file: Path) -> list[int]:
+    with safe_open(file, framework="pt") as opened:
+        return [math.prod(opened.get_slice(name).get_shape()) for name in opened.keys()]  # noqa: SIM118
+
+
 def _beside(
     name: str,
     python: Path | str,
@@ -324,6 +393,8 @@ def main() -> None:
             case, given.out, python,
             sampled=20_000 if given.quick else SAMPLED, repeats=1 if given.quick else REPEATS,
         )  # fmt: skip
+    for case in QUICK_CHANGES if given.quick else CHANGES:
+        rows += measure_changes(case, given.out)
     show("soup", rows, as_json=given.json)
 
 

@@ -108,3 +108,15 @@ def test_a_peer_is_measured_beside_ours(
     assert cold["holds"] == (cold["value"] >= soup.COLD)
     assert wrong["value"] > 900
     assert torch.equal(*(load_file(file)["conv_in.bias"] for file in (result, inputs[0])))
+
+
+def test_changes_with_and_without_a_state(out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A state in float64 is as large as two experts in float32; a soup has three and four."""
+    monkeypatch.setattr(soup, "COUNTS", (3, 4))
+    case = replace(CASE, name="changes", dtype=torch.float32, count=4)
+    rows = soup.measure_changes(case, out)
+    read = [row for row in rows if "bytes read" in row["name"]]
+    ways = [row["against"].split(":")[0] for row in read]
+    assert ways == ["from the experts", "from the experts", "from the state", "from the experts"]
+    assert all(row["value"] <= 1 and row["holds"] for row in read)
+    assert [row["value"] for row in rows if "differ" in row["name"]] == [0, 0, 0, 0]
