@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -27,6 +28,11 @@ MAX_TOTAL = 1 << 28
 # Elements at a time: a chunk and its temporaries stay in the caches, and torch keeps so few on the
 # calling thread (its grain size), where a busy second core cannot hold them up.
 CHUNK = 1 << 15
+# Of weights for which float32 does: few are left over, and the total has no more than 15 bits.
+_NARROW_REACH = 64
+_FAR_FROM_SUBNORMAL = 40  # an exponent with its bias; no quotient of such sums is subnormal
+_INFINITY = 0x7F80  # bfloat16's bits
+_GROUP = 8  # bools that are looked at as one word
 
 
 @dataclass(frozen=True)
@@ -79,12 +85,32 @@ def mean(
     assert dtype in (None, out.dtype), (dtype, out.dtype)
     _check(tensors, weights, [out])
     flat, result = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
-    scratch = _Scratch(min(chunk, len(result)))
-    for start in range(0, len(result), chunk):
-        stop = min(start + chunk, len(result))
-        _mean([tensor[start:stop] for tensor in flat], weights, result[start:stop], scratch)
+    narrow = _Narrow.of(flat, weights, result, chunk)
+    if narrow is None:
+        _in_chunks(flat, weights, result, chunk)
+    else:
+        _in_chunks(flat, weights, result, chunk, narrow)
+        where = narrow.left_over()
+        settled = torch.empty(len(where), dtype=out.dtype)
+        _in_chunks([tensor[where] for tensor in flat], weights, settled, chunk)
+        result[where] = settled
     _check_finite(out, tensors, weights)
     return out
+
+
+def _in_chunks(
+    flat: Sequence[Tensor],
+    weights: Sequence[int],
+    result: Tensor,
+    chunk: int,
+    narrow: _Narrow | None = None,
+) -> None:
+    scratch = _Scratch(min(chunk, len(result)))
+    for start in range(0, len(result), chunk):
+        part = slice(start, min(start + chunk, len(result)))
+        values = [tensor[part] for tensor in flat]
+        if narrow is None or not narrow.mean(values, weights, result[part], part, scratch):
+            _mean(values, weights, result[part], scratch)
 
 
 def leave_one_out(
@@ -245,6 +271,8 @@ class _Scratch:
         self._rest = torch.empty(count, dtype=torch.float64)
         self._long = torch.empty(count, dtype=torch.int64)
         self._single = torch.empty(count, dtype=torch.float32)
+        self._more = torch.empty(count, dtype=torch.float32)
+        self._least = torch.empty(count, dtype=torch.int16)
         self._magnitude = {
             integer: torch.empty(count, dtype=integer) for integer in (torch.int16, torch.int32)
         }
@@ -260,6 +288,12 @@ class _Scratch:
 
     def single(self, count: int) -> Tensor:
         return self._single[:count]
+
+    def wide(self, count: int) -> Tensor:
+        return self._more[:count]
+
+    def least(self, count: int) -> Tensor:
+        return self._least[:count]
 
     def magnitude(self, integer: torch.dtype, count: int) -> Tensor:
         return self._magnitude[integer][:count]
@@ -281,6 +315,79 @@ def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _S
         columns = [value[where].double().tolist() for value in values]
         settled = [_settle(column, weights) for column in zip(*columns, strict=True)]
         out[where] = _round(torch.tensor(settled, dtype=torch.float64), out.dtype)
+
+
+class _Narrow:
+    """Means of bfloat16 in float32, which is twice as fast, for all elements but a few.
+
+    Values of 8 bits have an exact float32 sum, in any order, if they are multiples of 2**(e - 7)
+    and lie so close together that `reach` times the largest is below 2**(e + 17). Elements with a
+    smaller value than 2**e, or a zero, whose sign might stay, are left over. One quotient of exact
+    float32 is one rounding, and going on to bfloat16 is safe as below: c has 9 bits, and a total of
+    15 leaves c * total a float32.
+    """
+
+    def __init__(self, count: int, reach: int, total: int) -> None:
+        self._spread, self._total = (reach - 1).bit_length(), total
+        self._left = np.zeros(-(-count // _GROUP) * _GROUP, dtype=bool)
+
+    @classmethod
+    def of(
+        cls, flat: Sequence[Tensor], weights: Sequence[int], result: Tensor, chunk: int
+    ) -> _Narrow | None:
+        """For these tensors; None where it is of no use."""
+        total, reach = sum(weights), sum(map(abs, weights))
+        dtypes = {tensor.dtype for tensor in flat}
+        if dtypes != {torch.bfloat16} or result.dtype == torch.float16 or reach > _NARROW_REACH:
+            return None
+        return cls(len(result), reach, total)
+
+    def mean(
+        self, values: Sequence[Tensor], weights: Sequence[int], out: Tensor, part: slice,
+        scratch: _Scratch,
+    ) -> bool:  # fmt: skip
+        """The chunk `part` of the result; whether it was of use there."""
+        count, layout = len(out), _FORMATS[torch.bfloat16]
+        bits, least = scratch.magnitude(torch.int16, count), scratch.least(count)
+        largest = 0
+        for index, value in enumerate(values):
+            torch.abs(value, out=bits.view(torch.bfloat16))
+            top = int(torch.amax(bits))
+            if top >= _INFINITY:
+                raise NotFiniteError(index)
+            largest = max(largest, top)
+            if index:
+                torch.minimum(least, bits, out=least)
+            else:
+                least.copy_(bits)
+        lowest = (largest >> layout.bits) + self._spread - 16  # e, with its bias
+        left = self._left[part]
+        if lowest < _FAR_FROM_SUBNORMAL or largest + (self._spread << layout.bits) >= _INFINITY:
+            return False
+        np.less(least.numpy(), lowest << layout.bits, out=left)
+        if np.count_nonzero(left) > count >> 5:
+            left[:] = False
+            return False
+        sums, wide = scratch.single(count), scratch.wide(count)
+        for index, (value, weight) in enumerate(zip(values, weights, strict=True)):
+            if index:
+                sums.add_(wide.copy_(value), alpha=weight)
+            else:
+                sums.copy_(value)
+                if weight != 1:
+                    sums.mul_(weight)
+        if self._total & (self._total - 1):
+            sums.div_(self._total)
+        elif self._total > 1:
+            sums.mul_(1 / self._total)
+        out.copy_(sums)
+        return True
+
+    def left_over(self) -> Tensor:
+        """Which elements it has not made."""
+        words = np.flatnonzero(self._left.view(np.uint64))
+        rows, columns = self._left.reshape(-1, _GROUP)[words].nonzero()
+        return torch.from_numpy(words[rows] * _GROUP + columns)
 
 
 # -- 1. the sum, exact -----------------------------------------------------------------------------

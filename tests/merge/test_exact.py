@@ -404,3 +404,49 @@ def test_what_is_not_finite_is_refused_by_element_too():
         with pytest.raises(exact.NotFiniteError) as raised:
             call()
         assert raised.value.index == 1
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_means_of_bfloat16_in_float32(data):
+    """The fast way, with what it must leave over: zeros, small values, and what lies on a tie."""
+    weights = data.draw(st.lists(st.integers(-3, 9).filter(bool), min_size=1, max_size=7))
+    assume(sum(weights) > 0 and sum(map(abs, weights)) <= exact._NARROW_REACH)
+    seed, count = data.draw(st.integers(0, 2**31)), 4096
+    scale = data.draw(st.sampled_from([0.0, -80.0, -60.0, 100.0, 125.0, 127.0]))
+    draw = torch.Generator().manual_seed(seed)
+    tensors = [(torch.randn(count, generator=draw) * 0.5 * 2.0**scale).bfloat16() for _ in weights]
+    for tensor in tensors:  # few enough that the rest is not given up
+        where = torch.randperm(count, generator=draw)[: 64 // len(weights)]
+        odd = any_bits(torch.bfloat16, len(where), seed=seed)
+        small = odd.abs() < 2.0**scale
+        tensor[where] = torch.where(small, odd, torch.tensor(-0.0, dtype=torch.bfloat16))
+    if len(weights) > 1:  # pairs whose mean lies between two neighbours, or next to that
+        near = (
+            tensors[0][::7].view(torch.int16) + torch.randint(-2, 3, (1,), generator=draw).short()
+        )
+        tensors[1][::7] = near.view(torch.bfloat16)
+        tensors[1][~torch.isfinite(tensors[1])] = 1.0
+    used = []
+    usual = exact._Narrow.mean
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exact._Narrow, "mean", lambda *given: used.append(usual(*given)) or used[-1])
+        for dtype in (torch.bfloat16, torch.float32):
+            check(tensors, weights, dtype)
+    assert len(used) == 2
+    if scale in (0.0, -60.0) and len(weights) == 4:
+        assert all(used)
+
+
+def test_the_fast_way_is_the_usual_one():
+    for count in (2, 3, 4, 7):
+        tensors = [like_weights(torch.bfloat16, 1 << 17, seed=i) for i in range(count)]
+        narrow = exact._Narrow.of(tensors, [1] * count, tensors[0], exact.CHUNK)
+        assert narrow is not None
+        scratch = exact._Scratch(exact.CHUNK)
+        out = torch.empty(1 << 17, dtype=torch.bfloat16)
+        for start in range(0, 1 << 17, exact.CHUNK):
+            part = slice(start, start + exact.CHUNK)
+            values = [tensor[part] for tensor in tensors]
+            assert narrow.mean(values, [1] * count, out[part], part, scratch)
+        assert 0 < len(narrow.left_over()) < 1 << 12
