@@ -18,6 +18,7 @@ def register(app: typer.Typer) -> None:
         shard: Annotated[str, typer.Argument(metavar="SHARD", help="The shard to take out.")],
     ) -> Result:
         """Take a shard out of ensemble, gate, soups and storage; write certificate.json."""
+        from atoll.cli.signature import signature_name
         from atoll.cli.unlearn import CERTIFICATE_NAME
         from atoll.cli.unlearn import unlearn as do_unlearn
         from atoll.core.errors import Refused
@@ -35,13 +36,16 @@ def register(app: typer.Typer) -> None:
                 f"{shard} is out of the run; beyond reach: {'; '.join(unreached)}",
                 cure=f"remove it there by hand; {run}/{CERTIFICATE_NAME} names it",
             )
+        signed = storage.exists(signature_name(CERTIFICATE_NAME))
+        told = f"{shard} is out of {run}; recheck: atoll verify {run}/{CERTIFICATE_NAME}"
         return {
             "run": run,
             "shard": shard,
             "certificate": f"{run}/{CERTIFICATE_NAME}",
+            "signed": signed,
             "changed": sorted(certificate.before),
             "beyond_reach": certificate.beyond_reach,
-            "text": f"{shard} is out of {run}; recheck: atoll verify {run}/{CERTIFICATE_NAME}",
+            "text": told + (" (signed)" if signed else ""),
         }
 
     @command(app, "verify", example="atoll verify out/run/certificate.json")

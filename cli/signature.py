@@ -16,11 +16,11 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from atoll.core.errors import ConfigError, MissingError, Refused, UsageError
+from atoll.core.ledger import SIGNING_KEY
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
 
-KEY_VARIABLE = "ATOLL_SIGNING_KEY"
 BYTES = 64
 
 Sign = Callable[[bytes], bytes]
@@ -36,21 +36,22 @@ def signer() -> Sign | None:
 
     `ConfigError` for what is no unencrypted Ed25519 key in PEM; of its content nothing is said.
     """
-    text = os.environ.get(KEY_VARIABLE, "").strip()
-    if not text:
+    text = os.environ.get(SIGNING_KEY)
+    if text is None:
         return None
     _check_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
     from cryptography.hazmat.primitives.serialization import load_pem_private_key
 
     try:
         key: object = load_pem_private_key(text.encode(), password=None)
-    except (ValueError, TypeError):  # of a password or the like
+    except (ValueError, TypeError, UnsupportedAlgorithm):  # of a password or the like
         key = None
     if not isinstance(key, Ed25519PrivateKey):
         # Without the cause: it could quote what it could not read.
         raise ConfigError(
-            f"{KEY_VARIABLE} holds no key that can sign",
+            f"{SIGNING_KEY} holds no key that can sign",
             allowed="an Ed25519 private key in PEM, without a password",
             cure="make one with `openssl genpkey -algorithm ed25519`",
         ) from None
@@ -60,6 +61,7 @@ def signer() -> Sign | None:
 def read_signer(file: str) -> Ed25519PublicKey:
     """The public key in a PEM file, of `openssl pkey -pubout`."""
     _check_library()
+    from cryptography.exceptions import UnsupportedAlgorithm
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
     from cryptography.hazmat.primitives.serialization import load_pem_public_key
 
@@ -67,7 +69,7 @@ def read_signer(file: str) -> Ed25519PublicKey:
         key: object = load_pem_public_key(Path(file).read_bytes())
     except OSError as error:
         raise UsageError(f"{file} cannot be read: {error.strerror}") from error
-    except ValueError:
+    except (ValueError, UnsupportedAlgorithm):
         key = None
     if not isinstance(key, Ed25519PublicKey):
         raise UsageError(

@@ -96,8 +96,11 @@ def register(app: typer.Typer) -> None:
             scale=scale, seed=seed, state=state,
         )  # fmt: skip
         place = _place(base)
-        if check and method != "mean":
-            raise UsageError("A check is the same for every method", cure="leave out --method")
+        if check and (method != "mean" or state):
+            raise UsageError(
+                "A check is the same for every method, and keeps no state",
+                cure="leave out --method and --state",
+            )
         if check:
             from atoll.cli.soup_check import checked
             from atoll.merge.preflight import check as do_check

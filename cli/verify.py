@@ -296,7 +296,7 @@ def _is_certificate(run: Storage, name: str) -> bool:
     stem, _, end = name.rpartition(".")
     if "/" in name or end not in ("json", "sig"):
         return False
-    if end == "sig" and len(run.read_bytes(name)) != SIGNATURE_BYTES:
+    if end == "sig" and run.size(name) != SIGNATURE_BYTES:
         return False
     try:
         load_certificate(run, f"{stem}.json")

@@ -19,6 +19,8 @@ from atoll.core.manifest import check_schema
 from atoll.core.storage import Storage, canonical_json
 
 FOLDER = "ledger"
+# In the environment: the private key of who signs certificates, for nobody else's processes.
+SIGNING_KEY = "ATOLL_SIGNING_KEY"
 SCHEMA_VERSION = 1
 _NO_PREVIOUS = "0" * 64
 

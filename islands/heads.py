@@ -26,6 +26,7 @@ from pathlib import Path
 
 from atoll.core.errors import Failed
 from atoll.core.journal import log
+from atoll.core.ledger import SIGNING_KEY
 from atoll.islands.submit import REDIRECTS, Cluster, Jobs
 
 _START_SECONDS = 90.0
@@ -196,7 +197,7 @@ def remove_dead_folders(parent: Path = Path("/tmp")) -> None:
 
 def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
     environment = {
-        **{k: v for k, v in os.environ.items() if k not in REDIRECTS},
+        **{k: v for k, v in os.environ.items() if k not in (*REDIRECTS, SIGNING_KEY)},
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(token_file),
         "RAY_USAGE_STATS_ENABLED": "0",

@@ -6,15 +6,14 @@ recipes with the digests of all that was read and written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 
-from atoll.core.errors import AtollError, Refused
+from atoll.core.errors import Refused
 from atoll.core.storage import sha256_file
 from atoll.merge.ingredients import Opened, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
@@ -49,10 +48,6 @@ class Change:
         """What is added of it."""
         names = [part.name for part in self.recipe.ingredients]
         return self.sign * self.recipe.weights(tensor)[names.index(self.opened.ingredient.name)]
-
-
-class StateUnusableError(Exception):
-    """A running state, or an ingredient that leaves, is not what the recipe says it is."""
 
 
 def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[str, str]]:
@@ -90,44 +85,31 @@ def updated(
 ) -> Recipe:
     """Write a soup's weights and state from the state of the one at `soup`, and what changed.
 
-    Raises `StateUnusableError`, once all is read, where that state is another.
+    Raises whatever a state, an ingredient or its store that is not as it was leads to; from those
+    that stay the soup can be made all the same.
     """
     digests, before = Digests(), Digests()
-    removing = any(change.sign < 0 for change in changes)
     with ExitStack() as closing:
-        # What leaves may be another by now; so may the state, and neither is an error.
-        if removing:
-            closing.enter_context(_unusable(Refused))
-            check_alike([*opened, *(change.opened for change in changes)])
+        check_alike([*opened, *(change.opened for change in changes)])
         models = [closing.enter_context(change.opened.model) for change in changes]
         for file, layouts in mean_layouts(opened, recipe.dtype).items():
-            with _unusable(AtollError, SafetensorError, ValueError, OSError):
-                sums = closing.enter_context(Weights([soup / state_name(file)]))
-                rests = Rests.load(soup, file)
+            sums = closing.enter_context(Weights([soup / state_name(file)]))
             if sums.layout != state_layouts(layouts):
-                raise StateUnusableError(f"{state_name(file)} has other tensors")
+                raise Refused(f"{state_name(file)} has other tensors")
             _stream_with_state(
                 recipe, file, layouts, [sums, *(model.weights[file] for model in models)],
                 [change.opened.ingredient.name for change in changes],
                 lambda tensor: [change.weight(tensor) for change in changes],
-                partial, digests, before=rests,
+                partial, digests, before=Rests.load(soup, file),
             )  # fmt: skip
             before.state |= {state_name(file): next(iter(sums.sha256().values()))}
             left = soup / rest_name(file)
             before.state |= {rest_name(file): sha256_file(left)} if left.is_file() else {}
         if sha256_weights(before.state) != state_sha256:
-            raise StateUnusableError(f"{soup / STATE} is not what {RECIPE_NAME} says")
+            raise Refused(f"{soup / STATE} is not what {RECIPE_NAME} says")
         read = {change.opened.ingredient.name: change.opened.read() for change in changes}
     ingredients = tuple(read.get(part.name, part) for part in recipe.ingredients)
     return _with_digests(recipe, ingredients, digests)
-
-
-@contextmanager
-def _unusable(*kinds: type[Exception]) -> Iterator[None]:
-    try:
-        yield
-    except kinds as error:
-        raise StateUnusableError(str(error)) from error
 
 
 def _streamed(
@@ -141,11 +123,13 @@ def _streamed(
 
     What was opened stays so until the stack is closed: its digests are still to be asked for.
     """
+    limits = {}
+    if whole.method == "ties":
+        limits = trim_limits(whole, [one.model for one in opened])
     models = [closing.enter_context(one.model) for one in opened]
     if opened[0].model.is_adapter:
         return [_adapters(*each, opened) for each in zip(recipes, folders, strict=True)]
     digests = [Digests() for _ in folders]
-    limits = trim_limits(whole, models) if whole.method == "ties" else {}
     for file, layouts in mean_layouts(opened, whole.dtype).items():
         sources = [model.weights[file] for model in models]
         if whole.state_sha256 is not None:

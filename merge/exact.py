@@ -181,12 +181,12 @@ def signs(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
     return found
 
 
-def add(sums: Tensor, rests: dict[int, float], tensor: Tensor, weight: int) -> None:
+def add(sums: Tensor, rests: dict[int, int], tensor: Tensor, weight: int) -> None:
     """Add `weight * tensor` to exact sums, in place; tensors are `(count,)`, weights any integers.
 
     A sum is the float64 in `sums` and, where that is rounded, what `rests` has for the element
-    besides. There is one such pair for every sum, so that the way to it does not show. Raises
-    `NotFiniteError`, and `OverflowError` where two float64 do not hold a sum.
+    besides, in units of 2**-149. There is one such pair for every sum, so that the way to it does
+    not show. Raises `NotFiniteError`.
     """
     if not bool(torch.isfinite(tensor).all()):
         raise NotFiniteError(0)
@@ -196,26 +196,34 @@ def add(sums: Tensor, rests: dict[int, float], tensor: Tensor, weight: int) -> N
     back = new - sums
     lost = (sums - (new - back)).add_(term.sub(back))
     for i in sorted({*lost.nonzero().reshape(-1).tolist(), *rests}):
-        whole = _whole((float(sums[i]), rests.pop(i, 0.0), float(term[i])), (1, 1, 1))
+        whole = units(float(sums[i])) + units(float(term[i])) + rests.pop(i, 0)
         near = math.ldexp(float(whole), -149)
-        left = whole - _whole((near,), (1,))
         new[i] = near
-        if left:
-            rests[i] = math.ldexp(float(left), -149)
-            if _whole((rests[i],), (1,)) != left:
-                raise OverflowError(i)
+        if left := whole - units(near):
+            rests[i] = left
     sums.copy_(new)
 
 
-def divide(sums: Tensor, rests: Mapping[int, float], total: int, out: Tensor) -> None:
+def units(value: float) -> int:
+    """A float64 in units of 2**-149, of which every finite value of the dtypes is a multiple."""
+    return int(math.ldexp(value, 149))
+
+
+def divide(sums: Tensor, rests: Mapping[int, int], total: int, out: Tensor) -> None:
     """Exact sums, as `add` has them, over `total`, rounded once into `out`; raises as `mean`."""
     assert 0 < total <= MAX_TOTAL, total
     out.copy_(_round(sums / total, out.dtype))
-    for i, rest in rests.items():
-        odd = _odd(_whole((float(sums[i]), rest), (1, 1)), total)
-        out[i] = _round(torch.tensor([odd], dtype=torch.float64), out.dtype)[0]
+    if rests:
+        odd = [_odd(units(float(sums[i])) + rest, total) for i, rest in rests.items()]
+        out[list(rests)] = _round(torch.tensor(odd, dtype=torch.float64), out.dtype)
     if not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
+
+
+def check_denormals() -> None:
+    """`RuntimeError` where torch was told to flush them, on this thread: that loses bits."""
+    if float(torch.tensor(2.0**-149).double()) == 0:
+        raise RuntimeError("torch.set_flush_denormal(False) is needed: soups keep every bit")
 
 
 def _sums_by_element(
@@ -248,8 +256,7 @@ def _check(tensors: Sequence[Tensor], weights: Sequence[int], outs: Sequence[Ten
     assert sum(map(abs, weights)) <= MAX_TOTAL, weights
     assert {each.dtype for each in (*tensors, *outs)} <= set(DTYPES)
     assert len({each.shape for each in (*tensors, *outs)}) == 1
-    # Flushed denormals would lose bits silently, and only on the thread that asked for it.
-    assert float(torch.tensor(2.0**-149).double()) > 0, "torch.set_flush_denormal(False) is needed"
+    check_denormals()
 
 
 def _check_finite(out: Tensor, tensors: Sequence[Tensor], weights: Sequence[int]) -> None:
@@ -484,8 +491,7 @@ def _odd(scaled: int, total: int) -> float:
 
 def _whole(column: Sequence[float], weights: Sequence[int]) -> int:
     """One element's sum in units of 2**-149, of which every finite value is a multiple."""
-    pairs = zip(column, weights, strict=True)
-    return sum(weight * int(math.ldexp(value, 149)) for value, weight in pairs)
+    return sum(weight * units(value) for value, weight in zip(column, weights, strict=True))
 
 
 # -- 2. the quotient, on the right side; 3. one rounding -------------------------------------------

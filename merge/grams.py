@@ -78,6 +78,8 @@ def grams(models: Sequence[Model]) -> dict[str, Gram]:
                             f"'{model.name}' holds NaN or infinity in {tensor_name(file, name)}",
                             cure="leave this expert out, and look into its training",
                         )
+        for model in models:
+            model.sha256()  # what is read again later has to be the same
     return found
 
 

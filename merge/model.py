@@ -53,6 +53,7 @@ class Model:
         self.weights = dict(sorted(weights.items()))
         self.texts = dict(sorted(texts.items()))
         self._closing = ExitStack()
+        self._read_before = ""
 
     def __enter__(self) -> Self:
         with ExitStack() as opened:
@@ -70,14 +71,21 @@ class Model:
         self._closing.close()
 
     def sha256(self) -> str:
-        """Hex sha256 of an open model's weights file; of several, over `sha256  name` lines."""
+        """Hex sha256 of an open model's weights file; of several, over `sha256  name` lines.
+
+        Whoever reads it several times asks after each: `Refused` if it was another before.
+        """
         home = self.path if self.path.is_dir() else self.path.parent
         digests = {
             file.relative_to(home).as_posix(): digest
             for weights in self.weights.values()
             for file, digest in weights.sha256().items()
         }
-        return sha256_weights(digests)
+        found = sha256_weights(digests)
+        if self._read_before not in ("", found):
+            raise Refused(f"{self.path} changed while it was read", cure="run the command again")
+        self._read_before = found
+        return found
 
     @property
     def is_soup(self) -> bool:

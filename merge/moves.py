@@ -18,7 +18,8 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from fractions import Fraction
 
 import torch
@@ -36,6 +37,7 @@ from atoll.merge.stream import Rule, stream
 _LOW_BITS = 16
 _BINS = 1 << _LOW_BITS
 _A_DRAW = 4  # elements
+_LOOKED_AT = 1 << 18  # elements at a time, in some 8 MB
 
 
 def moves_rule(recipe: Recipe, file: str, limits: Sequence[int]) -> Rule:
@@ -46,72 +48,92 @@ def moves_rule(recipe: Recipe, file: str, limits: Sequence[int]) -> Rule:
 
     def rule(name: str, first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         (out,) = outs
-        if values[0].dtype not in exact.DTYPES:
-            copy_same(file, name, values, names, out)
-            return
         called = block_name(file, name)
         weights = recipe.weights(called)
-        with named(file, name, out.dtype, names):
+        # One that does not count is not looked at, whatever it holds.
+        heard = [i for i, weight in enumerate(weights) if weight or i == base]
+        own, who = heard.index(base), [names[i] for i in heard]
+        if values[0].dtype not in exact.DTYPES:
+            copy_same(file, name, [values[i] for i in heard], who, out)
+            return
+        told = [weights[i] for i in heard]
+        with named(file, name, out.dtype, who):
             for start in range(0, len(out), exact.CHUNK):
                 part = slice(start, start + exact.CHUNK)
-                here = [value[part] for value in values]
-                if recipe.method == "ties":
-                    counts = _elected(here, weights, base, limits, scale)
+                here = [values[i][part] for i in heard]
+                if len(heard) == 1:  # a block in which no expert counts
+                    counts = [torch.ones(len(here[0]), dtype=torch.float64)]
+                elif recipe.method == "ties":
+                    counts = _elected(here, told, own, [limits[i] for i in heard], scale)
                 else:
-                    counts = _drawn(recipe, called, first + start, len(here[0]), weights, base)
+                    counts = _drawn(recipe, called, first + start, len(here[0]), told, who, own)
                 exact.mean_by_element(here, counts, out[part])
 
     return rule
 
 
 def trim_limits(recipe: Recipe, models: Sequence[Model]) -> dict[str, list[int]]:
-    """How large a move has to be that TIES keeps it: by file, of each open model in their order.
+    """How large a move has to be that TIES keeps it: by file, of each model in their order.
 
-    As `_magnitude` has it. Moves that are as large as the last one kept are kept too.
+    As `_magnitude` has it; the base's is 0. Moves that are as large as the last one kept are kept
+    too. Reads the models twice.
     """
     base = [part.name for part in recipe.ingredients].index(str(recipe.base))
+    density = Fraction(str(recipe.density))
+    tops = _looked(models, base, {file: [0] * len(models) for file in models[base].weights}, True)
+    high = {}
+    for file, histograms in tops.items():
+        kept = math.ceil(density * int(histograms[base].sum()))
+        high[file] = [_nth(histogram, kept) for histogram in histograms]
+    upper = {file: [top for top, _ in each] for file, each in high.items()}
     found = {}
-    for file, weights in models[base].weights.items():
-        floats = {
-            name: layout
-            for name, layout in weights.layout.items()
-            if layout.torch_dtype in exact.DTYPES
-        }
-        count = sum(layout.count for layout in floats.values())
-        kept = math.ceil(Fraction(str(recipe.density)) * count)
-        sources = [model.weights[file] for model in models]
-        whole = [0] * len(models)
-        high = _Histograms(whole, base, shift=_LOW_BITS)
-        stream(sources, floats, high.look, outs=[], what=f"looking at {file}")
-        tops = [_nth(histogram, kept) for histogram in high.counts]
-        low = _Histograms([top for top, _ in tops], base, shift=0)
-        stream(sources, floats, low.look, outs=[], what=f"looking at {file}")
-        found[file] = [
-            (top << _LOW_BITS) + _nth(histogram, left)[0]
-            for (top, left), histogram in zip(tops, low.counts, strict=True)
-        ]
+    for file, histograms in _looked(models, base, upper, False).items():
+        pairs = zip(high[file], histograms, strict=True)
+        found[file] = [(top << _LOW_BITS) + _nth(each, left)[0] for (top, left), each in pairs]
     return found
 
 
-class _Histograms:
+def _looked(
+    models: Sequence[Model], base: int, tops: Mapping[str, Sequence[int]], upper: bool
+) -> dict[str, list[Tensor]]:
     """How often each half of a magnitude occurs: the upper, or the lower of those below `tops`."""
+    found = {}
+    with ExitStack() as closing:
+        for model in models:
+            closing.enter_context(model)
+        for file, weights in models[base].weights.items():
+            floats = {
+                name: layout
+                for name, layout in weights.layout.items()
+                if layout.torch_dtype in exact.DTYPES
+            }
+            counts = [torch.zeros(_BINS, dtype=torch.int64) for _ in models]
+            rule = _look_rule(counts, tops[file], base, upper)
+            sources = [model.weights[file] for model in models]
+            stream(sources, floats, rule, outs=[], what=f"looking at {file}")
+            found[file] = counts
+        for model in models:
+            model.sha256()  # what is read again later has to be the same
+    return found
 
-    def __init__(self, tops: Sequence[int], base: int, *, shift: int) -> None:
-        self.counts = [torch.zeros(_BINS, dtype=torch.int64) for _ in tops]
-        self._tops, self._base, self._shift = tops, base, shift
-        self._adding = threading.Lock()
 
-    def look(self, _: str, __: int, values: Sequence[Tensor], ___: Sequence[Tensor]) -> None:
-        """A rule that looks at pieces."""
-        for start in range(0, len(values[0]), exact.CHUNK):
-            here = [value[start : start + exact.CHUNK] for value in values]
+def _look_rule(counts: Sequence[Tensor], tops: Sequence[int], base: int, upper: bool) -> Rule:
+    adding = threading.Lock()
+
+    def look(_: str, __: int, values: Sequence[Tensor], ___: Sequence[Tensor]) -> None:
+        for start in range(0, len(values[0]), _LOOKED_AT):
+            here = [value[start : start + _LOOKED_AT] for value in values]
             for index, value in enumerate(here):
-                magnitude = _magnitude(value, here[self._base])
-                if not self._shift:
-                    magnitude = magnitude[magnitude >> _LOW_BITS == self._tops[index]] % _BINS
-                found = torch.bincount(magnitude >> self._shift, minlength=_BINS)
-                with self._adding:
-                    self.counts[index] += found
+                magnitude = _magnitude(value, here[base])
+                if upper:
+                    magnitude >>= _LOW_BITS
+                else:
+                    magnitude = magnitude[magnitude >> _LOW_BITS == tops[index]] % _BINS
+                found = torch.bincount(magnitude, minlength=_BINS)
+                with adding:
+                    counts[index] += found
+
+    return look
 
 
 def _nth(histogram: Tensor, n: int) -> tuple[int, int]:
@@ -154,20 +176,24 @@ def _elected(
 
 
 def _drawn(
-    recipe: Recipe, tensor: str, first: int, count: int, weights: Sequence[int], base: int
+    recipe: Recipe,
+    tensor: str,
+    first: int,
+    count: int,
+    weights: Sequence[int],
+    names: Sequence[str],
+    base: int,
 ) -> list[Tensor]:
     """What experts and base count in every element, `(count,)` each: DARE."""
     scale, density = (Fraction(str(each)) for each in (recipe.scale, recipe.density))
     total = sum(weights) - weights[base]
-    if not total:  # a block in which no expert counts
-        return [
-            torch.full((count,), float(i == base), dtype=torch.float64) for i in range(len(weights))
-        ]
     counts = [
-        _mask(recipe, part.name, tensor, first, count).mul_(
+        torch.zeros(count, dtype=torch.float64)
+        if i == base
+        else _mask(recipe, name, tensor, first, count).mul_(
             weight * scale.numerator * density.denominator
         )
-        for part, weight in zip(recipe.ingredients, weights, strict=True)
+        for i, (name, weight) in enumerate(zip(names, weights, strict=True))
     ]
     whole = total * scale.denominator * density.numerator
     counts[base] = whole - _sum_but(counts, base)

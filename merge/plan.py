@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
+from atoll.core.errors import AtollError
 from atoll.merge import exact
 from atoll.merge.averages import Change
 from atoll.merge.ingredients import Opened, block_name
 from atoll.merge.mean import mean_layouts
 from atoll.merge.recipe import Recipe
 from atoll.merge.state import state_layouts
-from atoll.merge.weights import Layout
+from atoll.merge.weights import Layout, Weights
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,7 @@ class Plan:
 
 
 def plan_change(
+    soup: Path,
     before: Recipe | None,
     recipe: Recipe,
     opened: Sequence[Opened],
@@ -31,7 +34,8 @@ def plan_change(
 ) -> Plan:
     """Choose for a soup of all that was `opened`; None of what is not known or not there.
 
-    A state is of use where all others count as they did. Both ways write the same.
+    The state of the one at `soup` is of use where all others count as they did. Both ways write the
+    same.
     """
     files = mean_layouts(opened, recipe.dtype).values()
     made, state = sum(map(_bytes, files)), 0
@@ -41,6 +45,8 @@ def plan_change(
     if before is None or before.state_sha256 is None or not changes:
         return anew
     if not _count_as_before(before, recipe, opened[0]):
+        return anew
+    if recipe.dtype == "same" and not _dtypes_stay(soup, opened, changes):
         return anew
     read = state + _of([change.opened for change in changes])
     return Plan(True, read, anew.written_bytes) if read < anew.read_bytes else anew
@@ -64,6 +70,23 @@ def _count_as_before(before: Recipe, recipe: Recipe, one: Opened) -> bool:
     else:
         tensors = [""]
     return all(told(before, tensor) == told(recipe, tensor) for tensor in tensors)
+
+
+def _dtypes_stay(soup: Path, opened: Sequence[Opened], changes: Sequence[Change]) -> bool:
+    """Whether all that stay have the soup's dtypes.
+
+    They are not read, so that nothing says that their headers are those of before; a soup in the
+    ingredients' dtype must not follow another.
+    """
+    changed = [change.opened for change in changes]
+    for file in opened[0].model.weights:
+        try:
+            made = Weights([soup / file]).layout
+        except (AtollError, OSError):
+            return False
+        if any(one.model.weights[file].layout != made for one in opened if one not in changed):
+            return False
+    return True
 
 
 def _of(opened: Sequence[Opened]) -> int:

@@ -223,8 +223,17 @@ class Recipe(BaseModel):
                     f"{did_you_mean(name, names)}".strip(),
                     allowed=", ".join(names),
                 )
+        if self.base not in (None, *names) or (self.base is None and self.method != "mean"):
+            raise UsageError(
+                f"The base is said to be {self.base}", allowed=f"an ingredient: {', '.join(names)}"
+            )
         for part in self.ingredients:
-            check_weight(part.weight, part.name, negative=self.method == "mean")
+            check_weight(part.weight, part.name, negative=True)
+            if part.weight < 0 and self.method != "mean":
+                raise UsageError(
+                    f"The weight {part.weight} of {part.name} is negative",
+                    allowed=f"positive integers, with {self.method}",
+                )
         if self.method in MOVES:
             self._check_moves()
         check_total(self._weights(None), "")
@@ -239,8 +248,11 @@ class Recipe(BaseModel):
                     raise UsageError(
                         f"'{name}' is the base, which has no weight", allowed="those of experts"
                     )
-                if weight:
-                    check_weight(weight, f"{name} in {block.tensors}")
+                if weight < 0:
+                    raise UsageError(
+                        f"The weight {weight} of {name} in {block.tensors} is negative",
+                        allowed=f"0 and positive integers, with {self.method}",
+                    )
         kept, scale = (Fraction(str(each)) for each in (self.density, self.scale))
         widest = 2 * scale.numerator * kept.denominator + scale.denominator * kept.numerator
         most = [self._weights(None), *(self._weights(block) for block in self.blocks)]

@@ -21,7 +21,7 @@ from pathlib import Path
 from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, read_card
 from atoll.core.disk import no_space_is_failure, recover, replacing
 from atoll.core.errors import AtollError, Refused, UsageError
-from atoll.merge.averages import Change, StateUnusableError, averaged, updated
+from atoll.merge.averages import Change, averaged, updated
 from atoll.merge.far import Place
 from atoll.merge.ingredients import (
     Opened,
@@ -75,6 +75,10 @@ def prepare(
     if settings.method != "mean":
         if base is None:
             raise UsageError(f"{settings.method} needs the base", cure="name it: --base PATH")
+        if base in experts:
+            raise UsageError(
+                f"{base} is the base, which has no weight", cure="leave it out of the experts"
+            )
         experts = {**experts, base: 1}
     opened = by_name(_opened(experts, out, base, settings.variant, negative))
     names = {one.ingredient.name for one in opened}
@@ -157,7 +161,7 @@ def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] =
         changes = None
         if recipe.state_sha256 is not None:
             stay = {part.name for part in made.ingredients}
-            with suppress(AtollError):  # which need not be there any more
+            with suppress(AtollError, OSError):  # which need not be there any more, nor its store
                 left = find_ingredients(recipe, soup, search=search, leave=stay)
                 changes = [Change(one, -1, recipe) for one in left]
         return _make(made, opened, partial, soup, before=recipe, changes=changes)
@@ -274,9 +278,7 @@ def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) ->
 
 
 def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = None) -> Recipe:
-    if base is None:
-        bases = [one for one in opened if one.card is not None and one.card.kind == "base"]
-        base = bases[0].ingredient.name if bases else None
+    base = base_among(opened) if base is None else base
     experts = [one for one in opened if one.ingredient.name != base]
     if not experts:
         if opened and settings.method == "mean":
@@ -312,6 +314,12 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
             cure="leave out weights and blocks, or the method",
         )
     return recipe.model_copy(update={"blocks": stock_blocks_of(recipe, opened)})
+
+
+def base_among(opened: Sequence[Opened]) -> str | None:
+    """The ingredient whose card says that it is the base."""
+    bases = [one for one in opened if one.card is not None and one.card.kind == "base"]
+    return bases[0].ingredient.name if bases else None
 
 
 def stock_blocks_of(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ...]:
@@ -353,17 +361,22 @@ def _make(
     """Fill the folder `partial`, which will lie at `soup`; from the state there if that is less."""
     if opened[0].model.is_adapter:
         return _fill(partial, _anew(recipe, opened, partial), opened, soup)
-    plan = plan_change(before, recipe, opened, changes)
+    plan = plan_change(soup, before, recipe, opened, changes)
     if plan.from_state and before is not None and before.state_sha256 and changes:
         try:
             made = updated(
                 recipe, opened, changes, partial, soup=soup, state_sha256=before.state_sha256
             )
             return replace(_fill(partial, made, opened, soup), plan=plan)
-        except StateUnusableError as error:
-            log.warning("%s; the soup is made anew from its ingredients", error)
+        except Exception as error:
+            # Whatever a damaged state or a store that is away makes of it: nothing is lost but
+            # time, and if an ingredient that stays is to blame, that is said now.
+            log.warning(
+                "The running state is of no use (%s: %s); the soup is made anew from its "
+                "ingredients", type(error).__name__, error,
+            )  # fmt: skip
             shutil.rmtree(partial / STATE, ignore_errors=True)
-            plan = plan_change(None, recipe, opened, None)
+            plan = plan_change(soup, None, recipe, opened, None)
     return replace(_fill(partial, _anew(recipe, opened, partial), opened, soup), plan=plan)
 
 

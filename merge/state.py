@@ -9,6 +9,7 @@ sum, there is no state.
 
 from __future__ import annotations
 
+import math
 import struct
 import threading
 from bisect import bisect_left
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import exact
-from atoll.merge.ingredients import block_name, tensor_name
+from atoll.merge.ingredients import block_name
 from atoll.merge.mean import copy_same, named
 from atoll.merge.stream import Out, Rule, save
 from atoll.merge.weights import FORMAT_NAMES, Layout
@@ -30,6 +31,7 @@ from atoll.merge.weights import FORMAT_NAMES, Layout
 FOLDER = "state"
 _REST_SUFFIX = ".rest.safetensors"
 _MOST_RESTS = 1 << 20  # of a file; in memory some 100 MB
+_MOST_BYTES = 16 * _MOST_RESTS + (1 << 24)  # with a header
 
 
 def state_name(file: str) -> str:
@@ -53,9 +55,9 @@ def state_layouts(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
 
 @dataclass
 class Rests:
-    """What float64 sums of a file leave over: by tensor, of element -> what is left."""
+    """What float64 sums of a file leave over: by tensor, of element -> units of 2**-149."""
 
-    of: dict[str, dict[int, float]] = field(default_factory=dict)
+    of: dict[str, dict[int, int]] = field(default_factory=dict)
     _places: dict[str, list[int]] = field(default_factory=dict)  # of those loaded, sorted
     _adding: threading.Lock = field(default_factory=threading.Lock)
 
@@ -63,10 +65,12 @@ class Rests:
     def load(cls, soup: Path, file: str) -> Rests:
         """Those of a soup."""
         path, found = soup / rest_name(file), cls()
+        if path.is_file() and path.stat().st_size > _MOST_BYTES:
+            raise Refused(f"{path} is larger than any")
         for name, told in (load_file(path) if path.is_file() else {}).items():
             places, bits = told.tolist()
             found._places[name] = places
-            found.of[name] = dict(zip(places, map(_float, bits), strict=True))
+            found.of[name] = dict(zip(places, map(_whole, bits), strict=True))
         return found
 
     def save(self, folder: Path | None, file: str, metadata: Mapping[str, str]) -> dict[str, str]:
@@ -74,7 +78,7 @@ class Rests:
         if not self.of:
             return {}
         tensors = {
-            name: torch.tensor([sorted(rests), [_bits(rests[i]) for i in sorted(rests)]])
+            name: torch.tensor([sorted(rests), [_bits(rests[i], name) for i in sorted(rests)]])
             for name, rests in self.of.items()
         }
         layouts = {name: Layout("I64", tuple(told.shape)) for name, told in tensors.items()}
@@ -82,20 +86,20 @@ class Rests:
         path = None if folder is None else folder / name
         return {name: save(tensors, layouts, Out(path, metadata))}
 
-    def within(self, name: str, first: int, count: int) -> dict[int, float]:
+    def within(self, name: str, first: int, count: int) -> dict[int, int]:
         """Of the elements from `first` on, numbered from there."""
         places = self._places.get(name, [])
         here = places[bisect_left(places, first) : bisect_left(places, first + count)]
         return {i - first: self.of[name][i] for i in here}
 
-    def add(self, name: str, first: int, rests: Mapping[int, float]) -> None:
+    def add(self, name: str, first: int, rests: Mapping[int, int]) -> None:
         """Note those of the elements from `first` on."""
         if not rests:
             return
         with self._adding:
             self.of.setdefault(name, {}).update({first + i: rest for i, rest in rests.items()})
             if sum(map(len, self.of.values())) > _MOST_RESTS:
-                raise _no_state(name)
+                raise _no_state(f"tensor '{name}'")
 
 
 def state_rule(
@@ -115,28 +119,27 @@ def state_rule(
 
     def rule(name: str, first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
         out, kept = outs
-        told = ["the running state", *names] if before is not None else list(names)
+        called = block_name(file, name)
+        sums_before, changed = ([], values) if before is None else (values[:1], values[1:])
+        told = zip(changed, signed(called), names, strict=True)
+        heard = [(value, weight, who) for value, weight, who in told if weight]
         if out.dtype not in exact.DTYPES:
-            copy_same(file, name, values, told, out)
+            same = [*sums_before, *(value for value, _, _ in heard)]
+            whose = ["the running state"] * len(sums_before) + [who for _, _, who in heard]
+            copy_same(file, name, same, whose, out)
             kept.copy_(out)
             return
-        called = block_name(file, name)
-        weights = signed(called)
         for start in range(0, len(out), exact.CHUNK):
             part = slice(start, start + exact.CHUNK)
-            here = [value[part] for value in values]
-            sums, left = kept[part].view(torch.float64), dict[int, float]()
+            sums, left = kept[part].view(torch.float64), dict[int, int]()
             if before is None:
                 sums.zero_()
             else:
-                sums.copy_(here.pop(0).view(torch.float64))
+                sums.copy_(sums_before[0][part].view(torch.float64))
                 left = before.within(name, first + start, len(sums))
-            for value, weight, who in zip(here, weights, names, strict=True):
+            for value, weight, who in heard:
                 with named(file, name, out.dtype, [who]):
-                    try:
-                        exact.add(sums, left, value, weight)
-                    except OverflowError:
-                        raise _no_state(tensor_name(file, name)) from None
+                    exact.add(sums, left, value[part], weight)
             with named(file, name, out.dtype, names):
                 exact.divide(sums, left, total(called), out[part])
             rests.add(name, first + start, left)
@@ -151,9 +154,13 @@ def _no_state(tensor: str) -> Refused:
     )
 
 
-def _bits(value: float) -> int:
+def _bits(rest: int, tensor: str) -> int:
+    """A rest as a float64's bits; refused where that is not all of it."""
+    value = math.ldexp(float(rest), -149)
+    if exact.units(value) != rest:
+        raise _no_state(f"tensor '{tensor}'")
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
-def _float(bits: int) -> float:
-    return float(struct.unpack("<d", struct.pack("<q", bits))[0])
+def _whole(bits: int) -> int:
+    return exact.units(struct.unpack("<d", struct.pack("<q", bits))[0])

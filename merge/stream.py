@@ -78,6 +78,7 @@ def stream(
     processors if not given. Which pieces there are, and who makes them, shows in no bit if the rule
     is pointwise.
     """
+    exact.check_denormals()
     threads = threads or len(os.sched_getaffinity(0))
     slots = threads + 1  # one is written while each thread makes another
     every = [out.of(layouts) for out in outs]

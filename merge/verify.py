@@ -14,10 +14,10 @@ from pathlib import Path
 from atoll.core.errors import Refused
 from atoll.core.storage import sha256_file
 from atoll.merge.averages import mean_files
-from atoll.merge.ingredients import check_alike, find_ingredients
+from atoll.merge.ingredients import by_name, check_alike, find_ingredients
 from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import Recipe
-from atoll.merge.soup import small_files, stock_blocks_of
+from atoll.merge.soup import base_among, small_files, stock_blocks_of
 from atoll.merge.state import FOLDER as STATE
 
 
@@ -56,12 +56,19 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
         problems.append("soup.json names another base than the ingredients")
     if recipe.method == "model-stock" and stock_blocks_of(recipe, opened) != recipe.blocks:
         problems.append(f"soup.json has other weights than {recipe.method} finds")
+    if recipe.method == "mean" and base_among(opened) != recipe.base:
+        problems.append(f"soup.json has {recipe.base} for the base among the ingredients")
+    for one, part in zip(by_name(opened), made.ingredients, strict=True):
+        if part.name == recipe.base and one.card is None and part.sha256 != recipe.base_sha256:
+            problems.append("soup.json names another base than the ingredient that is it")
     texts = small_files(made, opened)
     wanted = digests | {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
     there = {name: sha256_file(soup / name) for name in wanted if (soup / name).is_file()}
     for name, expected in wanted.items():
         problems += _differences(name, expected, there.get(name, ""))
     state = [name for name in digests if name.startswith(f"{STATE}/")]
+    kept = {f.relative_to(soup).as_posix() for f in (soup / STATE).rglob("*") if f.is_file()}
+    problems += [f"{name} is no part of this soup" for name in sorted(kept - wanted.keys())]
     weights = {file: there[file] for file in digests if file in there and file not in state}
     found = sha256_weights(weights) if weights else ""
     return Verdict(soup, names, made.sha256, found, tuple(problems))

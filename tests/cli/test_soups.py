@@ -166,6 +166,7 @@ def test_check_says_how_experts_go_together_and_makes_nothing(fresh: Path, tmp_p
     assert tree(fresh) == before
     said = atoll(*asked, "--check", "--method", "model-stock", "--base", fresh / "base")
     assert (said.code, "leave out --method" in said.err) == (2, True)
+    assert atoll(*asked, "--check", "--state").code == 2
     said = atoll(*asked, "--barrier", fresh / "commons")
     assert (said.code, "add --check" in said.err) == (2, True)
 

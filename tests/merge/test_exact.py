@@ -413,7 +413,7 @@ def test_means_of_bfloat16_in_float32(data):
     weights = data.draw(st.lists(st.integers(-3, 9).filter(bool), min_size=1, max_size=7))
     assume(sum(weights) > 0 and sum(map(abs, weights)) <= exact._NARROW_REACH)
     seed, count = data.draw(st.integers(0, 2**31)), 4096
-    scale = data.draw(st.sampled_from([0.0, -80.0, -60.0, 100.0, 125.0, 127.0]))
+    scale = data.draw(st.sampled_from([0.0, -80.0, -60.0, 100.0, 124.0]))
     draw = torch.Generator().manual_seed(seed)
     tensors = [(torch.randn(count, generator=draw) * 0.5 * 2.0**scale).bfloat16() for _ in weights]
     for tensor in tensors:  # few enough that the rest is not given up
@@ -426,7 +426,7 @@ def test_means_of_bfloat16_in_float32(data):
             tensors[0][::7].view(torch.int16) + torch.randint(-2, 3, (1,), generator=draw).short()
         )
         tensors[1][::7] = near.view(torch.bfloat16)
-        tensors[1][~torch.isfinite(tensors[1])] = 1.0
+        tensors[1][~torch.isfinite(tensors[1])] = 2.0**scale
     used = []
     usual = exact._Narrow.mean
     with pytest.MonkeyPatch.context() as patch:

@@ -16,6 +16,7 @@ from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, moves, soup, stream
+from atoll.merge.model import Model
 from atoll.merge.recipe import RECIPE_NAME, Block, Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
@@ -296,3 +297,57 @@ def test_a_recipe_that_is_damaged(base, paths, tmp_path, change):
     (made.path / RECIPE_NAME).write_bytes(canonical_json(values))
     with pytest.raises(Refused, match="is damaged"):
         soup.show(made.path)
+
+
+@pytest.mark.parametrize("method", ["ties", "dare", "model-stock"])
+def test_a_recipe_with_a_strange_base(base, paths, tmp_path, method):
+    made = soup.create(
+        tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method=method), base=base
+    )
+    values = json.loads((made.path / RECIPE_NAME).read_text())
+    for other in (None, "nobody"):
+        (made.path / RECIPE_NAME).write_bytes(canonical_json(values | {"base": other}))
+        with pytest.raises(Refused, match="The base is said to be"):
+            verify(made.path)
+
+
+def test_a_mean_with_a_strange_base_is_found_out(base, paths, tmp_path):
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
+    values = json.loads((made.path / RECIPE_NAME).read_text())
+    (made.path / RECIPE_NAME).write_bytes(canonical_json(values | {"base": "a"}))
+    assert any("has a for the base" in problem for problem in verify(made.path).problems)
+    (made.path / RECIPE_NAME).write_bytes(canonical_json(values))
+    assert verify(made.path).holds
+    for path in (base, *paths):
+        (path / CARD_NAME).unlink()
+    strange = soup.create(tmp_path / "strange", dict.fromkeys(paths, 1), TIES, base=base)
+    values = json.loads((strange.path / RECIPE_NAME).read_text()) | {"base_sha256": "e" * 64}
+    (strange.path / RECIPE_NAME).write_bytes(canonical_json(values))
+    assert any("another base" in problem for problem in verify(strange.path).problems)
+
+
+@pytest.mark.parametrize("asked", [TIES, Settings(method="model-stock")])
+def test_what_changes_between_two_readings_is_refused(base, paths, tmp_path, monkeypatch, asked):
+    """A file that is read several times is hashed every time."""
+    readings = []
+    opened = Model.__enter__
+
+    def changing(model: Model) -> Model:
+        if model.path == paths[1]:
+            readings.append(model)
+            if len(readings) == 2:
+                data = bytearray((paths[1] / WEIGHTS).read_bytes())
+                data[-1] ^= 1
+                (paths[1] / WEIGHTS).write_bytes(data)
+        return opened(model)
+
+    monkeypatch.setattr(Model, "__enter__", changing)
+    with pytest.raises(Refused, match="changed while it was read"):
+        soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), asked, base=base)
+    assert len(readings) == 2
+    assert not (tmp_path / "soup").exists()
+
+
+def test_the_base_has_no_weight(base, paths, tmp_path):
+    with pytest.raises(UsageError, match="is the base, which has no weight"):
+        soup.create(tmp_path / "soup", {**dict.fromkeys(paths, 1), base: 7}, TIES, base=base)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 from fractions import Fraction
 from pathlib import Path
@@ -15,8 +16,9 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import sha256_folder
+from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, soup, state, stream
 from atoll.merge.recipe import Block, Settings
 from atoll.merge.verify import verify
@@ -50,43 +52,39 @@ def test_sums_are_exact_and_show_no_history(data):
     order = data.draw(st.permutations(range(len(dtypes))))
     stranger = draw(torch.float32, 30, seed=seed + 99)
 
-    def summed(history) -> tuple[Tensor, dict[int, float]]:
+    def summed(history) -> tuple[Tensor, dict[int, int]]:
         sums, rests = torch.zeros(30, dtype=torch.float64), {}
         for tensor, weight in history:
             exact.add(sums, rests, tensor, weight)
         return sums, rests
 
     pairs = list(zip(tensors, weights, strict=True))
-    try:
-        sums, rests = summed(pairs)
-        again = summed([pairs[i] for i in order])
-        after = summed([(stranger, 7), *pairs, (stranger, -7)])
-    except OverflowError:  # on the way, or at the end
-        columns = list(zip(*(t.double().tolist() for t in (*tensors, stranger)), strict=True))
-        spans = [[abs(v) for v in column if v] for column in columns]
-        assert any(max(span) / min(span) > 2.0**40 for span in spans if span)
-        return
-    for other in (again, after):
+    sums, rests = summed(pairs)
+    for other in (
+        summed([pairs[i] for i in order]),
+        summed([(stranger, 7), *pairs, (stranger, -7)]),
+    ):
         assert torch.equal(sums.view(torch.int64), other[0].view(torch.int64))
         assert rests == other[1]
-    outs = {dtype: torch.empty(30, dtype=dtype) for dtype in exact.DTYPES}
-    fits = {}
-    for dtype, out in outs.items():
-        try:
+    wholes = [Fraction(rests.get(i, 0), 2**149) + Fraction(float(s)) for i, s in enumerate(sums)]
+    for whole, near, column in zip(
+        wholes,
+        sums.tolist(),
+        zip(*(t.double().tolist() for t in tensors), strict=True),
+        strict=True,
+    ):
+        assert whole == sum(Fraction(v) * w for v, w in zip(column, weights, strict=True))
+        assert near == float(whole)  # the nearest
+    for dtype in exact.DTYPES:
+        means = [rounded(whole / sum(weights), dtype) + 0.0 for whole in wholes]
+        wanted = torch.tensor(means, dtype=torch.float64).to(dtype)
+        out = torch.empty(30, dtype=dtype)
+        if bool(torch.isfinite(wanted).all()):
             exact.divide(sums, rests, sum(weights), out)
-        except exact.NotFiniteError:
-            fits[dtype] = False
-    for i, column in enumerate(zip(*(t.double().tolist() for t in tensors), strict=True)):
-        whole = sum(Fraction(v) * w for v, w in zip(column, weights, strict=True))
-        assert Fraction(float(sums[i])) + Fraction(rests.get(i, 0.0)) == whole
-        assert float(sums[i]) == float(whole)  # the nearest
-    for dtype, out in outs.items():
-        if fits.get(dtype, True):
-            wanted = [
-                rounded((Fraction(float(s)) + Fraction(rests.get(i, 0.0))) / sum(weights), dtype)
-                for i, s in enumerate(sums)
-            ]
-            assert bits(out) == bits((torch.tensor(wanted, dtype=torch.float64) + 0.0).to(dtype))
+            assert bits(out) == bits(wanted)
+            continue
+        with pytest.raises(exact.NotFiniteError):
+            exact.divide(sums, rests, sum(weights), out)
 
 
 def test_a_soup_with_its_state_is_the_soup_and_can_be_verified(paths, tmp_path):
@@ -210,11 +208,66 @@ def test_many_that_are_left_over_are_too_many(make_expert, tmp_path, monkeypatch
         create(tmp_path / "soup", paths)
 
 
-@pytest.mark.parametrize("told", ["gone", "changed", "another", "state", "rests", "no state"])
-def test_what_is_not_as_recorded_is_made_anew(make_expert, paths, tmp_path, caplog, told):
+def overwrite(file: Path, value: float) -> None:
+    """One sum of a state is another."""
+    data = bytearray(file.read_bytes())
+    data[-8:] = torch.tensor([value], dtype=torch.float64).numpy().tobytes()
+    file.write_bytes(data)
+
+
+def rests_of(places: object, dtype: torch.dtype = torch.int64) -> dict[str, Tensor]:
+    return {"conv_in.weight": torch.tensor(places).to(dtype)}
+
+
+DAMAGE = {
+    "no sums": lambda out: (out / SUMS).unlink(),
+    "NaN": lambda out: overwrite(out / SUMS, math.nan),
+    "infinity": lambda out: overwrite(out / SUMS, math.inf),
+    "large": lambda out: overwrite(out / SUMS, 1e60),
+    "largest": lambda out: overwrite(out / SUMS, 1e308),
+    "a bit": lambda out: overwrite(out / SUMS, 0.5),
+    "other tensors": lambda out: save_file(rests_of([0.0]), out / SUMS),
+    "another rest": lambda out: overwrite(out / RESTS, 2.0**-70),
+    "no rest": lambda out: (out / RESTS).unlink(),
+    "rests of floats": lambda out: save_file(rests_of([[0], [1]], torch.float32), out / RESTS),
+    "rests in a row": lambda out: save_file(rests_of([1, 2]), out / RESTS),
+    "rests out of reach": lambda out: save_file(rests_of([[10**9, 3], [1, 2]]), out / RESTS),
+    "rests that are none": lambda out: (out / RESTS).write_text("none"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_state_that_is_not_as_recorded_is_made_anew(make_expert, paths, tmp_path, caplog, damage):
     paths[1] = make_expert("b", change=far_apart)
+    out, never = create(tmp_path / "soup", paths[:4]), create(tmp_path / "never", paths[:3])
+    every = create(tmp_path / "every", paths)
+    DAMAGE[damage](out)
+    assert not verify(out).holds
+    for change, wanted in (
+        (lambda: soup.add(out, {paths[4]: 1}), every), (lambda: soup.remove(out, "e"), None),
+        (lambda: soup.remove(out, "d"), never),
+    ):  # fmt: skip
+        caplog.clear()
+        made = change()
+        assert made.plan is not None
+        if wanted is not None:
+            assert not made.plan.from_state
+            assert "of no use" in caplog.text or wanted is never
+            assert sha256_folder(out) == sha256_folder(wanted)
+        DAMAGE[damage](out)
+
+
+def test_a_file_that_is_no_part_of_a_soup_is_found(paths, tmp_path):
     out = create(tmp_path / "soup", paths)
-    never = create(tmp_path / "never", paths[:4])
+    save_file(rests_of([[0], [1]]), out / RESTS)
+    assert any("no part of this soup" in problem for problem in verify(out).problems)
+    assert soup.remove(out, "e").plan.from_state is False
+    assert verify(out).holds
+
+
+@pytest.mark.parametrize("told", ["gone", "changed", "another", "away"])
+def test_what_leaves_and_is_not_as_recorded(paths, tmp_path, caplog, told):
+    out, never = create(tmp_path / "soup", paths), create(tmp_path / "never", paths[:4])
     if told == "gone":
         (paths[4] / WEIGHTS).unlink()
     elif told == "changed":
@@ -222,19 +275,81 @@ def test_what_is_not_as_recorded_is_made_anew(make_expert, paths, tmp_path, capl
         save_file({name: each + 1 for name, each in value.items()}, paths[4] / WEIGHTS)
     elif told == "another":
         save_file({"conv_in.weight": torch.ones(2)}, paths[4] / WEIGHTS, {"format": "pt"})
-    elif told == "no state":
-        (out / SUMS).unlink()
     else:
-        file = out / (SUMS if told == "state" else RESTS)
-        data = bytearray(file.read_bytes())
-        data[-2] ^= 1
-        file.write_bytes(data)
+        recipe = json.loads((out / "soup.json").read_text())
+        recipe["ingredients"][4]["path"] = "http://127.0.0.1:9/models/e"
+        (out / "soup.json").write_bytes(canonical_json(recipe))
     made = soup.remove(out, "e")
     assert made.plan is not None
     assert not made.plan.from_state
-    assert ("made anew" in caplog.text) == (told != "gone")
+    assert ("made anew" in caplog.text) == (told in ("changed", "another"))
     assert sha256_folder(out) == sha256_folder(never)
+
+
+def test_headers_of_what_is_not_read_decide_nothing(make_expert, tmp_path):
+    """Whoever stays and is in another dtype by now is noticed, as it would be without a state."""
+    a = make_expert("a")
+    others = [make_expert(name, dtype=torch.bfloat16) for name in "bcdefg"]
+    z = make_expert("z", dtype=torch.bfloat16)
+    out = create(tmp_path / "soup", [a, *others])
+    make_expert("a", dtype=torch.bfloat16)
+    with pytest.raises(Refused, match="are not those that are in the soup"):
+        soup.add(out, {z: 1})
+    make_expert("a")
+    assert not soup.add(out, {z: 1}).plan.from_state
+    assert sha256_folder(out) == sha256_folder(create(tmp_path / "every", [a, *others, z]))
+
+
+def test_whether_there_is_a_state_does_not_depend_on_the_way(make_expert, tmp_path):
+    def beginning(value: float):
+        def change(state: dict[str, Tensor]) -> None:
+            state["conv_in.weight"].reshape(-1)[0] = value
+
+        return change
+
+    values = {"a": 1.0, "b": 2.0**-60 * (1 + 2.0**-23), "c": 1e-40, "d": -1e-40, "e": 0.0, "f": 0.0}
+    paths = {name: make_expert(name, change=beginning(value)) for name, value in values.items()}
+    out = create(tmp_path / "soup", [paths[name] for name in "cdef"])
+    assert soup.add(out, {paths["a"]: 1}).plan.from_state
+    assert soup.add(out, {paths["b"]: 1}).plan.from_state
     assert verify(out).holds
+    assert sha256_folder(out) == sha256_folder(create(tmp_path / "every", list(paths.values())))
+    before = sha256_folder(out)
+    with pytest.raises(Refused, match="lie so far apart"):
+        soup.remove(out, "d")
+    assert sha256_folder(out) == before
+
+
+def test_who_does_not_count_may_hold_anything(make_expert, tmp_path):
+    def broken(state: dict[str, Tensor]) -> None:
+        state["conv_in.bias"][0] = torch.nan
+
+    a, b, base = make_expert("a"), make_expert("b", change=broken), make_expert("base")
+    for number, path in enumerate((a, b, base)):
+        told = load_file(path / WEIGHTS) | {"steps": torch.tensor([number], dtype=torch.int32)}
+        save_file(told, path / WEIGHTS, {"format": "pt"})
+    told["steps"][0] = 0
+    save_file(told, base / WEIGHTS, {"format": "pt"})
+    silent = [Block(tensors=name, weights={"b": 0}) for name in ("conv_in.bias", "steps")]
+    for number, method in enumerate(("mean", "ties", "dare", "state")):
+        asked = Settings(blocks=silent, state=method == "state")
+        if method in ("ties", "dare"):
+            asked = Settings(blocks=silent, method=method)
+        known = base if method in ("ties", "dare") else None
+        for path in (a, b, base):
+            (path / CARD_NAME).unlink(missing_ok=True)
+        made = soup.create(tmp_path / str(number), {a: 1, b: 1}, asked, base=known)
+        assert load_file(made.path / WEIGHTS)["steps"].tolist() == [0]
+        assert verify(made.path).holds
+
+
+def test_flushed_denormals_are_refused(paths, tmp_path):
+    torch.set_flush_denormal(True)
+    try:
+        with pytest.raises(RuntimeError, match="set_flush_denormal"):
+            create(tmp_path / "soup", paths)
+    finally:
+        torch.set_flush_denormal(False)
 
 
 def test_blocks_that_change_how_others_count(paths, tmp_path):
@@ -278,7 +393,7 @@ def test_several_dtypes_and_integers(make_expert, tmp_path):
     soup.remove(out, "e")  # which is another than it was
     before = sha256_folder(out)
     assert before == sha256_folder(create(tmp_path / "four", paths[:4]))
-    with pytest.raises(Refused, match="'steps' differs between 'the running state' and 'e'"):
+    with pytest.raises(Refused, match="'steps' differs between 'a' and 'e'"):
         soup.add(out, {paths[4]: 1})
     assert sha256_folder(out) == before
 
