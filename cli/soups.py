@@ -71,6 +71,9 @@ def register(app: typer.Typer) -> None:
             float | None, typer.Option(help="What TIES and DARE multiply the moves' mean by (1).")
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Of what DARE keeps (0).")] = None,
+        rank: Annotated[
+            int | None, typer.Option(help="Of LoRA adapters: cut their mean off at this rank.")
+        ] = None,
         state: Annotated[
             bool,
             typer.Option("--state", help="Keep the exact sums too, to add and remove faster."),
@@ -93,7 +96,7 @@ def register(app: typer.Typer) -> None:
         weighted = _weighted(expert)
         settings = _settings(
             dtype=dtype, variant=variant, block=block, method=method, density=density,
-            scale=scale, seed=seed, state=state,
+            scale=scale, seed=seed, state=state, rank=rank,
         )  # fmt: skip
         place = _place(base)
         if check and (method != "mean" or state):
@@ -218,6 +221,7 @@ def _settings(
     scale: float | None = None,
     seed: int | None = None,
     state: bool = False,
+    rank: int | None = None,
 ) -> Settings:
     from atoll.merge.recipe import Dtype, Method, Settings
 
@@ -230,6 +234,7 @@ def _settings(
         scale=scale,
         seed=seed,
         state=state,
+        rank=rank,
     )
 
 
@@ -325,6 +330,8 @@ def _result(made: Soup) -> Result:
     for tensors, weights in blocks.items() if made.recipe.method != "model-stock" else ():
         told = ", ".join(f"{weight} x {name}" for name, weight in weights.items())
         listed += f"\n  in {tensors}: {told}"
+    if made.recipe.error is not None:
+        listed += f"\n  cut off at rank {made.recipe.rank}, {made.recipe.error:.2g} of it lost"
     if made.recipe.state_sha256 is not None:
         listed += "\n  with its running state"
     plan = made.plan
@@ -338,6 +345,8 @@ def _result(made: Soup) -> Result:
         "ingredients": ingredients,
         "method": made.recipe.method,
         **of_method,
+        "rank": made.recipe.rank,
+        "error": made.recipe.error,
         "state_sha256": made.recipe.state_sha256,
         "plan": None if plan is None else vars(plan),
         "blocks": blocks,

@@ -17,7 +17,13 @@ from atoll.core.errors import Refused
 from atoll.core.storage import sha256_file
 from atoll.merge.ingredients import Opened, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
-from atoll.merge.lora import layouts_of, mean_adapter, read_adapter
+from atoll.merge.lora import (
+    Adapter,
+    distance_from_mean,
+    layouts_of,
+    mean_adapter,
+    read_adapter,
+)
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
 from atoll.merge.moves import moves_rule, trim_limits
@@ -34,6 +40,7 @@ class Digests:
 
     weights: dict[str, str] = field(default_factory=dict)
     state: dict[str, str] = field(default_factory=dict)
+    error: float | None = None  # of adapters that were cut off
 
 
 @dataclass(frozen=True)
@@ -187,18 +194,34 @@ def _place(folder: Path | None, file: str) -> Path | None:
 
 def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> Digests:
     """The mean of the adapters in a recipe; small enough to be in memory."""
+    made, error = mean_adapter(recipe, _understood(recipe, opened), _torch_dtype(recipe))
+    out = Out(_place(folder, ADAPTER_NAME), recipe.metadata)
+    return Digests({ADAPTER_NAME: save(made, layouts_of(made), out)}, error=error)
+
+
+def adapter_error(recipe: Recipe, opened: Sequence[Opened], file: Path) -> float:
+    """How far a file of adapters is from the exact mean of a recipe's, over its norm."""
+    opened = by_name(opened)
+    with ExitStack() as closing:
+        for one in opened:
+            closing.enter_context(one.model)
+        adapters = _understood(recipe, opened)
+        found = closing.enter_context(Weights([file]))
+        return distance_from_mean(recipe, adapters, _torch_dtype(recipe), found)
+
+
+def _understood(recipe: Recipe, opened: Sequence[Opened]) -> list[Adapter]:
     parts = {part.name for part in recipe.ingredients}
-    adapters = [
+    return [
         read_adapter(weights, one.ingredient.name)
         for one in opened
         for weights in one.model.weights.values()
         if one.ingredient.name in parts
     ]
-    made = mean_adapter(
-        recipe, adapters, None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
-    )
-    path = _place(folder, ADAPTER_NAME)
-    return Digests({ADAPTER_NAME: save(made, layouts_of(made), Out(path, recipe.metadata))})
+
+
+def _torch_dtype(recipe: Recipe) -> torch.dtype | None:
+    return None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
 
 
 def _read(recipe: Recipe, opened: Sequence[Opened], digests: Digests) -> Recipe:
@@ -208,5 +231,11 @@ def _read(recipe: Recipe, opened: Sequence[Opened], digests: Digests) -> Recipe:
 
 def _with_digests(recipe: Recipe, parts: tuple[Ingredient, ...], digests: Digests) -> Recipe:
     state = None if recipe.state_sha256 is None else sha256_weights(digests.state)
-    found = {"ingredients": parts, "sha256": sha256_weights(digests.weights), "state_sha256": state}
-    return recipe.model_copy(update=found)
+    return recipe.model_copy(
+        update={
+            "ingredients": parts,
+            "sha256": sha256_weights(digests.weights),
+            "state_sha256": state,
+            "error": digests.error,
+        }
+    )

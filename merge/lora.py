@@ -25,7 +25,8 @@ from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import exact
-from atoll.merge.recipe import Recipe
+from atoll.merge.recipe import SOUP_KEY, Recipe
+from atoll.merge.truncate import Factors, distance, truncate
 from atoll.merge.weights import FORMAT_NAMES, Layout, Weights
 
 FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
@@ -91,24 +92,59 @@ def read_adapter(weights: Weights, called: str) -> Adapter:
 
 def mean_adapter(
     recipe: Recipe, adapters: Sequence[Adapter], dtype: torch.dtype | None
-) -> dict[str, Tensor]:
+) -> tuple[dict[str, Tensor], float | None]:
     """The mean of adapters in the order of the recipe, in `dtype` or the narrowest for all.
 
-    Where an adapter leaves a layer alone it says 0 there.
+    Where an adapter leaves a layer alone it says 0 there. At the recipe's rank, if it has one, with
+    its error.
     """
-    names = [part.name for part in recipe.ingredients]
-    stems = sorted({stem for adapter in adapters for stem in adapter.modules})
-    parts = {stem: _of_module(recipe, stem, names, adapters, dtype) for stem in stems}
-    rank = max(len(down) for down, _, _ in parts.values())
+    modules, layers = _mean_layers(recipe, adapters, dtype)
+    error = None
+    if recipe.rank is not None:
+        # As soon as nothing is cut off the mean is the exact one, and stays so.
+        if any(len(down) > recipe.rank for down, _ in layers.values()):
+            cut = truncate(layers, recipe.rank)
+            layers, error = cut.factors, cut.error
+        else:
+            error = 0.0
+    rank = max(len(down) for down, _ in layers.values())
     made: dict[str, Tensor] = {}
-    for down, up, module in parts.values():
-        missing = rank - len(down)
+    for stem, (down, up) in layers.items():
+        module, missing = modules[stem], rank - len(down)
         made[module.down] = torch.cat([down, down.new_zeros(missing, *down.shape[1:])])
         empty = up.new_zeros(up.shape[0], missing, *up.shape[2:])
         made[module.up] = torch.cat([up, empty], dim=1)
         if module.alpha is not None:
             made[module.alpha] = torch.tensor(float(rank))
-    return made
+    return made, error
+
+
+def distance_from_mean(
+    recipe: Recipe, adapters: Sequence[Adapter], dtype: torch.dtype | None, found: Weights
+) -> float:
+    """How far an open file, else as `mean_adapter` has it, is from the mean, over its norm."""
+    made, _ = mean_adapter(recipe, adapters, dtype)
+    if (
+        found.layout != layouts_of(made)
+        or found.metadata.get(SOUP_KEY) != recipe.metadata[SOUP_KEY]
+    ):
+        raise Refused("it has other tensors, or says something else in its header")
+    modules, layers = _mean_layers(recipe, adapters, dtype)
+    for module in modules.values():
+        if module.alpha and not torch.equal(_read(found, module.alpha), made[module.alpha]):
+            raise Refused(f"{module.alpha} is another")
+    told = {stem: (_read(found, m.down), _read(found, m.up)) for stem, m in modules.items()}
+    return distance(layers, told)
+
+
+def _mean_layers(
+    recipe: Recipe, adapters: Sequence[Adapter], dtype: torch.dtype | None
+) -> tuple[dict[str, Module], dict[str, Factors]]:
+    names = [part.name for part in recipe.ingredients]
+    stems = sorted({stem for adapter in adapters for stem in adapter.modules})
+    parts = {stem: _of_module(recipe, stem, names, adapters, dtype) for stem in stems}
+    modules = {stem: module for stem, (_, _, module) in parts.items()}
+    return modules, {stem: (down, up) for stem, (down, up, _) in parts.items()}
 
 
 def layouts_of(tensors: Mapping[str, Tensor]) -> dict[str, Layout]:

@@ -53,6 +53,7 @@ class Settings:
     scale: float | None = None
     seed: int | None = None
     state: bool = False
+    rank: int | None = None  # of adapters: cut off there (`merge/truncate.py`)
 
     def resolved(self) -> Settings:
         """With the method's own values; `UsageError` for what it does not have, or not so."""
@@ -61,6 +62,8 @@ class Settings:
             raise UsageError(
                 f"{self.method} has no running state", cure="leave out --state, or the method"
             )
+        if self.rank is not None and self.rank < 1:
+            raise UsageError(f"The rank is {self.rank}", allowed="1, 2, 3, ...")
         told = {"density": moves, "scale": moves, "seed": self.method == "dare"}
         for name, known in told.items():
             if getattr(self, name) is not None and not known:
@@ -129,6 +132,8 @@ class Recipe(BaseModel):
     # Of the soup's own weights, as of an ingredient's; empty until they are written.
     sha256: str = ""
     state_sha256: str | None = None  # of its running state likewise, if it is kept
+    rank: int | None = None  # at which a mean of adapters is cut off
+    error: float | None = None  # of that: its distance from the mean, over the mean's norm
 
     @classmethod
     def of(
@@ -162,6 +167,7 @@ class Recipe(BaseModel):
             blocks=in_order(settings.blocks),
             dtype=settings.dtype,
             state_sha256="" if settings.state else None,
+            rank=settings.rank,
         )
         recipe._check_weights()
         return recipe
@@ -189,6 +195,7 @@ class Recipe(BaseModel):
             scale=self.scale,
             seed=self.seed,
             state=self.state_sha256 is not None,
+            rank=self.rank,
         )
 
     def has_mean_without(self, names: Collection[str]) -> bool:
@@ -297,7 +304,9 @@ class Recipe(BaseModel):
     def to_bytes(self) -> bytes:
         """The file's content; what is not said of a soup is not in it."""
         unsaid = {name for name in ("variant", "base", "blocks") if not getattr(self, name)}
-        unsaid |= {n for n in (*_OF_MOVES, "state_sha256") if getattr(self, n) is None}
+        unsaid |= {
+            n for n in (*_OF_MOVES, "state_sha256", "rank", "error") if getattr(self, n) is None
+        }
         unsaid |= {"method"} if self.method == "mean" else set()
         return canonical_json(self.model_dump(mode="json", exclude=unsaid))
 
@@ -307,7 +316,7 @@ class Recipe(BaseModel):
         if not digests:
             parts = tuple(part.model_copy(update={"sha256": ""}) for part in parts)
         state = None if self.state_sha256 is None else ""
-        unmade = {"ingredients": parts, "sha256": "", "state_sha256": state}
+        unmade = {"ingredients": parts, "sha256": "", "state_sha256": state, "error": None}
         return self.model_copy(update=unmade)
 
     @property
@@ -317,6 +326,7 @@ class Recipe(BaseModel):
         blocks = [[block.model_dump() for block in self.blocks]] if self.blocks else []
         moves = [[self.method, *(getattr(self, name) for name in _OF_MOVES)]]
         told = [*blocks, *(moves if self.method in MOVES else [])]
+        told += [] if self.rank is None else [[self.rank]]
         text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *told])
         return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
@@ -331,7 +341,9 @@ class Recipe(BaseModel):
         }
         if self.method != "mean":
             told["method"] = self.method
-        told |= {n: getattr(self, n) for n in _OF_MOVES if getattr(self, n) is not None}
+        for name in (*_OF_MOVES, "rank"):
+            if getattr(self, name) is not None:
+                told[name] = getattr(self, name)
         if self.blocks and self.method != "model-stock":
             told["blocks"] = {block.tensors: block.weights for block in self.blocks}
         return {SOUP_KEY: canonical_json(told).decode()}

@@ -303,6 +303,8 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
+    if recipe.rank is not None and not opened[0].model.is_adapter:
+        raise UsageError("A rank is for adapters", cure="leave out --rank")
     if opened[0].model.is_adapter and (recipe.method in MOVES or settings.state):
         what = "A running state" if settings.state else recipe.method
         raise Refused(f"{what} is not for adapters", allowed="models")
