@@ -46,6 +46,15 @@ NegativeOption = Annotated[
     bool, typer.Option("--negative", help="Weights below 0 are meant: EXPERT=-1 takes away.")
 ]
 
+NameOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--name",
+        metavar="NAME=EXPERT",
+        help="What to call an expert without atoll.json, if not as its path; repeatable.",
+    ),
+]
+
 
 def register(app: typer.Typer) -> None:
     """Add the group."""
@@ -61,6 +70,7 @@ def register(app: typer.Typer) -> None:
         variant: VariantOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
+        name: NameOption = None,
         method: Annotated[
             str, typer.Option(help="mean; with --base model-stock, ties or dare too.")
         ] = "mean",
@@ -110,12 +120,22 @@ def register(app: typer.Typer) -> None:
 
             pack = None if barrier is None else _local(barrier)
             return checked(
-                do_check(_local(out), weighted, settings, base=place, negative=negative, pack=pack)
+                do_check(
+                    _local(out),
+                    weighted,
+                    settings,
+                    base=place,
+                    negative=negative,
+                    names=_names(name),
+                    pack=pack,
+                )
             )
         if barrier is not None:
             raise UsageError("--barrier says more of a check", cure="add --check")
         with _at_work(Path(out), weighted) as remember_in_all:
-            made = soup.create(_local(out), weighted, settings, base=place, negative=negative)
+            made = soup.create(
+                _local(out), weighted, settings, base=place, negative=negative, names=_names(name)
+            )
             remember_in_all(made)
         return _result(made)
 
@@ -128,6 +148,7 @@ def register(app: typer.Typer) -> None:
         variant: VariantOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
+        name: NameOption = None,
     ) -> Result:
         """Leave one out: the soup of all experts but one, for every one, at OUT/without-NAME."""
         from atoll.merge import soup
@@ -136,7 +157,7 @@ def register(app: typer.Typer) -> None:
         with _at_work(Path(out), weighted) as remember_in_all:
             made = soup.leave_one_out(
                 _local(out), weighted, _settings(dtype=dtype, variant=variant, block=block),
-                base=_place(base), negative=negative,
+                base=_place(base), negative=negative, names=_names(name),
             )  # fmt: skip
             for each in made.values():
                 remember_in_all(each)
@@ -156,6 +177,7 @@ def register(app: typer.Typer) -> None:
         base: BaseOption = None,
         block: BlockOption = None,
         negative: NegativeOption = False,
+        name: NameOption = None,
     ) -> Result:
         """Make a soup anew with further experts."""
         from atoll.merge import soup as soups
@@ -164,7 +186,7 @@ def register(app: typer.Typer) -> None:
         with _at_work(Path(soup), weighted) as remember_in_all:
             made = soups.add(
                 _local(soup), weighted, search=_paths(search), base=_place(base),
-                blocks=_blocks(block), negative=negative,
+                blocks=_blocks(block), negative=negative, names=_names(name),
             )  # fmt: skip
             remember_in_all(made)
         return _result(made)
@@ -242,6 +264,17 @@ def _place(base: str | None) -> Place | None:
     from atoll.merge.far import place_of
 
     return None if base is None else place_of(base)
+
+
+def _names(told: list[str] | None) -> dict[Place, str]:
+    from atoll.core.errors import UsageError
+    from atoll.merge.far import place_of
+
+    pairs = [text.partition("=") for text in told or []]
+    for text, (_, equals, expert) in zip(told or [], pairs, strict=True):
+        if not equals or not expert:
+            raise UsageError(f"'{text}' names nobody", allowed="NAME=EXPERT")
+    return {place_of(expert): name for name, _, expert in pairs}
 
 
 def _blocks(told: list[str] | None) -> list[Block]:

@@ -73,17 +73,27 @@ def open_experts(
     base_sha256: str | None = None,
     variant: str | None = None,
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
 ) -> list[Opened]:
     """Experts by path and integer weight, as ingredients of a soup that lies at `soup`.
 
     Weights may be `negative` only if that is said. Those without a card are copies of the base of
-    that digest, or of an unknown one.
+    that digest, or of an unknown one, and may be given `names` other than their paths'.
     """
+    names = names or {}
+    for place, name in names.items():
+        if place not in experts:
+            raise UsageError(f"{place} is named '{name}', and is no expert here")
+        if not name or "/" in name or not name.isprintable():
+            raise UsageError(f"'{name}' is no name", allowed="such as style-a")
     checked = {
         place: check_weight(weight, str(place), negative=negative)
         for place, weight in experts.items()
     }
-    opened = [_open(place, weight, soup, base_sha256, variant) for place, weight in checked.items()]
+    opened = [
+        _named(_open(place, weight, soup, base_sha256, variant), names.get(place))
+        for place, weight in checked.items()
+    ]
     for one in opened:
         if one.card is None:
             told = "its base is unknown" if base_sha256 is None else "its base is as you say"
@@ -92,6 +102,17 @@ def open_experts(
                 one.place, CARD_NAME, one.ingredient.name, told,
             )  # fmt: skip
     return opened
+
+
+def _named(one: Opened, name: str | None) -> Opened:
+    if name is None:
+        return one
+    if one.card is not None:
+        raise UsageError(
+            f"{one.place} is called {one.ingredient.name} by its {CARD_NAME}",
+            cure="leave out --name for it",
+        )
+    return replace(one, ingredient=one.ingredient.model_copy(update={"name": name}))
 
 
 def open_base(place: Place, copy: Opened, variant: str | None = None) -> Opened:
@@ -328,18 +349,20 @@ def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> I
             for file in root.rglob(name)
         } | set(root.rglob(f"*{WEIGHTS_SUFFIX}"))  # fmt: skip
         places += sorted(found)
+    # One without a card may have been given another name than that of its path.
+    names = (ingredient.name, model_name(Path(ingredient.path)))
     for place in dict.fromkeys(Path(_real(place)) for place in places):
         # Others' folders below the search root may be of any kind, ensembles among them.
         with suppress(AtollError):
-            if _is_called(place, ingredient.name):
+            if _is_called(place, names):
                 yield place
 
 
-def _is_called(place: Path, name: str) -> bool:
+def _is_called(place: Path, names: Collection[str]) -> bool:
     card = _card_of(place) if place.exists() else None
     if card is not None:
-        return card.name == name and card.kind != "soup"
-    return place.exists() and model_name(place) == name
+        return card.name in names and card.kind != "soup"
+    return place.exists() and model_name(place) in names
 
 
 def _strangers(pair: str, what: str, ours: object, theirs: object) -> Refused:

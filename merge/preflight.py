@@ -59,13 +59,14 @@ def check(
     *,
     base: Place | None = None,
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
     pack: Path | None = None,
 ) -> Check:
     """Refuse what `create` would, and measure the rest.
 
     Losses are measured on the records of a run's `pack` if there is one.
     """
-    opened, recipe = prepare(out, experts, settings, base=base, negative=negative)
+    opened, recipe = prepare(out, experts, settings, base=base, negative=negative, names=names)
     if opened[0].model.is_adapter:
         raise Refused("Adapters are not compared", cure="leave out --check, or compare the models")
     if pack is not None and recipe.variant is not None:

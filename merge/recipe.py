@@ -152,7 +152,8 @@ class Recipe(BaseModel):
                 raise Refused(
                     f"Two ingredients are named '{name}'",
                     allowed="one ingredient of a name",
-                    cure=f"leave one out, or first `atoll soup remove SOUP {name}`",
+                    cure="without atoll.json: give one a name of its own, --name NAME=EXPERT; else "
+                    f"leave one out, or first `atoll soup remove SOUP {name}`",
                 )
         ordered = tuple(sorted(ingredients, key=lambda ingredient: ingredient.name))
         recipe = cls(

@@ -66,6 +66,7 @@ def prepare(
     *,
     base: Place | None = None,
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
 ) -> tuple[list[Opened], Recipe]:
     """The ingredients of a soup in the order of its recipe, and the recipe, without digests.
 
@@ -80,9 +81,9 @@ def prepare(
                 f"{base} is the base, which has no weight", cure="leave it out of the experts"
             )
         experts = {**experts, base: 1}
-    opened = by_name(_opened(experts, out, base, settings.variant, negative))
-    names = {one.ingredient.name for one in opened}
-    check_blocks(settings.blocks, names, negative=negative)
+    opened = by_name(_opened(experts, out, base, settings.variant, negative, names))
+    called = {one.ingredient.name for one in opened}
+    check_blocks(settings.blocks, called, negative=negative)
     if settings.method != "mean":
         (own,) = (one.ingredient.name for one in opened if one.place == base)
     return opened, _recipe(opened, settings, base=own)
@@ -95,15 +96,16 @@ def create(
     *,
     base: Place | None = None,
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
 
     `base` is what those without a card are copies of, and what methods other than the mean need.
     `negative` weights are refused unless it is said that they are meant (task arithmetic,
-    arXiv 2212.04089). The same command again makes the same soup again; anything else that lies at
-    `out` is refused.
+    arXiv 2212.04089); `names` are for experts without a card. The same command again makes the same
+    soup again; anything else that lies at `out` is refused.
     """
-    opened, recipe = prepare(out, experts, settings, base=base, negative=negative)
+    opened, recipe = prepare(out, experts, settings, base=base, negative=negative, names=names)
     with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
         there = _taken(out)
         # What can be told before all is read, and then the rest.
@@ -121,11 +123,12 @@ def add(
     base: Place | None = None,
     blocks: Sequence[Block] = (),
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
 ) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
     with _changing(soup) as (partial, recipe):
         opened = find_ingredients(recipe, soup, search=search)
-        added = _opened(experts, soup, base, recipe.variant, negative)
+        added = _opened(experts, soup, base, recipe.variant, negative, names)
         check_blocks(blocks, {one.ingredient.name for one in added}, negative=negative)
         opened += added
         made = _again(recipe, opened, [*recipe.blocks_without(()), *blocks])
@@ -174,6 +177,7 @@ def leave_one_out(
     *,
     base: Place | None = None,
     negative: bool = False,
+    names: Mapping[Place, str] | None = None,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
 
@@ -184,7 +188,7 @@ def leave_one_out(
             "Leaving out one at a time is for plain means, and keeps no running state",
             cure="make the soup, and take out one with `atoll soup remove`",
         )
-    opened, whole = prepare(out, experts, settings, base=base, negative=negative)
+    opened, whole = prepare(out, experts, settings, base=base, negative=negative, names=names)
     if len(opened) < 2:
         raise UsageError("Without one expert there has to be another", cure="name two or more")
     adapters = opened[0].model.is_adapter
@@ -266,9 +270,16 @@ def _opened(
     base: Place | None,
     variant: str | None,
     negative: bool,
+    names: Mapping[Place, str] | None,
 ) -> list[Opened]:
-    base_sha256 = None if base is None else sha256_base(base, variant)
-    return open_experts(experts, soup, base_sha256=base_sha256, variant=variant, negative=negative)
+    return open_experts(
+        experts,
+        soup,
+        base_sha256=None if base is None else sha256_base(base, variant),
+        variant=variant,
+        negative=negative,
+        names=names,
+    )
 
 
 def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) -> Recipe:

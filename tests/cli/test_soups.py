@@ -74,6 +74,10 @@ def test_blocks_and_negative_weights_are_options(fresh: Path, tmp_path: Path) ->
     assert [part["weight"] for part in made["ingredients"]] == [3, -1]
     assert f"in conv_in.*: 1 x {names[0]}, 0 x {names[1]}" in atoll(*asked, "--negative", *told).out
     done("soup", "verify", tmp_path / "soup")
+    said = atoll(*asked, "--negative", "--name", f"x={first}")
+    assert (said.code, "leave out --name" in said.err) == (2, True)
+    said = atoll(*asked, "--negative", "--name", "x")
+    assert (said.code, "NAME=EXPERT" in said.err) == (2, True)
     for text in ("conv_in.*", "conv_in.*:a", "conv_in.*:a=x"):
         said = atoll(*asked, "--block", text)
         assert (said.code, "TENSORS:NAME=WEIGHT" in said.err) == (2, True)

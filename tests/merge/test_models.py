@@ -26,7 +26,7 @@ from atoll.core.errors import AtollError, MissingError, Refused, UsageError
 from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup
 from atoll.merge.model import FILE_NAME
-from atoll.merge.recipe import Settings
+from atoll.merge.recipe import Block, Settings
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
@@ -444,3 +444,40 @@ def test_what_is_no_model(tmp_path, name, kind, words):
     with pytest.raises(AtollError, match=words) as caught:
         soup.create(tmp_path / "soup", {tmp_path / name: 1})
     assert isinstance(caught.value, kind)
+
+
+def test_two_of_one_name_are_given_others(make_stranger, make_expert, tmp_path):
+    paths = [make_stranger(f"run-{i}") for i in range(2)]
+    for path in paths:
+        (tmp_path / f"in-{path.name}").mkdir()
+        path.rename(tmp_path / f"in-{path.name}" / "unet")
+    a, b = (tmp_path / f"in-run-{i}" / "unet" for i in range(2))
+    out = tmp_path / "soup"
+    with pytest.raises(Refused, match="--name NAME=EXPERT"):
+        soup.create(out, {a: 1, b: 1})
+    block = Block(tensors="conv_in.*", weights={"theirs": 3})
+    told = Settings(blocks=[block])
+    made = soup.create(out, {a: 1, b: 1}, told, names={a: "ours", b: "theirs"})
+    assert [part.name for part in made.recipe.ingredients] == ["ours", "theirs"]
+    assert verify(out).holds
+    before = sha256_folder(out)
+    c = make_stranger("unet")
+    soup.add(out, {c: 2})
+    soup.add(out, {make_stranger("other"): 2}, names={})
+    soup.remove(out, "other")
+    soup.remove(out, "unet")
+    assert sha256_folder(out) == before
+    # Found again by digest where it has moved, under the name of its path or its own.
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    for name in ("unet", "theirs"):
+        b = b.rename(elsewhere / name)
+        assert verify(out, search=[elsewhere]).holds
+    soup.remove(out, "theirs", search=[tmp_path])
+    with pytest.raises(UsageError, match="is called e by its"):
+        soup.create(tmp_path / "e", {make_expert("e"): 1}, names={tmp_path / "experts/e": "x"})
+    for name in ("", "a/b", "a\n"):
+        with pytest.raises(UsageError, match="is no name"):
+            soup.create(tmp_path / "x", {a: 1}, names={a: name})
+    with pytest.raises(UsageError, match="is no expert here"):
+        soup.create(tmp_path / "x", {a: 1}, names={b: "b"})
