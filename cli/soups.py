@@ -351,7 +351,10 @@ def _result(made: Soup) -> Result:
         for part in made.recipe.ingredients
     ]
     blocks = {block.tensors: block.weights for block in made.recipe.blocks}
-    listed = "\n".join(f"  {part['weight']} x {part['name']}" for part in ingredients)
+    no_weight = None if made.recipe.method == "mean" else made.recipe.base
+    listed = "\n".join(
+        f"  {part['weight']} x {part['name']}" for part in ingredients if part["name"] != no_weight
+    )
     if made.recipe.method != "mean":
         listed += f"\n  by {made.recipe.method}, with {made.recipe.base} as the base"
     of_method = {

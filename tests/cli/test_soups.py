@@ -121,6 +121,7 @@ def test_methods_that_keep_parts_of_moves(fresh: Path, tmp_path: Path, method: s
         f"by {method}, with base as the base, density 0.5, scale 1.5"
         in atoll("soup", "show", out).out
     )
+    assert "1 x base" not in atoll("soup", "show", out).out
     done("verify", fresh)
     done("unlearn", fresh, SHARD)  # which made nothing of its own stay
     rest = [expert for expert in experts if expert.exists()]
