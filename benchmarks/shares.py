@@ -5,7 +5,7 @@
 The pictures, at 8x8, are partitioned into eight clusters by a public tenth of them, thinned to what
 each cluster is to have of all others (40% to 5%), and partitioned again: by the same public tenth,
 so into the same clusters. Records that lie between two clusters are left out: pictures of a small
-expert are less sharp than records, and where clusters touch, a third of the largest one's are read
+expert are less sharp than records, and where clusters touch, 28% of the largest one's are read
 as a neighbour's, whatever the routing (docs/LOG.md). From there the whole way is gone with the
 commands that a user has. Pictures are sampled without prompts, so that the prior alone says how
 often a shard is due. One instrument, the nearest of the clusters' centroids, reads sampled and real

@@ -346,6 +346,8 @@ def _weighted(experts: list[str]) -> dict[Place, int]:
 
 
 def _result(made: Soup) -> Result:
+    from atoll.merge.recipe import OF_MOVES
+
     ingredients = [
         {"name": part.name, "shard": part.shard, "weight": part.weight, "sha256": part.sha256}
         for part in made.recipe.ingredients
@@ -359,7 +361,7 @@ def _result(made: Soup) -> Result:
         listed += f"\n  by {made.recipe.method}, with {made.recipe.base} as the base"
     of_method = {
         name: getattr(made.recipe, name)
-        for name in ("density", "scale", "seed")
+        for name in OF_MOVES
         if getattr(made.recipe, name) is not None
     }
     listed += "".join(f", {name} {value:g}" for name, value in of_method.items())

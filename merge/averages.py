@@ -19,7 +19,7 @@ from atoll.merge.ingredients import Opened, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import (
     Adapter,
-    distance_from_mean,
+    distance_from_made,
     layouts_of,
     mean_adapter,
     read_adapter,
@@ -199,15 +199,15 @@ def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> 
     return Digests({ADAPTER_NAME: save(made, layouts_of(made), out)}, error=error)
 
 
-def adapter_error(recipe: Recipe, opened: Sequence[Opened], file: Path) -> float:
-    """How far a file of adapters is from the exact mean of a recipe's, over its norm."""
+def adapter_distance(recipe: Recipe, opened: Sequence[Opened], file: Path) -> float:
+    """How far the products in a file of adapters are from those made now, over their norm."""
     opened = by_name(opened)
     with ExitStack() as closing:
         for one in opened:
             closing.enter_context(one.model)
         adapters = _understood(recipe, opened)
         found = closing.enter_context(Weights([file]))
-        return distance_from_mean(recipe, adapters, _torch_dtype(recipe), found)
+        return distance_from_made(recipe, adapters, _torch_dtype(recipe), found)
 
 
 def _understood(recipe: Recipe, opened: Sequence[Opened]) -> list[Adapter]:

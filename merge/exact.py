@@ -85,11 +85,9 @@ def mean(
     assert dtype in (None, out.dtype), (dtype, out.dtype)
     _check(tensors, weights, [out])
     flat, result = [tensor.reshape(-1) for tensor in tensors], out.view(-1)
-    narrow = _Narrow.of(flat, weights, result, chunk)
-    if narrow is None:
-        _in_chunks(flat, weights, result, chunk)
-    else:
-        _in_chunks(flat, weights, result, chunk, narrow)
+    narrow = _Narrow.of(flat, weights, result)
+    _in_chunks(flat, weights, result, chunk, narrow)
+    if narrow is not None:
         where = narrow.left_over()
         settled = torch.empty(len(where), dtype=out.dtype)
         _in_chunks([tensor[where] for tensor in flat], weights, settled, chunk)
@@ -339,9 +337,7 @@ class _Narrow:
         self._left = np.zeros(-(-count // _GROUP) * _GROUP, dtype=bool)
 
     @classmethod
-    def of(
-        cls, flat: Sequence[Tensor], weights: Sequence[int], result: Tensor, chunk: int
-    ) -> _Narrow | None:
+    def of(cls, flat: Sequence[Tensor], weights: Sequence[int], result: Tensor) -> _Narrow | None:
         """For these tensors; None where it is of no use."""
         total, reach = sum(weights), sum(map(abs, weights))
         dtypes = {tensor.dtype for tensor in flat}

@@ -349,19 +349,19 @@ def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> I
             for file in root.rglob(name)
         } | set(root.rglob(f"*{WEIGHTS_SUFFIX}"))  # fmt: skip
         places += sorted(found)
-    # One without a card may have been given another name than that of its path.
-    names = (ingredient.name, model_name(Path(ingredient.path)))
     for place in dict.fromkeys(Path(_real(place)) for place in places):
         # Others' folders below the search root may be of any kind, ensembles among them.
         with suppress(AtollError):
-            if _is_called(place, names):
+            if _is_called(place, ingredient):
                 yield place
 
 
-def _is_called(place: Path, names: Collection[str]) -> bool:
+def _is_called(place: Path, ingredient: Ingredient) -> bool:
     card = _card_of(place) if place.exists() else None
     if card is not None:
-        return card.name in names and card.kind != "soup"
+        return card.name == ingredient.name and card.kind != "soup"
+    # One without a card may have been given another name than that of its path.
+    names = (ingredient.name, model_name(Path(ingredient.path)))
     return place.exists() and model_name(place) in names
 
 

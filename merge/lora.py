@@ -119,22 +119,24 @@ def mean_adapter(
     return made, error
 
 
-def distance_from_mean(
+def distance_from_made(
     recipe: Recipe, adapters: Sequence[Adapter], dtype: torch.dtype | None, found: Weights
 ) -> float:
-    """How far an open file, else as `mean_adapter` has it, is from the mean, over its norm."""
+    """How far an open file's products are from those of `mean_adapter`, over their norm.
+
+    `Refused` where it differs in anything but the values of A and B.
+    """
     made, _ = mean_adapter(recipe, adapters, dtype)
-    if (
-        found.layout != layouts_of(made)
-        or found.metadata.get(SOUP_KEY) != recipe.metadata[SOUP_KEY]
-    ):
+    header = found.metadata.get(SOUP_KEY)
+    if found.layout != layouts_of(made) or header != recipe.metadata[SOUP_KEY]:
         raise Refused("it has other tensors, or says something else in its header")
-    modules, layers = _mean_layers(recipe, adapters, dtype)
+    modules, _ = _mean_layers(recipe, adapters, dtype)
     for module in modules.values():
         if module.alpha and not torch.equal(_read(found, module.alpha), made[module.alpha]):
             raise Refused(f"{module.alpha} is another")
+    wanted = {stem: (made[m.down], made[m.up]) for stem, m in modules.items()}
     told = {stem: (_read(found, m.down), _read(found, m.up)) for stem, m in modules.items()}
-    return distance(layers, told)
+    return distance(wanted, told)
 
 
 def _mean_layers(

@@ -31,7 +31,7 @@ SCHEMA_VERSION = 1
 Method = Literal["mean", "model-stock", "ties", "dare"]
 MOVES = ("ties", "dare")
 _DENSITIES = {"ties": 0.2, "dare": 0.1}  # of the papers
-_OF_MOVES = ("density", "scale", "seed")
+OF_MOVES = ("density", "scale", "seed")
 # "same": each tensor keeps the ingredients' dtype.
 Dtype = Literal["same", "float32", "bfloat16", "float16"]
 
@@ -306,7 +306,7 @@ class Recipe(BaseModel):
         """The file's content; what is not said of a soup is not in it."""
         unsaid = {name for name in ("variant", "base", "blocks") if not getattr(self, name)}
         unsaid |= {
-            n for n in (*_OF_MOVES, "state_sha256", "rank", "error") if getattr(self, n) is None
+            n for n in (*OF_MOVES, "state_sha256", "rank", "error") if getattr(self, n) is None
         }
         unsaid |= {"method"} if self.method == "mean" else set()
         return canonical_json(self.model_dump(mode="json", exclude=unsaid))
@@ -325,7 +325,7 @@ class Recipe(BaseModel):
         """The soup's unique name, a function of what is in it: same soup, same name."""
         parts = [(i.name, i.weight, i.sha256) for i in self.ingredients]
         blocks = [[block.model_dump() for block in self.blocks]] if self.blocks else []
-        moves = [[self.method, *(getattr(self, name) for name in _OF_MOVES)]]
+        moves = [[self.method, *(getattr(self, name) for name in OF_MOVES)]]
         told = [*blocks, *(moves if self.method in MOVES else [])]
         told += [] if self.rank is None else [[self.rank]]
         text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *told])
@@ -342,7 +342,7 @@ class Recipe(BaseModel):
         }
         if self.method != "mean":
             told["method"] = self.method
-        for name in (*_OF_MOVES, "rank"):
+        for name in (*OF_MOVES, "rank"):
             if getattr(self, name) is not None:
                 told[name] = getattr(self, name)
         if self.blocks and self.method != "model-stock":

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from atoll.core.errors import AtollError, Refused
 from atoll.core.storage import sha256_file
-from atoll.merge.averages import adapter_error, mean_files
+from atoll.merge.averages import adapter_distance, mean_files
 from atoll.merge.ingredients import Opened, by_name, check_alike, find_ingredients
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.model import sha256_weights
@@ -83,20 +83,20 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
 def _near(
     recipe: Recipe, opened: Sequence[Opened], soup: Path, made: Recipe, digests: dict[str, str]
 ) -> tuple[Recipe, dict[str, str], list[str]]:
-    """Adapters that were cut off: near enough to the mean is as good as the same bits.
+    """Adapters that were cut off: nearly the same products are as good as the same bits.
 
-    Another processor cuts off with other last bits. Nothing of that rank is nearer than what is
-    computed now, so that what is no further away is the same but for those.
+    Another processor cuts off with other last bits, and with others of what was lost.
     """
     file = soup / ADAPTER_NAME
     if made.sha256 == recipe.sha256 or not file.is_file():
         return made, digests, []
     try:
-        error = adapter_error(recipe, opened, file)
+        apart = adapter_distance(recipe, opened, file)
     except AtollError as refused:
         return made, digests, [f"{ADAPTER_NAME} is no mean of these: {refused}"]
     assert made.error is not None
-    if max(error, recipe.error or 0.0) > made.error + _NEAR:
+    assert recipe.error is not None
+    if not max(apart, abs(recipe.error - made.error)) <= _NEAR:  # NaN is not near
         return made, digests, []
     taken = {"sha256": recipe.sha256, "error": recipe.error}
     return made.model_copy(update=taken), {ADAPTER_NAME: recipe.sha256}, []

@@ -441,7 +441,7 @@ def test_means_of_bfloat16_in_float32(data):
 def test_the_fast_way_is_the_usual_one():
     for count in (2, 3, 4, 7):
         tensors = [like_weights(torch.bfloat16, 1 << 17, seed=i) for i in range(count)]
-        narrow = exact._Narrow.of(tensors, [1] * count, tensors[0], exact.CHUNK)
+        narrow = exact._Narrow.of(tensors, [1] * count, tensors[0])
         assert narrow is not None
         scratch = exact._Scratch(exact.CHUNK)
         out = torch.empty(1 << 17, dtype=torch.bfloat16)

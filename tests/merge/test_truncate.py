@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from pathlib import Path
@@ -110,10 +111,33 @@ def test_other_last_bits_are_verified_and_no_more(paths, tmp_path):
         out = soup.create(tmp_path / str(number), every, Settings(rank=2)).path
         rewritten(out, change)
         assert verify(out).holds == holds, verify(out).problems
-    # What says that more was lost than need be is found out too.
-    out = soup.create(tmp_path / "more", every, Settings(rank=2)).path
-    values = json.loads((out / RECIPE_NAME).read_text())
-    (out / RECIPE_NAME).write_bytes(canonical_json(values | {"error": 0.9}))
+    # What says that more was lost, or less, is found out too, behind other last bits as well.
+    for number, (change, error) in enumerate(
+        itertools.product((last_bits, lambda state: None), (0.9, 1e-4))
+    ):
+        out = soup.create(tmp_path / f"error-{number}", every, Settings(rank=2)).path
+        rewritten(out, change)
+        values = json.loads((out / RECIPE_NAME).read_text())
+        (out / RECIPE_NAME).write_bytes(canonical_json(values | {"error": error}))
+        assert not verify(out).holds
+
+
+def test_a_small_change_does_not_hide_behind_what_was_lost(tmp_path):
+    """Of a mean that lost much, products a thousandth apart are nearly as far from the mean."""
+    ranks = dict.fromkeys(LAYERS, 4)
+    paths = [
+        file(tmp_path / "in" / f"{n}.safetensors", adapter(i, ranks)) for i, n in enumerate("ab")
+    ]
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(rank=1)).path
+    assert soup.show(out).recipe.error > 0.3
+
+    def turned(state: dict[str, Tensor]) -> None:
+        up = state["unet.a.to_q.lora_B.weight"]
+        draw = torch.randn(up.shape, generator=torch.Generator().manual_seed(0))
+        draw -= up * (draw * up).sum() / up.square().sum()
+        up += 3e-4 * draw * up.norm() / draw.norm()
+
+    rewritten(out, turned)
     assert not verify(out).holds
 
 
