@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from atoll.merge.recipe import Block, Dtype, Method, Settings
     from atoll.merge.soup import Soup
 
-SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder.")]
+SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder, or its URI.")]
 ExpertsArgument = Annotated[
     list[str],
     typer.Argument(metavar="EXPERT[=WEIGHT]...", help="Experts; integer weights, 1 if none"),
@@ -63,7 +63,7 @@ def register(app: typer.Typer) -> None:
 
     @command(group, "create", example="atoll soup create out/soup out/run/islands/*/expert")
     def create(
-        out: Annotated[str, typer.Argument(metavar="OUT", help="The new soup's folder.")],
+        out: Annotated[str, typer.Argument(metavar="OUT", help="The new soup's folder, or a URI.")],
         expert: ExpertsArgument,
         dtype: DtypeOption = "same",
         base: BaseOption = None,
@@ -108,7 +108,7 @@ def register(app: typer.Typer) -> None:
             dtype=dtype, variant=variant, block=block, method=method, density=density,
             scale=scale, seed=seed, state=state, rank=rank,
         )  # fmt: skip
-        place = _place(base)
+        its_base = _base(base)
         if check and (method != "mean" or state):
             raise UsageError(
                 "A check is the same for every method, and keeps no state",
@@ -121,10 +121,10 @@ def register(app: typer.Typer) -> None:
             pack = None if barrier is None else _local(barrier)
             return checked(
                 do_check(
-                    _local(out),
+                    _place(out),
                     weighted,
                     settings,
-                    base=place,
+                    base=its_base,
                     negative=negative,
                     names=_names(name),
                     pack=pack,
@@ -132,16 +132,17 @@ def register(app: typer.Typer) -> None:
             )
         if barrier is not None:
             raise UsageError("--barrier says more of a check", cure="add --check")
-        with _at_work(Path(out), weighted) as remember_in_all:
+        with _at_work(_place(out), weighted) as remember_in_all:
             made = soup.create(
-                _local(out), weighted, settings, base=place, negative=negative, names=_names(name)
-            )
+                _place(out), weighted, settings, base=its_base, negative=negative,
+                names=_names(name),
+            )  # fmt: skip
             remember_in_all(made)
         return _result(made)
 
     @command(group, "loo", example="atoll soup loo out/loo out/run/islands/*/expert")
     def loo(
-        out: Annotated[str, typer.Argument(metavar="OUT", help="A folder for the new soups.")],
+        out: Annotated[str, typer.Argument(metavar="OUT", help="A folder or URI for the soups.")],
         expert: ExpertsArgument,
         dtype: DtypeOption = "same",
         base: BaseOption = None,
@@ -154,10 +155,10 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup
 
         weighted = _weighted(expert)
-        with _at_work(Path(out), weighted) as remember_in_all:
+        with _at_work(_place(out), weighted) as remember_in_all:
             made = soup.leave_one_out(
-                _local(out), weighted, _settings(dtype=dtype, variant=variant, block=block),
-                base=_place(base), negative=negative, names=_names(name),
+                _place(out), weighted, _settings(dtype=dtype, variant=variant, block=block),
+                base=_base(base), negative=negative, names=_names(name),
             )  # fmt: skip
             for each in made.values():
                 remember_in_all(each)
@@ -166,7 +167,7 @@ def register(app: typer.Typer) -> None:
             "soups": {
                 name: {k: v for k, v in each.items() if k != "text"} for name, each in told.items()
             },
-            "text": "\n".join(f"without {name}: {each.path}" for name, each in made.items()),
+            "text": "\n".join(f"without {name}: {each.place}" for name, each in made.items()),
         }
 
     @command(group, "add", example="atoll soup add out/soup out/run/islands/shard-05/expert=2")
@@ -183,9 +184,9 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
 
         weighted = _weighted(expert)
-        with _at_work(Path(soup), weighted) as remember_in_all:
+        with _at_work(_place(soup), weighted) as remember_in_all:
             made = soups.add(
-                _local(soup), weighted, search=_paths(search), base=_place(base),
+                _place(soup), weighted, search=_paths(search), base=_base(base),
                 blocks=_blocks(block), negative=negative, names=_names(name),
             )  # fmt: skip
             remember_in_all(made)
@@ -200,8 +201,8 @@ def register(app: typer.Typer) -> None:
         """Make a soup anew without one ingredient."""
         from atoll.merge import soup as soups
 
-        with _at_work(Path(soup)) as remember_in_all:
-            made = soups.remove(_local(soup), name, search=_paths(search))
+        with _at_work(_place(soup)) as remember_in_all:
+            made = soups.remove(_place(soup), name, search=_paths(search))
             remember_in_all(made)
         return _result(made)
 
@@ -211,7 +212,7 @@ def register(app: typer.Typer) -> None:
         from atoll.core.errors import Refused
         from atoll.merge.verify import verify as do_verify
 
-        verdict = do_verify(_local(soup), search=_paths(search))
+        verdict = do_verify(_place(soup), search=_paths(search))
         if not verdict.holds:
             raise Refused(
                 f"{soup} is not the soup of its recipe: {'; '.join(verdict.problems)}",
@@ -230,7 +231,7 @@ def register(app: typer.Typer) -> None:
         """What is in a soup."""
         from atoll.merge import soup as soups
 
-        return _result(soups.show(_local(soup)))
+        return _result(soups.show(_place(soup)))
 
 
 def _settings(
@@ -260,10 +261,14 @@ def _settings(
     )
 
 
-def _place(base: str | None) -> Place | None:
+def _base(base: str | None) -> Place | None:
+    return None if base is None else _place(base)
+
+
+def _place(text: str) -> Place:
     from atoll.merge.far import place_of
 
-    return None if base is None else place_of(base)
+    return place_of(text)
 
 
 def _names(told: list[str] | None) -> dict[Place, str]:
@@ -307,12 +312,13 @@ def _choice(what: str, text: str, choices: Sequence[str]) -> str:
 
 
 def _local(folder: str) -> Path:
-    """A soup's folder as a path; soups are made where they can be renamed into place."""
     from atoll.core.errors import UsageError
 
     if "://" in folder:
         raise UsageError(
-            f"{folder} is not a local folder", allowed="a local path", cure="make it and copy it"
+            f"{folder} is not a local folder",
+            allowed="a local path",
+            cure="fetch it first",
         )
     return Path(folder)
 
@@ -376,7 +382,7 @@ def _result(made: Soup) -> Result:
     if plan is not None and plan.from_state:
         listed += f"\n  from its running state, {plan.read_bytes / 1e9:.3g} GB read"
     result: dict[str, Any] = {
-        "soup": str(made.path),
+        "soup": str(made.place),
         "name": made.recipe.name,
         "sha256": made.recipe.sha256,
         "base_sha256": made.recipe.base_sha256,
@@ -388,7 +394,7 @@ def _result(made: Soup) -> Result:
         "state_sha256": made.recipe.state_sha256,
         "plan": None if plan is None else vars(plan),
         "blocks": blocks,
-        "text": f"{made.path}: {made.recipe.name}\n{listed}",
+        "text": f"{made.place}: {made.recipe.name}\n{listed}",
     }
     return result
 
@@ -415,20 +421,22 @@ def _check_of_run(place: Place) -> None:
 
 
 @contextmanager
-def _at_work(soup: Path, experts: Iterable[Place] = ()) -> Iterator[Callable[[Soup], None]]:
+def _at_work(soup: Place, experts: Iterable[Place] = ()) -> Iterator[Callable[[Soup], None]]:
     """Hold the runs that a soup lies in or comes from, before anything of it is changed.
 
     Yields what tells them all of the soup; one that left them is among their exports.
     """
     from atoll.cli.recording import remember
     from atoll.cli.working import check_recorded, run_of, working_on
+    from atoll.core.storage import Storage
+    from atoll.merge.home import Home
     from atoll.merge.ingredients import located
-    from atoll.merge.recipe import RECIPE_NAME, Recipe
+    from atoll.merge.recipe import RECIPE_NAME
 
     experts = list(experts)
     parts: list[Place] = [soup, *experts]
-    if (soup / RECIPE_NAME).is_file():
-        parts += [located(part, soup) for part in Recipe.load(soup).ingredients]
+    if Storage(soup).exists(RECIPE_NAME):
+        parts += [located(part, soup) for part in Home(soup).recipe().ingredients]
     with ExitStack() as stack:
         found = {run_of(part) for part in parts}
         homes = sorted((home for home in found if home is not None), key=str)

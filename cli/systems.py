@@ -37,6 +37,8 @@ from atoll.router.routing import Routing, parse_routing
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from atoll.merge.far import Place
+
 
 CPU = torch.device("cpu")
 _AT_ONCE = 100  # pictures
@@ -313,13 +315,14 @@ def _sole_gate(x_t: Tensor, t: Tensor, cond: Conditioning) -> Tensor:
 
 def _encoder_near(folder: Path) -> Path | None:
     """The encoder of the run that a denoiser, or an ingredient of a soup, belongs to."""
+    from atoll.merge.ingredients import located
     from atoll.merge.recipe import RECIPE_NAME, Recipe
 
-    candidates = [folder]
+    candidates: list[Place] = [folder]
     if (folder / RECIPE_NAME).is_file():
-        candidates += [folder / part.path for part in Recipe.load(folder).ingredients]
+        candidates += [located(part, folder) for part in Recipe.load(folder).ingredients]
     for candidate in candidates:
-        run = owning_run(candidate)
+        run = owning_run(candidate) if isinstance(candidate, Path) else None
         if run is not None and (run / "encoder").is_dir():
             return run / "encoder"
     return None

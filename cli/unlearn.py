@@ -15,17 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from atoll.cli.recording import remember
+from atoll.cli.recording import place_in, remember
 from atoll.cli.signature import signature_name, signer
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
 from atoll.core.denoiser import CARD_NAME, Card
-from atoll.core.disk import recover, sweep
-from atoll.core.errors import AtollError, Refused, UsageError
+from atoll.core.disk import sweep
+from atoll.core.errors import AtollError, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger, LedgerEntry
 from atoll.core.manifest import MANIFEST_NAME, Manifest, check_artefact
 from atoll.core.storage import Storage
+from atoll.merge.far import Place, place_of
+from atoll.merge.home import Home, recovered
 from atoll.merge.recipe import RECIPE_NAME
 
 if TYPE_CHECKING:
@@ -115,8 +117,8 @@ def _intent(run: Storage, manifest: Manifest, shard: str) -> dict[str, Any]:
     before = {path: sha for path, sha in manifest.artefacts().items() if sha in reached}
     kinds, unreached = _exports(manifest, newest, shard)
     _check_sound(run, manifest, shard, kinds.values())
-    soups = {artefact.path: run.local(artefact.path) for artefact in manifest.soups.values()}
-    soups |= {export: Path(export) for export, kind in kinds.items() if kind == "soup"}
+    soups = {each.path: place_in(run, each.path) for each in manifest.soups.values()}
+    soups |= {export: place_of(export) for export, kind in kinds.items() if kind == "soup"}
     emptied = [name for name, folder in soups.items() if not _others(run, folder, shard)]
     beyond = ["copies of the ensemble, the experts or soups that others were given before"]
     beyond += ["the ledger's own lines, which go on naming the shard"]
@@ -214,11 +216,6 @@ def _check_sound(run: Storage, manifest: Manifest, shard: str, kinds: Collection
     """
     from atoll.router.assemble import check_parts, has_base
 
-    if manifest.soups and not run.is_local:
-        raise Refused(
-            f"The soups of {run.uri} cannot be averaged anew where they are",
-            cure="fetch the run, take the shard out there, and put it back",
-        )
     stay = [manifest.encoder, manifest.commons, manifest.partition]
     stay += [entry for name, entry in manifest.shards.items() if name != shard]
     experts = {name: expert for name, expert in manifest.experts.items() if name != shard}
@@ -234,23 +231,20 @@ def _check_sound(run: Storage, manifest: Manifest, shard: str, kinds: Collection
             check_parts(run, staying, with_base=kind == WITH_BASE)
 
 
-def _others(run: Storage, folder: Path, shard: str) -> bool:
+def _others(run: Storage, soup: Place, shard: str) -> bool:
     """Whether there is a soup without the shard; refused where the rest is not to be found again.
 
     There is none of nothing else, nor of what only the shard gave a mean: nobody without it could
     have made that.
     """
     from atoll.merge.ingredients import find_ingredients
-    from atoll.merge.recipe import Recipe
 
-    recipe = Recipe.load(folder)
+    recipe = Home(soup).recipe()
     leaving = [part.name for part in recipe.ingredients if part.shard == shard]
     if not recipe.has_mean_without(leaving):
         return False
     if leaving:
-        for opened in find_ingredients(
-            recipe, folder, search=[run.local("islands")], leave=leaving
-        ):
+        for opened in find_ingredients(recipe, soup, search=_search(run), leave=leaving):
             with opened.model:
                 opened.read()
     return True
@@ -259,7 +253,7 @@ def _others(run: Storage, folder: Path, shard: str) -> bool:
 def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str]) -> None:
     for name, artefact in list(manifest.soups.items()):
         if artefact.path not in emptied:
-            remember(_without(run, run.local(artefact.path), shard), run, manifest)
+            remember(_without(run, place_in(run, artefact.path), shard), run, manifest)
             continue
         log.warning("%s is no soup without %s, and is gone", artefact.path, shard)
         run.remove(artefact.path)
@@ -267,16 +261,21 @@ def _leave_soups(run: Storage, manifest: Manifest, shard: str, emptied: list[str
         manifest.save(run)
 
 
-def _without(run: Storage, folder: Path, shard: str) -> Soup:
+def _search(run: Storage) -> list[Path]:
+    """Where else than recipes say experts may be; a run elsewhere is not fetched for it."""
+    return [run.local("islands")] if run.is_local else []
+
+
+def _without(run: Storage, soup: Place, shard: str) -> Soup:
     """Take a shard out of a soup where it is in it."""
     from atoll.merge import soup as soups
 
-    recover(folder)
-    made = soups.show(folder)
+    recovered(soup)
+    made = soups.show(soup)
     leaving = [part.name for part in made.recipe.ingredients if part.shard == shard]
     if not leaving:
         return made
-    return soups.remove_all(folder, leaving, search=[run.local("islands")])
+    return soups.remove_all(soup, leaving, search=_search(run))
 
 
 def _leave_exported_soups(
@@ -287,7 +286,7 @@ def _leave_exported_soups(
         if export in emptied:
             _drop_export(run, manifest, export)
         else:
-            remember(_without(run, Path(export), shard), run, manifest)
+            remember(_without(run, place_of(export), shard), run, manifest)
 
 
 def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 from safetensors import SafetensorError
 
+from atoll.cli.recording import place_in
 from atoll.cli.signature import BYTES as SIGNATURE_BYTES
 from atoll.cli.signature import check_signature, read_signer, signature_name
 from atoll.cli.unlearn import (
@@ -29,11 +30,14 @@ from atoll.core.config import CONFIG_NAME
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
+from atoll.core.lock import LOCK_NAME
 from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Plan, Shard, check_schema
 from atoll.core.storage import Storage, sha256_folder
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey
+
+    from atoll.merge.far import Place
 
 _CENTROIDS = "partition/centroids.safetensors"
 
@@ -78,7 +82,7 @@ def verify_run(run: Storage) -> list[Finding]:
         findings.append(
             _check(
                 f"{artefact.path} is the exact mean of its ingredients",
-                _soup_check(run.local(artefact.path)),
+                _soup_check(place_in(run, artefact.path)),
             )
         )
     if manifest.ensemble is not None:
@@ -209,7 +213,7 @@ def _facts_check(run: Storage, manifest: Manifest) -> None:
         raise Refused(f"the manifest and the files differ about: {', '.join(differing)}")
 
 
-def _soup_check(soup: Path) -> Callable[[], None]:
+def _soup_check(soup: Place) -> Callable[[], None]:
     def recheck() -> None:
         from atoll.merge.verify import verify as verify_soup
 
@@ -268,7 +272,7 @@ def _removal_check(run: Storage, manifest: Manifest, shard: str) -> Callable[[],
 def _unaccounted(run: Storage, manifest: Manifest) -> list[str]:
     """Files that neither an artefact nor a known name accounts for: they may hold the shard."""
     kept = set(manifest.artefacts()) | {f"islands/{shard}" for shard in manifest.shards}
-    kept |= {MANIFEST_NAME, CERTIFICATE_NAME, INTENT_NAME, ".lock", "lock.json"}
+    kept |= {MANIFEST_NAME, CERTIFICATE_NAME, INTENT_NAME, ".lock", LOCK_NAME}
     kept |= {
         "ledger",
         "base-training",

@@ -20,6 +20,8 @@ from atoll.core.journal import log
 from atoll.core.outage import GRACE_SECONDS
 from atoll.core.storage import Storage, canonical_json
 
+LOCK_NAME = "lock.json"  # where a run is not on a local disk
+
 
 class InUse(Refused):
     """Another command holds the run."""
@@ -38,11 +40,11 @@ def exclusive(run: Storage) -> Iterator[None]:
     }  # fmt: skip
     run = run.patient(seconds=GRACE_SECONDS)  # what is lost here locks everybody out
     try:
-        run.create("lock.json", canonical_json(owner))
+        run.create(LOCK_NAME, canonical_json(owner))
     except FileExistsError:
         raise InUse(
-            f"Another command is at work on {run.uri}: {run.read_json('lock.json')}",
-            cure=f"wait for it; if it is surely dead, remove {run.uri}/lock.json",
+            f"Another command is at work on {run.uri}: {run.read_json(LOCK_NAME)}",
+            cure=f"wait for it; if it is surely dead, remove {run.uri}/{LOCK_NAME}",
         ) from None
     try:
         yield
@@ -52,9 +54,9 @@ def exclusive(run: Storage) -> Iterator[None]:
 
 def _release(run: Storage) -> None:
     try:
-        run.remove("lock.json")
+        run.remove(LOCK_NAME)
     except (Failed, OSError) as error:  # what was done under it stands, however that ended
-        log.warning("%s/lock.json is left, remove it by hand: %s", run.uri, error)
+        log.warning("%s/%s is left, remove it by hand: %s", run.uri, LOCK_NAME, error)
 
 
 @contextlib.contextmanager

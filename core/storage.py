@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import fsspec
+import fsspec.callbacks
 from fsspec.implementations.local import LocalFileSystem
 
 from atoll.core.disk import (
@@ -266,11 +267,29 @@ class Storage:
             with tempfile.TemporaryDirectory(prefix="atoll-") as folder:
                 made = Path(folder) / "file"
                 yield made
+                self.put(made, name)
 
-                def put() -> None:
-                    in_folder(self._fs, path, lambda: self._fs.put_file(str(made), path))
+    def put(
+        self,
+        file: Path,
+        name: str,
+        *,
+        check: Callable[[], None] = lambda: None,
+        advance: Callable[[int], None] = lambda count: None,
+    ) -> None:
+        """Make a local file appear at `name`, in pieces of which `advance` hears the bytes."""
+        path = self._path(name, write=True)
+        if self.is_local:
+            with self.writing(name) as place:
+                shutil.copyfile(file, place)
+            return
 
-                self._ask(f"writing {name}", put)
+        def put() -> None:
+            check()
+            self._fs.put_file(str(file), path, callback=_Heard(advance))
+
+        with no_space_is_failure(name):
+            self._ask(f"writing {name}", lambda: in_folder(self._fs, path, put))
 
     def create(self, name: str, data: bytes) -> None:
         """Create the file, complete and exclusively; FileExistsError when it is already there.
@@ -414,7 +433,7 @@ class Storage:
             for file in sorted(files, key=_marks):
                 place = f"{name}/{file.relative_to(folder).as_posix()}"
                 # Of each: an upload may hang for longer than it takes an heir to publish.
-                self.write_bytes(place, file.read_bytes(), check=check)
+                self.put(file, place, check=check)
 
     def sweep(self, name: str) -> None:
         """Clear away what killed writers left below a folder; a store keeps nothing of theirs."""
@@ -428,6 +447,17 @@ class Storage:
         return self._ride_out(
             f"reading {name}", lambda: sha256_folder(path) if path.is_dir() else sha256_file(path)
         )
+
+
+class _Heard(fsspec.callbacks.Callback):  # type: ignore[misc]
+    """Tells of the bytes that went out."""
+
+    def __init__(self, advance: Callable[[int], None]) -> None:
+        super().__init__()
+        self._advance = advance
+
+    def relative_update(self, inc: int = 1) -> None:
+        self._advance(inc)
 
 
 def _copy(folder: Path, place: Path) -> None:

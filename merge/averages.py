@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 
 from atoll.core.errors import Refused
-from atoll.core.storage import sha256_file
+from atoll.merge.home import Home
 from atoll.merge.ingredients import Opened, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import (
@@ -27,8 +27,7 @@ from atoll.merge.lora import (
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
 from atoll.merge.moves import moves_rule, trim_limits
-from atoll.merge.recipe import MOVES, RECIPE_NAME, Ingredient, Recipe
-from atoll.merge.state import FOLDER as STATE
+from atoll.merge.recipe import MOVES, RECIPE_NAME, STATE, Ingredient, Recipe
 from atoll.merge.state import Rests, rest_name, state_layouts, state_name, state_rule
 from atoll.merge.stream import Out, save, stream
 from atoll.merge.weights import Layout, Weights
@@ -41,6 +40,10 @@ class Digests:
     weights: dict[str, str] = field(default_factory=dict)
     state: dict[str, str] = field(default_factory=dict)
     error: float | None = None  # of adapters that were cut off
+
+
+Made = tuple[Recipe, dict[str, str]]
+"""A soup's recipe with the digests of all that was read and written, and those by file."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +60,15 @@ class Change:
         return self.sign * self.recipe.weights(tensor)[names.index(self.opened.ingredient.name)]
 
 
-def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Recipe, dict[str, str]]:
-    """The soup's weights computed and written nowhere: their sha256 by file, and the recipe.
+def mean_files(recipe: Recipe, opened: Sequence[Opened]) -> Made:
+    """The soup's weights computed and written nowhere.
 
     Of every tensor only a piece of each ingredient is in memory.
     """
     opened = by_name(opened)
     with ExitStack() as closing:
         (digests,) = _streamed(recipe, [recipe], opened, [None], closing)
-        return _read(recipe, opened, digests), digests.weights | digests.state
+        return _read(recipe, opened, digests)
 
 
 def averaged(
@@ -74,8 +77,8 @@ def averaged(
     parts: Sequence[Sequence[Opened]],
     opened: Sequence[Opened],
     partials: Sequence[Path],
-) -> list[Recipe]:
-    """Write the weights of every soup, each of its `parts`; the recipes with all digests."""
+) -> list[Made]:
+    """Write the weights of every soup, each of its `parts`."""
     with ExitStack() as closing:
         digests = _streamed(whole, recipes, opened, partials, closing)
         return [_read(*each) for each in zip(recipes, parts, digests, strict=True)]
@@ -87,10 +90,10 @@ def updated(
     changes: Sequence[Change],
     partial: Path,
     *,
-    soup: Path,
+    home: Home,
     state_sha256: str,
-) -> Recipe:
-    """Write a soup's weights and state from the state of the one at `soup`, and what changed.
+) -> Made:
+    """Write a soup's weights and state from the state of the one at `home`, and what changed.
 
     Raises whatever a state, an ingredient or its store that is not as it was leads to; from those
     that stay the soup can be made all the same.
@@ -100,20 +103,20 @@ def updated(
         check_alike([*opened, *(change.opened for change in changes)])
         models = [closing.enter_context(change.opened.model) for change in changes]
         for file, layouts in mean_layouts(opened, recipe.dtype).items():
-            sums = closing.enter_context(Weights([soup / state_name(file)]))
+            sums = closing.enter_context(home.weights(state_name(file)))
             if sums.layout != state_layouts(layouts):
                 raise Refused(f"{state_name(file)} has other tensors")
             _stream_with_state(
                 recipe, file, layouts, [sums, *(model.weights[file] for model in models)],
                 [change.opened.ingredient.name for change in changes],
                 lambda tensor: [change.weight(tensor) for change in changes],
-                partial, digests, before=Rests.load(soup, file),
+                partial, digests, before=Rests.load(home, file),
             )  # fmt: skip
             before.state |= {state_name(file): next(iter(sums.sha256().values()))}
-            left = soup / rest_name(file)
-            before.state |= {rest_name(file): sha256_file(left)} if left.is_file() else {}
+            left = home.sha256(rest_name(file))
+            before.state |= {rest_name(file): left} if left else {}
         if sha256_weights(before.state) != state_sha256:
-            raise Refused(f"{soup / STATE} is not what {RECIPE_NAME} says")
+            raise Refused(f"{home.place}/{STATE} is not what {RECIPE_NAME} says")
         read = {change.opened.ingredient.name: change.opened.read() for change in changes}
     ingredients = tuple(read.get(part.name, part) for part in recipe.ingredients)
     return _with_digests(recipe, ingredients, digests)
@@ -199,14 +202,14 @@ def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> 
     return Digests({ADAPTER_NAME: save(made, layouts_of(made), out)}, error=error)
 
 
-def adapter_distance(recipe: Recipe, opened: Sequence[Opened], file: Path) -> float:
-    """How far the products in a file of adapters are from those made now, over their norm."""
+def adapter_distance(recipe: Recipe, opened: Sequence[Opened], made: Weights) -> float:
+    """How far the products of adapters are from those made now, over their norm."""
     opened = by_name(opened)
     with ExitStack() as closing:
         for one in opened:
             closing.enter_context(one.model)
         adapters = _understood(recipe, opened)
-        found = closing.enter_context(Weights([file]))
+        found = closing.enter_context(made)
         return distance_from_made(recipe, adapters, _torch_dtype(recipe), found)
 
 
@@ -224,18 +227,17 @@ def _torch_dtype(recipe: Recipe) -> torch.dtype | None:
     return None if recipe.dtype == "same" else getattr(torch, recipe.dtype)
 
 
-def _read(recipe: Recipe, opened: Sequence[Opened], digests: Digests) -> Recipe:
-    """The recipe with the digests of what came and of what was read for it."""
+def _read(recipe: Recipe, opened: Sequence[Opened], digests: Digests) -> Made:
+    """With the digests of what was read for it."""
     return _with_digests(recipe, tuple(one.read() for one in by_name(opened)), digests)
 
 
-def _with_digests(recipe: Recipe, parts: tuple[Ingredient, ...], digests: Digests) -> Recipe:
+def _with_digests(recipe: Recipe, parts: tuple[Ingredient, ...], digests: Digests) -> Made:
     state = None if recipe.state_sha256 is None else sha256_weights(digests.state)
-    return recipe.model_copy(
-        update={
-            "ingredients": parts,
-            "sha256": sha256_weights(digests.weights),
-            "state_sha256": state,
-            "error": digests.error,
-        }
-    )
+    made = {
+        "ingredients": parts,
+        "sha256": sha256_weights(digests.weights),
+        "state_sha256": state,
+        "error": digests.error,
+    }
+    return recipe.model_copy(update=made), digests.weights | digests.state

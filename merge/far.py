@@ -14,9 +14,10 @@ from urllib.parse import urlsplit
 
 from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import DataError, Refused, UsageError
+from atoll.core.lock import LOCK_NAME
 from atoll.core.storage import Storage
 from atoll.merge.model import PIPELINE_NAME, TEXTS, WEIGHTS_SUFFIX
-from atoll.merge.recipe import RECIPE_NAME
+from atoll.merge.recipe import RECIPE_NAME, STATE
 
 Place = Path | str
 """Where a model lies: a local path, or a URI as text."""
@@ -38,16 +39,21 @@ def is_uri(place: Place) -> bool:
     return isinstance(place, str) and "://" in place
 
 
+def below(place: Place, name: str) -> Place:
+    """What lies in a place by a relative name."""
+    return place / name if isinstance(place, Path) else f"{place.rstrip('/')}/{name}"
+
+
 class Far:
     """What lies at a URI; `path` is what stands for it here, until this object goes.
 
-    Raises `UsageError` where there is nothing, `Refused` for a URI that holds a secret, which would
-    be written into recipes, and `DataError` where it is not understood.
+    Raises `UsageError` where there is nothing and something `must_be`, `Refused` for a URI that
+    holds a secret, which would be written into recipes, and `DataError` where it is not understood.
     """
 
-    def __init__(self, uri: str) -> None:
-        self.uri = uri.rstrip("/")
-        _check_no_secret(self.uri)
+    def __init__(self, uri: str, *, must_be: bool = True) -> None:
+        self.uri, self._must_be = uri.rstrip("/"), must_be
+        check_no_secret(self.uri)
         above, _, name = self.uri.rpartition("/")
         self._scratch = tempfile.TemporaryDirectory(prefix="atoll-far-")
         folder = Path(self._scratch.name) / (_unversioned(above.rpartition("/")[2]) or "far")
@@ -69,9 +75,9 @@ class Far:
             names += [n for n in (CARD_NAME, RECIPE_NAME) if names and self._storage.exists(n)]
         else:
             self._storage, self._root = Storage(self.uri), self.path
-            names = [file for file in self._storage.list() if file.count("/") < 2]
+            names = [file for file in self._storage.list() if _is_looked_at(file)]
             self._look_above(above, folder)
-        if not names:
+        if not names and self._must_be:
             raise UsageError(f"There is nothing at {self.uri}", allowed="a folder or a file")
         self._names = {_unversioned(file) if file == name else file: file for file in names}
         for standing, file in self._names.items():
@@ -110,13 +116,19 @@ class Far:
             place.write_bytes(self._storage.read_bytes(name))
 
 
+def _is_looked_at(file: str) -> bool:
+    """Of a model that and its components, and of a soup its running state; nobody's lock."""
+    return file != LOCK_NAME and (file.count("/") < 2 or file.startswith(f"{STATE}/"))
+
+
 def _unversioned(name: str) -> str:
     """A part of a path without the revision that a hub's has, `NAME@REVISION`."""
     stem, _, revision = name.partition("@")
     return name if revision.endswith(WEIGHTS_SUFFIX) else stem
 
 
-def _check_no_secret(uri: str) -> None:
+def check_no_secret(uri: str) -> None:
+    """Refuse a URI with a name, a password or a query that may be one."""
     parts = urlsplit(uri)
     if parts.username or parts.password or (parts.query and parts.scheme in ("http", "https")):
         raise Refused(

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import posixpath
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
@@ -49,7 +50,7 @@ class Opened:
     model: Model
     far: Far | None = None  # stays as long as this does
 
-    def seen_from(self, soup: Path) -> Opened:
+    def seen_from(self, soup: Place) -> Opened:
         """The same as an ingredient of a soup that lies elsewhere."""
         path = _relative(self.place, soup)
         return replace(self, ingredient=self.ingredient.model_copy(update={"path": path}))
@@ -68,7 +69,7 @@ class Opened:
 
 def open_experts(
     experts: Mapping[Place, int],
-    soup: Path,
+    soup: Place,
     *,
     base_sha256: str | None = None,
     variant: str | None = None,
@@ -144,7 +145,7 @@ def sha256_base(place: Place, variant: str | None = None) -> str:
 
 
 def find_ingredients(
-    recipe: Recipe, soup: Path, *, search: Sequence[Path] = (), leave: Collection[str] = ()
+    recipe: Recipe, soup: Place, *, search: Sequence[Path] = (), leave: Collection[str] = ()
 ) -> list[Opened]:
     """A soup's ingredients, all but those that `leave`, where the recipe has them or in `search`.
 
@@ -235,7 +236,7 @@ def _alike(ours: Layout | None, theirs: Layout | None) -> bool:
 
 
 def _open(
-    place: Place, weight: int, soup: Path, base_sha256: str | None, variant: str | None
+    place: Place, weight: int, soup: Place, base_sha256: str | None, variant: str | None
 ) -> Opened:
     if "\0" in str(place):
         raise UsageError("A path holds a NUL byte")
@@ -290,11 +291,22 @@ def _check_card(card: Card, place: Place, own: str | None, base_sha256: str | No
         )
 
 
-def _relative(place: Place, soup: Path) -> str:
-    """A local path from a soup's folder; a URI is itself wherever the soup lies."""
+def _relative(place: Place, soup: Place) -> str:
+    """A place from a soup's folder, if both are here or on one store; else itself."""
+    if is_uri(soup):
+        here, there = _on_store(str(soup)), _on_store(str(place))
+        if not is_uri(place):
+            return _real(Path(place))
+        return posixpath.relpath(there[1], here[1]) if here[0] == there[0] else str(place)
     if is_uri(place):
         return str(place)
     return Path(os.path.relpath(_real(Path(place)), os.path.realpath(soup))).as_posix()
+
+
+def _on_store(uri: str) -> tuple[str, str]:
+    """A URI's store, with its bucket or host, and the path there."""
+    scheme, _, path = uri.partition("://")
+    return f"{scheme}://{path.partition('/')[0]}", f"/{path.partition('/')[2]}"
 
 
 def _real(path: Path) -> str:
@@ -303,7 +315,7 @@ def _real(path: Path) -> str:
     return os.path.join(os.path.realpath(path.parent), path.name)
 
 
-def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[Path]) -> Opened:
+def _find(ingredient: Ingredient, recipe: Recipe, soup: Place, search: Iterable[Path]) -> Opened:
     recorded = located(ingredient, soup)
     candidates = []
     for place in _candidates(ingredient, soup, search):
@@ -330,14 +342,19 @@ def _find(ingredient: Ingredient, recipe: Recipe, soup: Path, search: Iterable[P
     )
 
 
-def located(ingredient: Ingredient, soup: Path) -> Place:
+def located(ingredient: Ingredient, soup: Place) -> Place:
     """Where the recipe of a soup has an ingredient."""
     if is_uri(ingredient.path):
         return place_of(ingredient.path)
+    if is_uri(soup):
+        if os.path.isabs(ingredient.path):
+            return Path(ingredient.path)
+        store, folder = _on_store(str(soup))
+        return store + posixpath.normpath(posixpath.join(folder, ingredient.path))
     return Path(os.path.realpath(soup)) / ingredient.path
 
 
-def _candidates(ingredient: Ingredient, soup: Path, search: Iterable[Path]) -> Iterator[Path]:
+def _candidates(ingredient: Ingredient, soup: Place, search: Iterable[Path]) -> Iterator[Path]:
     """What is here and has the ingredient's name: where it was, then all others below `search`."""
     recorded = located(ingredient, soup)
     places = [] if is_uri(recorded) else [Path(recorded)]

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from atoll.core.storage import sha256_folder
-from atoll.merge.recipe import Recipe
+from atoll.core.storage import sha256_named
+from atoll.merge.home import Home
+from atoll.merge.soup import Soup
 
 
 @dataclass(frozen=True)
@@ -22,17 +22,17 @@ class SoupEntry:
     note: dict[str, Any]
 
 
-def ledger_entry(soup: Path, name: str) -> SoupEntry:
-    """The entry for the soup in folder `soup`, which the run calls `name`.
+def ledger_entry(soup: Soup, name: str) -> SoupEntry:
+    """The entry for a soup, which the run calls `name`.
 
     The controller turns `parents` into the ledger's entries of these experts: an island's parents
     (base, encoder) carry their own shards along.
     """
-    recipe = Recipe.load(soup)
+    recipe, digests = soup.recipe, soup.digests
     return SoupEntry(
         kind="soup",
         name=name,
-        sha256=sha256_folder(soup),
+        sha256=sha256_named(digests) if digests else Home(soup.place).sha256_folder(),
         parents=tuple(ingredient.name for ingredient in recipe.ingredients),
         shards=tuple(recipe.shards),
         note={

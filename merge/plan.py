@@ -4,16 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from atoll.core.errors import AtollError
 from atoll.merge import exact
 from atoll.merge.averages import Change
+from atoll.merge.home import Home
 from atoll.merge.ingredients import Opened, block_name
 from atoll.merge.mean import mean_layouts
 from atoll.merge.recipe import Recipe
 from atoll.merge.state import state_layouts
-from atoll.merge.weights import Layout, Weights
+from atoll.merge.weights import Layout
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Plan:
 
 
 def plan_change(
-    soup: Path,
+    home: Home,
     before: Recipe | None,
     recipe: Recipe,
     opened: Sequence[Opened],
@@ -34,7 +34,7 @@ def plan_change(
 ) -> Plan:
     """Choose for a soup of all that was `opened`; None of what is not known or not there.
 
-    The state of the one at `soup` is of use where all others count as they did. Both ways write the
+    The state of the one at `home` is of use where all others count as they did. Both ways write the
     same.
     """
     files = mean_layouts(opened, recipe.dtype).values()
@@ -46,7 +46,7 @@ def plan_change(
         return anew
     if not _count_as_before(before, recipe, opened[0]):
         return anew
-    if recipe.dtype == "same" and not _dtypes_stay(soup, opened, changes):
+    if recipe.dtype == "same" and not _dtypes_stay(home, opened, changes):
         return anew
     read = state + _of([change.opened for change in changes])
     return Plan(True, read, anew.written_bytes) if read < anew.read_bytes else anew
@@ -72,7 +72,7 @@ def _count_as_before(before: Recipe, recipe: Recipe, one: Opened) -> bool:
     return all(told(before, tensor) == told(recipe, tensor) for tensor in tensors)
 
 
-def _dtypes_stay(soup: Path, opened: Sequence[Opened], changes: Sequence[Change]) -> bool:
+def _dtypes_stay(home: Home, opened: Sequence[Opened], changes: Sequence[Change]) -> bool:
     """Whether all that stay have the soup's dtypes.
 
     They are not read, so that nothing says that their headers are those of before; a soup in the
@@ -81,7 +81,7 @@ def _dtypes_stay(soup: Path, opened: Sequence[Opened], changes: Sequence[Change]
     changed = [change.opened for change in changes]
     for file in opened[0].model.weights:
         try:
-            made = Weights([soup / file]).layout
+            made = home.weights(file).layout
         except (AtollError, OSError):
             return False
         if any(one.model.weights[file].layout != made for one in opened if one not in changed):

@@ -53,7 +53,7 @@ class Comparison:
 
 
 def check(
-    out: Path,
+    out: Place,
     experts: Mapping[Place, int],
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,

@@ -23,6 +23,7 @@ from atoll.core.storage import canonical_json
 from atoll.merge.exact import MAX_TOTAL
 
 RECIPE_NAME = "soup.json"
+STATE = "state"  # the folder of a running state, beside it
 SOUP_KEY = "atoll.soup"  # in the header of its weights
 SCHEMA_VERSION = 1
 
@@ -271,20 +272,24 @@ class Recipe(BaseModel):
             )
 
     @classmethod
-    def load(cls, soup: Path) -> Self:
-        """The recipe in a soup's folder; `UsageError` where there is none, `Refused` if damaged."""
-        path = soup / RECIPE_NAME
+    def load(cls, soup: Path, *, called: Path | str | None = None) -> Self:
+        """The recipe in a soup's folder, or in what stands for one that is `called` something else.
+
+        Raises `UsageError` where there is none, and `Refused` if it is damaged.
+        """
+        called = soup if called is None else called
+        path = f"{called}/{RECIPE_NAME}"
         try:
-            values = json.loads(path.read_text())
+            values = json.loads((soup / RECIPE_NAME).read_text())
         except (FileNotFoundError, NotADirectoryError):
             raise UsageError(
-                f"There is no soup at {soup}",
+                f"There is no soup at {called}",
                 allowed=f"a folder with {RECIPE_NAME}",
                 cure="make one with `atoll soup create OUT EXPERT...`",
             ) from None
         except (ValueError, RecursionError) as error:
             raise Refused(f"{path} is not readable JSON ({error})") from error
-        check_schema(values, SCHEMA_VERSION, str(path))
+        check_schema(values, SCHEMA_VERSION, path)
         try:
             recipe = cls.model_validate(values)
         except ValidationError as error:

@@ -11,18 +11,20 @@ Diffusion Soup, arXiv 2406.08431; cached sums leak what was deleted, arXiv 2210.
 from __future__ import annotations
 
 import fnmatch
+import hashlib
 import logging
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card, read_card
-from atoll.core.disk import no_space_is_failure, recover, replacing
+from atoll.core.denoiser import CARD_NAME, NETWORK_CONFIG, Card
+from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import AtollError, Refused, UsageError
-from atoll.merge.averages import Change, averaged, updated
-from atoll.merge.far import Place
+from atoll.merge.averages import Change, Made, averaged, updated
+from atoll.merge.far import Place, below
+from atoll.merge.home import Home, recovered, replacing_home
 from atoll.merge.ingredients import (
     Opened,
     block_name,
@@ -37,13 +39,13 @@ from atoll.merge.plan import Plan, plan_change
 from atoll.merge.recipe import (
     MOVES,
     RECIPE_NAME,
+    STATE,
     Block,
     Recipe,
     Settings,
     check_blocks,
     in_order,
 )
-from atoll.merge.state import FOLDER as STATE
 from atoll.merge.stock import stock_blocks
 
 log = logging.getLogger(__name__)
@@ -51,16 +53,18 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Soup:
-    """A soup on disk: its folder, its recipe, and its card unless it is of strangers' models."""
+    """A soup: where it lies, its recipe, and its card unless it is of strangers' models."""
 
-    path: Path
+    place: Place
     card: Card | None
     recipe: Recipe
     plan: Plan | None = None  # of how it was made just now
+    # By file, if it was made just now.
+    digests: Mapping[str, str] = field(default_factory=dict, compare=False)
 
 
 def prepare(
-    out: Path,
+    out: Place,
     experts: Mapping[Place, int],
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
@@ -90,7 +94,7 @@ def prepare(
 
 
 def create(
-    out: Path,
+    out: Place,
     experts: Mapping[Place, int],
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
@@ -106,17 +110,17 @@ def create(
     soup again; anything else that lies at `out` is refused.
     """
     opened, recipe = prepare(out, experts, settings, base=base, negative=negative, names=names)
-    with no_space_is_failure(out.name), replacing(out, alone=True) as partial:
-        there = _taken(out)
+    with no_space_is_failure(str(out)), replacing_home(out) as (home, partial):
+        there = _taken(home)
         # What can be told before all is read, and then the rest.
         _check_same(out, there, recipe, read=False)
-        made = _make(recipe, opened, partial, out)
+        made = _make(recipe, opened, partial, home)
         _check_same(out, there, made.recipe, read=True)
         return made
 
 
 def add(
-    soup: Path,
+    soup: Place,
     experts: Mapping[Place, int],
     *,
     search: Sequence[Path] = (),
@@ -126,28 +130,28 @@ def add(
     names: Mapping[Place, str] | None = None,
 ) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
-    with _changing(soup) as (partial, recipe):
+    with _changing(soup) as (home, partial, recipe):
         opened = find_ingredients(recipe, soup, search=search)
         added = _opened(experts, soup, base, recipe.variant, negative, names)
         check_blocks(blocks, {one.ingredient.name for one in added}, negative=negative)
         opened += added
         made = _again(recipe, opened, [*recipe.blocks_without(()), *blocks])
         changes = [Change(one, 1, made) for one in added]
-        return _make(made, opened, partial, soup, before=recipe, changes=changes)
+        return _make(made, opened, partial, home, before=recipe, changes=changes)
 
 
-def remove(soup: Path, name: str, *, search: Sequence[Path] = ()) -> Soup:
+def remove(soup: Place, name: str, *, search: Sequence[Path] = ()) -> Soup:
     """Make the soup anew without the ingredient of that name, or of that shard.
 
     The ingredient itself need not exist any more. The last one is refused.
     """
-    recover(soup)
-    return remove_all(soup, [Recipe.load(soup).named(name).name], search=search)
+    recovered(soup)
+    return remove_all(soup, [Home(soup).recipe().named(name).name], search=search)
 
 
-def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] = ()) -> Soup:
+def remove_all(soup: Place, leaving: Collection[str], *, search: Sequence[Path] = ()) -> Soup:
     """Likewise without several, by their names, at once: on the way there may be no mean."""
-    with _changing(soup) as (partial, recipe):
+    with _changing(soup) as (home, partial, recipe):
         (leave, *_) = leaving
         if not {part.name for part in recipe.ingredients} - {*leaving, recipe.base}:
             raise Refused(
@@ -167,11 +171,11 @@ def remove_all(soup: Path, leaving: Collection[str], *, search: Sequence[Path] =
             with suppress(AtollError, OSError):  # which need not be there any more, nor its store
                 left = find_ingredients(recipe, soup, search=search, leave=stay)
                 changes = [Change(one, -1, recipe) for one in left]
-        return _make(made, opened, partial, soup, before=recipe, changes=changes)
+        return _make(made, opened, partial, home, before=recipe, changes=changes)
 
 
 def leave_one_out(
-    out: Path,
+    out: Place,
     experts: Mapping[Place, int],
     settings: Settings = Settings(),  # noqa: B008 (frozen)
     *,
@@ -206,10 +210,11 @@ def leave_one_out(
             "The experts are in several dtypes, so that the soups would be",
             cure="choose one for all: --dtype float32, bfloat16 or float16",
         )
-    left_out = {one.ingredient.name: out / f"without-{_file_name(one)}" for one in opened}
-    with no_space_is_failure(out.name), ExitStack() as closing:
-        partials = [closing.enter_context(replacing(s, alone=True)) for s in left_out.values()]
-        there = [_taken(soup) for soup in left_out.values()]
+    left_out = {one.ingredient.name: below(out, f"without-{_file_name(one)}") for one in opened}
+    with no_space_is_failure(str(out)), ExitStack() as closing:
+        held = [closing.enter_context(replacing_home(soup)) for soup in left_out.values()]
+        partials = [partial for _, partial in held]
+        there = [_taken(home) for home, _ in held]
         others = [
             [one.seen_from(soup) for one in opened if one.ingredient.name != name]
             for name, soup in left_out.items()
@@ -220,18 +225,18 @@ def leave_one_out(
         ]
         for soup, earlier, recipe in zip(left_out.values(), there, recipes, strict=True):
             _check_same(soup, earlier, recipe, read=False)
-        recipes = averaged(whole, recipes, others, opened, partials)
+        written = averaged(whole, recipes, others, opened, partials)
         made = {}
         for number, (name, soup) in enumerate(left_out.items()):
-            _check_same(soup, there[number], recipes[number], read=True)
-            made[name] = _fill(partials[number], recipes[number], others[number], soup)
+            _check_same(soup, there[number], written[number][0], read=True)
+            made[name] = _fill(partials[number], written[number], others[number], soup)
         return made
 
 
-def show(soup: Path) -> Soup:
+def show(soup: Place) -> Soup:
     """Read a soup's card and recipe."""
-    recipe = Recipe.load(soup)
-    return Soup(soup, _card_of(soup), recipe)
+    home = Home(soup)
+    return Soup(soup, recipe=home.recipe(), card=home.card())
 
 
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
@@ -256,17 +261,17 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
 
 
 @contextmanager
-def _changing(soup: Path) -> Iterator[tuple[Path, Recipe]]:
-    """The folder to fill, and the recipe as it stands while nobody else may change it."""
-    recover(soup)
-    Recipe.load(soup)  # before anything is written beside it
-    with no_space_is_failure(soup.name), replacing(soup, alone=True) as partial:
-        yield partial, Recipe.load(soup)
+def _changing(soup: Place) -> Iterator[tuple[Home, Path, Recipe]]:
+    """The soup as it stands while nobody else may change it, the folder to fill, and the recipe."""
+    recovered(soup)
+    Home(soup).recipe()  # before anything is written beside it
+    with no_space_is_failure(str(soup)), replacing_home(soup) as (home, partial):
+        yield home, partial, home.recipe()
 
 
 def _opened(
     experts: Mapping[Place, int],
-    soup: Path,
+    soup: Place,
     base: Place | None,
     variant: str | None,
     negative: bool,
@@ -344,16 +349,17 @@ def stock_blocks_of(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ..
     return in_order(stock_blocks(experts, base))
 
 
-def _taken(out: Path) -> Recipe | None:
+def _taken(home: Home) -> Recipe | None:
     """The recipe of the soup that lies there; refused where something else does."""
-    if not out.exists() or (out.is_dir() and not any(out.iterdir())):
+    path = home.path
+    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
         return None
-    if not (out / RECIPE_NAME).is_file():
-        raise Refused(f"{out} is not empty and holds no soup", cure="name another OUT")
-    return Recipe.load(out)
+    if not (path / RECIPE_NAME).is_file():
+        raise Refused(f"{home.place} is not empty and holds no soup", cure="name another OUT")
+    return home.recipe()
 
 
-def _check_same(out: Path, there: Recipe | None, recipe: Recipe, *, read: bool) -> None:
+def _check_same(out: Place, there: Recipe | None, recipe: Recipe, *, read: bool) -> None:
     """Refuse to write over anything but the same soup; before it is `read`, without digests."""
     if there is not None and there.asked(digests=read) != recipe.asked(digests=read):
         raise Refused(
@@ -366,21 +372,21 @@ def _make(
     recipe: Recipe,
     opened: Sequence[Opened],
     partial: Path,
-    soup: Path,
+    home: Home,
     *,
     before: Recipe | None = None,
     changes: Sequence[Change] | None = None,
 ) -> Soup:
-    """Fill the folder `partial`, which will lie at `soup`; from the state there if that is less."""
+    """Fill the folder `partial`, which becomes the soup; from its state if that reads less."""
     if opened[0].model.is_adapter:
-        return _fill(partial, _anew(recipe, opened, partial), opened, soup)
-    plan = plan_change(soup, before, recipe, opened, changes)
+        return _fill(partial, _anew(recipe, opened, partial), opened, home.place)
+    plan = plan_change(home, before, recipe, opened, changes)
     if plan.from_state and before is not None and before.state_sha256 and changes:
         try:
             made = updated(
-                recipe, opened, changes, partial, soup=soup, state_sha256=before.state_sha256
+                recipe, opened, changes, partial, home=home, state_sha256=before.state_sha256
             )
-            return replace(_fill(partial, made, opened, soup), plan=plan)
+            return replace(_fill(partial, made, opened, home.place), plan=plan)
         except Exception as error:
             # Whatever a damaged state or a store that is away makes of it: nothing is lost but
             # time, and if an ingredient that stays is to blame, that is said now.
@@ -389,25 +395,23 @@ def _make(
                 "ingredients", type(error).__name__, error,
             )  # fmt: skip
             shutil.rmtree(partial / STATE, ignore_errors=True)
-            plan = plan_change(soup, None, recipe, opened, None)
-    return replace(_fill(partial, _anew(recipe, opened, partial), opened, soup), plan=plan)
+            plan = plan_change(home, None, recipe, opened, None)
+    return replace(_fill(partial, _anew(recipe, opened, partial), opened, home.place), plan=plan)
 
 
-def _anew(recipe: Recipe, opened: Sequence[Opened], partial: Path) -> Recipe:
+def _anew(recipe: Recipe, opened: Sequence[Opened], partial: Path) -> Made:
     (made,) = averaged(recipe, [recipe], [opened], by_name(opened), [partial])
     return made
 
 
-def _fill(partial: Path, recipe: Recipe, opened: Sequence[Opened], soup: Path) -> Soup:
+def _fill(partial: Path, made: Made, opened: Sequence[Opened], soup: Place) -> Soup:
     """Write what lies beside the weights."""
+    recipe, digests = made
     for name, content in small_files(recipe, opened).items():
         (partial / name).parent.mkdir(exist_ok=True)
         (partial / name).write_bytes(content)
-    return Soup(soup, _card_of(partial), recipe)
-
-
-def _card_of(folder: Path) -> Card | None:
-    return read_card(folder) if (folder / CARD_NAME).is_file() else None
+        digests[name] = hashlib.sha256(content).hexdigest()
+    return Soup(soup, Home(partial).card(), recipe, digests=digests)
 
 
 def _file_name(one: Opened) -> str:

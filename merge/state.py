@@ -18,17 +18,18 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load
 from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import exact
+from atoll.merge.home import Home
 from atoll.merge.ingredients import block_name
 from atoll.merge.mean import copy_same, named
+from atoll.merge.recipe import STATE
 from atoll.merge.stream import Out, Rule, save
 from atoll.merge.weights import FORMAT_NAMES, Layout
 
-FOLDER = "state"
 _REST_SUFFIX = ".rest.safetensors"
 _MOST_RESTS = 1 << 20  # of a file; in memory some 100 MB
 _MOST_BYTES = 16 * _MOST_RESTS + (1 << 24)  # with a header
@@ -36,12 +37,12 @@ _MOST_BYTES = 16 * _MOST_RESTS + (1 << 24)  # with a header
 
 def state_name(file: str) -> str:
     """Where the sums of a weights file lie in a soup's folder."""
-    return f"{FOLDER}/{file}"
+    return f"{STATE}/{file}"
 
 
 def rest_name(file: str) -> str:
     """Likewise what is left of them."""
-    return f"{FOLDER}/{file.removesuffix('.safetensors')}{_REST_SUFFIX}"
+    return f"{STATE}/{file.removesuffix('.safetensors')}{_REST_SUFFIX}"
 
 
 def state_layouts(layouts: Mapping[str, Layout]) -> dict[str, Layout]:
@@ -62,12 +63,14 @@ class Rests:
     _adding: threading.Lock = field(default_factory=threading.Lock)
 
     @classmethod
-    def load(cls, soup: Path, file: str) -> Rests:
+    def load(cls, home: Home, file: str) -> Rests:
         """Those of a soup."""
-        path, found = soup / rest_name(file), cls()
-        if path.is_file() and path.stat().st_size > _MOST_BYTES:
-            raise Refused(f"{path} is larger than any")
-        for name, told in (load_file(path) if path.is_file() else {}).items():
+        path, found = home.path / rest_name(file), cls()
+        if not path.is_file():
+            return found
+        if path.stat().st_size > _MOST_BYTES:
+            raise Refused(f"{home.place}/{rest_name(file)} is larger than any")
+        for name, told in load(home.read(rest_name(file))).items():
             places, bits = told.tolist()
             found._places[name] = places
             found.of[name] = dict(zip(places, map(_whole, bits), strict=True))

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from atoll.core.errors import AtollError, Refused
-from atoll.core.storage import sha256_file
 from atoll.merge.averages import adapter_distance, mean_files
+from atoll.merge.far import Place
+from atoll.merge.home import Home
 from atoll.merge.ingredients import Opened, by_name, check_alike, find_ingredients
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.model import sha256_weights
-from atoll.merge.recipe import Recipe
+from atoll.merge.recipe import STATE, Recipe
 from atoll.merge.soup import base_among, small_files, stock_blocks_of
-from atoll.merge.state import FOLDER as STATE
 
 _NEAR = 1e-6  # of the norm: well above float32's rounding of factors, below what anybody could see
 
@@ -28,7 +28,7 @@ _NEAR = 1e-6  # of the norm: well above float32's rounding of factors, below wha
 class Verdict:
     """What `verify` found; `problems` is empty when the soup is what its recipe says."""
 
-    path: Path
+    place: Place
     ingredients: tuple[str, ...]
     expected_sha256: str  # of the weights as computed now; empty if that was not possible
     found_sha256: str  # of the weights on disk; empty if there are none, or nothing to compare
@@ -39,13 +39,14 @@ class Verdict:
         return not self.problems
 
 
-def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
+def verify(soup: Place, *, search: Sequence[Path] = ()) -> Verdict:
     """Recompute the soup at `soup`; files that are no part of a soup are not looked at.
 
     Raises `UsageError` when there is no soup or an ingredient is nowhere to be found, in its
     recorded place or below `search`, and `Refused` when the recipe cannot be read.
     """
-    recipe = Recipe.load(soup)
+    home = Home(soup)
+    recipe = home.recipe()
     names = tuple(ingredient.name for ingredient in recipe.ingredients)
     try:
         opened = find_ingredients(recipe, soup, search=search)
@@ -56,7 +57,7 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
 
     problems = []
     if recipe.error:
-        made, digests, wrong = _near(recipe, opened, soup, made, digests)
+        made, digests, wrong = _near(recipe, opened, home, made, digests)
         problems += wrong
     if opened[0].base_sha256 != recipe.base_sha256:
         problems.append("soup.json names another base than the ingredients")
@@ -69,29 +70,28 @@ def verify(soup: Path, *, search: Sequence[Path] = ()) -> Verdict:
             problems.append("soup.json names another base than the ingredient that is it")
     texts = small_files(made, opened)
     wanted = digests | {name: hashlib.sha256(text).hexdigest() for name, text in texts.items()}
-    there = {name: sha256_file(soup / name) for name in wanted if (soup / name).is_file()}
+    there = {name: digest for name in wanted if (digest := home.sha256(name))}
     for name, expected in wanted.items():
         problems += _differences(name, expected, there.get(name, ""))
     state = [name for name in digests if name.startswith(f"{STATE}/")]
-    kept = {f.relative_to(soup).as_posix() for f in (soup / STATE).rglob("*") if f.is_file()}
-    problems += [f"{name} is no part of this soup" for name in sorted(kept - wanted.keys())]
+    kept = sorted(set(home.names(STATE)) - wanted.keys())
+    problems += [f"{name} is no part of this soup" for name in kept]
     weights = {file: there[file] for file in digests if file in there and file not in state}
     found = sha256_weights(weights) if weights else ""
     return Verdict(soup, names, made.sha256, found, tuple(problems))
 
 
 def _near(
-    recipe: Recipe, opened: Sequence[Opened], soup: Path, made: Recipe, digests: dict[str, str]
+    recipe: Recipe, opened: Sequence[Opened], home: Home, made: Recipe, digests: dict[str, str]
 ) -> tuple[Recipe, dict[str, str], list[str]]:
     """Adapters that were cut off: nearly the same products are as good as the same bits.
 
     Another processor cuts off with other last bits, and with others of what was lost.
     """
-    file = soup / ADAPTER_NAME
-    if made.sha256 == recipe.sha256 or not file.is_file():
+    if made.sha256 == recipe.sha256 or ADAPTER_NAME not in home.names():
         return made, digests, []
     try:
-        apart = adapter_distance(recipe, opened, file)
+        apart = adapter_distance(recipe, opened, home.weights(ADAPTER_NAME))
     except AtollError as refused:
         return made, digests, [f"{ADAPTER_NAME} is no mean of these: {refused}"]
     assert made.error is not None

@@ -264,8 +264,8 @@ def test_who_loses_it_while_uploading_uploads_no_more(tmp_path: Path) -> None:
 
 def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -> None:
     place, done = Storage("memory://marker"), []
-    write, remove = place.write_bytes, place.remove
-    place.write_bytes = lambda name, data, **_: (done.append(name), write(name, data))  # type: ignore
+    put, remove = place.put, place.remove
+    place.put = lambda file, name, **_: (done.append(name), put(file, name))  # type: ignore
     place.remove = lambda name: (done.append(f"-{name}"), remove(name))  # type: ignore
     files = {"atoll_dot_json": "{}", "weights": "w", "sub__z": "z", "config_dot_json": "{}"}
     place.publish(make(tmp_path / "x", **files), "expert")

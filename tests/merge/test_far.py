@@ -39,9 +39,9 @@ def uploaded() -> Iterator[Callable[[Path], str]]:
 
 def test_a_soup_of_uris_is_that_of_the_files(make_expert, uploaded, tmp_path):
     paths = [make_expert(name) for name in "abc"]
-    expected = soup.create(tmp_path / "soup", dict(zip(paths, (1, 2, 3), strict=True))).path
+    expected = soup.create(tmp_path / "soup", dict(zip(paths, (1, 2, 3), strict=True))).place
     uris = [uploaded(path) for path in paths]
-    out = soup.create(tmp_path / "far", {uris[0]: 1, paths[1]: 2, uris[2] + "/": 3}).path
+    out = soup.create(tmp_path / "far", {uris[0]: 1, paths[1]: 2, uris[2] + "/": 3}).place
     assert sha256_file(out / WEIGHTS) == sha256_file(expected / WEIGHTS)
     recipe = json.loads((out / "soup.json").read_text())
     assert [part["path"] for part in recipe["ingredients"]] == [
@@ -78,7 +78,7 @@ def test_a_file_a_component_and_a_base_afar(make_expert, uploaded, tmp_path):
     save_file({"x": torch.ones(3)}, tmp_path / "one.safetensors")
     made = soup.create(tmp_path / "file", {uploaded(tmp_path / "one.safetensors"): 1})
     assert made.recipe.ingredients[0].name == "one"
-    assert (made.path / FILE_NAME).is_file()
+    assert (made.place / FILE_NAME).is_file()
 
     whole = tmp_path / "whole"
     unet = make_expert("a", folder=whole / "unet")
@@ -92,7 +92,7 @@ def test_a_file_a_component_and_a_base_afar(make_expert, uploaded, tmp_path):
     (base / CARD_NAME).unlink()
     made = soup.create(tmp_path / "other", {f"{uri}/unet": 1}, base=uploaded(base, "bare"))
     assert made.recipe.base_sha256 == sha256_file(base / WEIGHTS)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 def test_a_pipeline_afar(make_expert, uploaded, tmp_path):
@@ -100,8 +100,8 @@ def test_a_pipeline_afar(make_expert, uploaded, tmp_path):
     (make_expert("a", folder=whole / "unet") / CARD_NAME).unlink()
     (whole / "model_index.json").write_text(json.dumps({"unet": ["diffusers", "UNet"], "_x": 1}))
     made = soup.create(tmp_path / "soup", {uploaded(whole): 1})
-    assert (made.path / "unet" / WEIGHTS).is_file()
-    assert verify(made.path).holds
+    assert (made.place / "unet" / WEIGHTS).is_file()
+    assert verify(made.place).holds
 
 
 def test_what_is_not_afar_is_refused(uploaded, tmp_path):
@@ -122,7 +122,7 @@ def test_what_is_not_afar_is_refused(uploaded, tmp_path):
 
 def test_what_is_here_is_not_asked_for_afar(make_expert, uploaded, tmp_path, monkeypatch):
     path = make_expert("a")
-    out = soup.create(tmp_path / "soup", {uploaded(path): 1}).path
+    out = soup.create(tmp_path / "soup", {uploaded(path): 1}).place
     monkeypatch.setattr(Storage, "exists", None)
     monkeypatch.setattr(Storage, "list", None)
     assert verify(out, search=[path.parent]).holds
@@ -179,7 +179,7 @@ def test_servers_that_serve_no_ranges(make_expert, uploaded, tmp_path, monkeypat
 
 def test_a_store_that_changes_meanwhile_is_found_out(make_expert, uploaded, tmp_path):
     uri = uploaded(make_expert("a"))
-    out = soup.create(tmp_path / "soup", {uri: 1}).path
+    out = soup.create(tmp_path / "soup", {uri: 1}).place
     fs = fsspec.filesystem("memory")
     name = uri.removeprefix("memory:/")
     data = bytearray(fs.cat_file(f"{name}/{WEIGHTS}"))

@@ -70,8 +70,8 @@ def test_the_mean_is_that_of_products(tmp_path, names):
     ]
     paths = [file(tmp_path / f"{n}.safetensors", s) for n, s in zip("abc", states, strict=True)]
     made = soup.create(tmp_path / "soup", dict(zip(paths, (1, 2, 3), strict=True)))
-    assert {f.name for f in made.path.iterdir()} == {FILE_NAME, "soup.json"}
-    mean = load_file(made.path / FILE_NAME)
+    assert {f.name for f in made.place.iterdir()} == {FILE_NAME, "soup.json"}
+    mean = load_file(made.place / FILE_NAME)
     own = 0.5 if names == "kohya" else 1.0  # alpha over rank
     for layer in LAYERS:
         wanted = sum(w * product(s, layer, own) for w, s in zip((1, 2, 3), states, strict=True)) / 6
@@ -84,7 +84,7 @@ def test_the_mean_is_that_of_products(tmp_path, names):
     assert [float(v) for k, v in mean.items() if k.endswith("alpha")] == [7.0] * (
         2 if names == "kohya" else 0
     )
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 @settings(max_examples=40, deadline=None)
@@ -98,7 +98,7 @@ def test_every_element_of_b_is_rounded_once(tmp_path_factory, weights, dtype, se
     states = [adapter(seed + n, {"unet.a.to_q": 2}, dtype=dtype) for n in range(len(weights))]
     paths = [file(folder / f"{n}.safetensors", state) for n, state in enumerate(states)]
     made = soup.create(folder / "soup", dict(zip(paths, weights, strict=True)))
-    mean = load_file(made.path / FILE_NAME)
+    mean = load_file(made.place / FILE_NAME)
     downs = torch.cat([state["unet.a.to_q.lora_A.weight"] for state in states])
     assert torch.equal(mean["unet.a.to_q.lora_A.weight"], downs)
     ups = mean["unet.a.to_q.lora_B.weight"]
@@ -125,27 +125,27 @@ def test_order_and_history_do_not_show(tmp_path):
         file(tmp_path / "in" / f"{name}.safetensors", adapter(n, dict.fromkeys(LAYERS, n + 1)))
         for n, name in enumerate("abc")
     ]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1)).place
     before = sha256_folder(out)
     soup.add(out, {paths[2]: 3})
     assert sha256_folder(out) != before
     soup.remove(out, "c")
     assert sha256_folder(out) == before
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths[1::-1], 1)).path
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths[1::-1], 1)).place
     assert sha256_folder(again) == before
     every = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1))
-    never = soup.create(tmp_path / "loo" / "never", dict.fromkeys(paths[:2], 1)).path
-    assert sha256_folder(every["c"].path) == sha256_folder(never)
+    never = soup.create(tmp_path / "loo" / "never", dict.fromkeys(paths[:2], 1)).place
+    assert sha256_folder(every["c"].place) == sha256_folder(never)
 
 
 def test_scales_come_from_the_header_of_the_file(tmp_path):
     state = adapter(0, {"unet.a.to_q": 2, "unet.b.conv": 2})
     told = {"unet.r": 2, "unet.lora_alpha": 8, "unet.alpha_pattern": {"conv": 1}}
     made = soup.create(tmp_path / "soup", {file(tmp_path / "a.safetensors", state, **told): 1})
-    mean = load_file(made.path / FILE_NAME)
+    mean = load_file(made.place / FILE_NAME)
     for layer, scale in (("unet.a.to_q", 4.0), ("unet.b.conv", 0.5)):
         torch.testing.assert_close(product(mean, layer), product(state, layer, scale))
-    with safe_open(made.path / FILE_NAME, framework="pt") as opened:
+    with safe_open(made.place / FILE_NAME, framework="pt") as opened:
         assert METADATA not in opened.metadata()  # its scale is 1
 
 
@@ -156,7 +156,7 @@ def test_blocks_weights_and_dtypes_of_adapters(tmp_path):
     made = soup.create(
         tmp_path / "soup", {a: 3, b: -1}, Settings(blocks=[block], dtype="float32"), negative=True
     )
-    mean = load_file(made.path / FILE_NAME)
+    mean = load_file(made.place / FILE_NAME)
     assert {value.dtype for value in mean.values()} == {torch.float32}
     torch.testing.assert_close(product(mean, "unet.b.conv"), product(states[0], "unet.b.conv"))
     wanted = (3 * product(states[0], "unet.a.to_q") - product(states[1], "unet.a.to_q")) / 2
@@ -168,7 +168,7 @@ def test_a_layer_in_which_nobody_is_heard_is_zero(tmp_path):
     b = file(tmp_path / "b.safetensors", adapter(1, {"unet.a.to_q": 2}))
     block = Block(tensors="unet.b.*", weights={"a": 0})
     mean = load_file(
-        soup.create(tmp_path / "s", {a: 1, b: 1}, Settings(blocks=[block])).path / FILE_NAME
+        soup.create(tmp_path / "s", {a: 1, b: 1}, Settings(blocks=[block])).place / FILE_NAME
     )
     assert not product(mean, "unet.b.conv").any()
 
@@ -227,4 +227,4 @@ def test_a_file_of_an_expert_keeps_its_shard(make_expert, tmp_path):
     assert made.recipe.shards == ["shard-a"]
     assert made.recipe.base_sha256 == "b" * 64
     assert made.card is None
-    assert verify(made.path).holds
+    assert verify(made.place).holds

@@ -85,12 +85,12 @@ def test_a_pipeline_is_averaged_part_by_part_loaded_by_diffusers_and_run(make_pi
     paths = [make_pipeline(name) for name in "abc"]
     made = soup.create(tmp_path / "soup", dict(zip(paths, (1, 2, 3), strict=True)))
     for part in PARTS:
-        mean, *values = (load_file(path / part) for path in (made.path, *paths))
+        mean, *values = (load_file(path / part) for path in (made.place, *paths))
         for name, value in mean.items():
             assert torch.equal(value, exact.mean([v[name] for v in values], [1, 2, 3]))
     # The tokenizer is no tokenizer.
-    edit(made.path / "model_index.json", tokenizer=[None, None])
-    loaded = DiTPipeline.from_pretrained(made.path)
+    edit(made.place / "model_index.json", tokenizer=[None, None])
+    loaded = DiTPipeline.from_pretrained(made.place)
     generator = torch.Generator().manual_seed(0)
     loaded.set_progress_bar_config(disable=True)
     images = loaded(
@@ -99,29 +99,29 @@ def test_a_pipeline_is_averaged_part_by_part_loaded_by_diffusers_and_run(make_pi
     assert images.shape == (1, 4, 4, 3)
     assert torch.equal(
         loaded.vae.state_dict()["decoder.conv_out.bias"],
-        load_file(made.path / PARTS[1])["decoder.conv_out.bias"],
+        load_file(made.place / PARTS[1])["decoder.conv_out.bias"],
     )
 
 
 def test_a_pipelines_soup_holds_what_belongs_to_it_and_no_card(make_pipeline, tmp_path):
     made = soup.create(tmp_path / "soup", {make_pipeline(name): 1 for name in "ab"})
-    assert set(files(made.path)) == {
+    assert set(files(made.place)) == {
         "model_index.json", "soup.json", "scheduler/scheduler_config.json", *PARTS,
         "transformer/config.json", "vae/config.json", "tokenizer/vocab.json",
         "tokenizer/merges.txt",
     }  # fmt: skip
     assert made.card is None
     assert (made.recipe.base_sha256, made.recipe.shards) == (None, [])
-    here, there = (p / "tokenizer/vocab.json" for p in (made.path, tmp_path / "models/a"))
+    here, there = (p / "tokenizer/vocab.json" for p in (made.place, tmp_path / "models/a"))
     assert here.read_bytes() == there.read_bytes()
-    index = json.loads((made.path / "model_index.json").read_text())
+    index = json.loads((made.place / "model_index.json").read_text())
     assert index["requires"] is True
     assert index["safety_checker"] == [None, None]
 
 
 def test_pipelines_are_added_removed_left_out_and_verified(make_pipeline, tmp_path):
     paths = [make_pipeline(name) for name in "abc"]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1)).place
     before = files(out)
     soup.add(out, {paths[2]: 5})
     assert files(out)[PARTS[1]] != before[PARTS[1]]
@@ -130,7 +130,7 @@ def test_pipelines_are_added_removed_left_out_and_verified(make_pipeline, tmp_pa
     assert verify(out).holds
     every = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1))
     never = soup.create(tmp_path / "loo" / "never", dict.fromkeys(paths[:2], 1))
-    assert files(every["c"].path) == files(never.path)
+    assert files(every["c"].place) == files(never.place)
     for part in (*PARTS, "scheduler/scheduler_config.json", "tokenizer/merges.txt"):
         kept = (out / part).read_bytes()
         (out / part).write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
@@ -144,7 +144,7 @@ def test_pipelines_are_added_removed_left_out_and_verified(make_pipeline, tmp_pa
 def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_path):
     half = {"dtype": torch.float16}
     plain = {make_pipeline(name, **half): 1 for name in "ab"}
-    expected = soup.create(tmp_path / "soup", plain).path
+    expected = soup.create(tmp_path / "soup", plain).place
     for path in plain:
         shutil.rmtree(path)
         make_pipeline(path.name, **half, variant="fp16", max_shard_size="5KB")
@@ -154,13 +154,13 @@ def test_shards_and_variants_of_weights_give_the_same_mean(make_pipeline, tmp_pa
     varied = soup.create(tmp_path / "varied", plain, Settings(variant="fp16"))
     assert varied.recipe.variant == "fp16"
     for part in PARTS:
-        assert sha256_file(varied.path / part) == sha256_file(expected / part)
+        assert sha256_file(varied.place / part) == sha256_file(expected / part)
     # What is read again is of the variant too.
-    before = files(varied.path)
-    soup.add(varied.path, {make_pipeline("c", **half, variant="fp16"): 1})
-    soup.remove(varied.path, "c")
-    assert files(varied.path) == before
-    assert verify(varied.path).holds
+    before = files(varied.place)
+    soup.add(varied.place, {make_pipeline("c", **half, variant="fp16"): 1})
+    soup.remove(varied.place, "c")
+    assert files(varied.place) == before
+    assert verify(varied.place).holds
 
 
 @pytest.mark.parametrize(
@@ -228,7 +228,7 @@ def test_who_wrote_a_configuration_is_no_difference(make_pipeline, tmp_path):
     a, b = make_pipeline("a"), make_pipeline("b")
     edit(a / "vae/config.json", _diffusers_version="0.1", _name_or_path="here", dtype="float16")
     edit(b / "vae/config.json", _diffusers_version="0.2", _name_or_path="there", dtype="float32")
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).place
     config = json.loads((out / "vae/config.json").read_text())
     assert not {"_name_or_path", "dtype"} & set(config)
     assert verify(out).holds
@@ -305,10 +305,10 @@ def test_components_without_a_card_are_taken_and_it_is_said(make_stranger, tmp_p
         made = soup.create(tmp_path / "soup", {a: 1, b: 2})
     assert "it is called b, and its base is unknown" in caplog.text
     assert [part.name for part in made.recipe.ingredients] == ["a", "b"]
-    assert set(files(made.path)) == {"config.json", WEIGHTS, "soup.json"}
-    UNet2DConditionModel.from_pretrained(made.path)
+    assert set(files(made.place)) == {"config.json", WEIGHTS, "soup.json"}
+    UNet2DConditionModel.from_pretrained(made.place)
     caplog.clear()
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert CARD_NAME not in caplog.text  # it is known by now
 
 
@@ -325,12 +325,12 @@ def test_a_base_is_named_by_its_digest_and_mixes_strangers_with_experts(
     assert "its base is as you say" in caplog.text
     assert made.recipe.base_sha256 == sha256_folder(base)
     assert made.card is None
-    before = files(made.path)
-    soup.add(made.path, {make_stranger("c"): 1}, base=base)
-    soup.remove(made.path, "c")
-    assert files(made.path) == before
+    before = files(made.place)
+    soup.add(made.place, {make_stranger("c"): 1}, base=base)
+    soup.remove(made.place, "c")
+    assert files(made.place) == before
     with pytest.raises(Refused, match="base_sha256"):
-        soup.add(made.path, {make_stranger("d"): 1})
+        soup.add(made.place, {make_stranger("d"): 1})
     other = make_expert("other", base_sha256="c" * 64)
     with pytest.raises(Refused, match="trained from another base"):
         soup.create(tmp_path / "new", {other: 1}, base=base)
@@ -346,7 +346,7 @@ def test_a_base_without_a_card_is_its_weights(make_stranger, tmp_path):
 def test_a_base_that_descends_from_shards_is_none(make_expert, make_stranger, tmp_path):
     expert, stranger = make_expert("a"), make_stranger("b")
     made = soup.create(tmp_path / "soup", {expert: 1})
-    for base in (expert, made.path, expert / WEIGHTS):
+    for base in (expert, made.place, expert / WEIGHTS):
         with pytest.raises(Refused, match=r"descends from shards|another base"):
             soup.create(tmp_path / "new", {stranger: 1}, base=base)
 
@@ -354,12 +354,12 @@ def test_a_base_that_descends_from_shards_is_none(make_expert, make_stranger, tm
 def test_a_soups_weights_are_known_wherever_they_lie(make_pipeline, make_expert, tmp_path):
     made = soup.create(tmp_path / "soup", {make_expert("a"): 1})
     pipe = soup.create(tmp_path / "pipe", {make_pipeline("p"): 1})
-    shutil.copy(made.path / WEIGHTS, tmp_path / "copy.safetensors")
+    shutil.copy(made.place / WEIGHTS, tmp_path / "copy.safetensors")
     bare = tmp_path / "bare"
     bare.mkdir()
     for name in (WEIGHTS, "config.json"):
-        shutil.copy(made.path / name, bare)
-    for place in (made.path / WEIGHTS, tmp_path / "copy.safetensors", bare, pipe.path / "vae"):
+        shutil.copy(made.place / name, bare)
+    for place in (made.place / WEIGHTS, tmp_path / "copy.safetensors", bare, pipe.place / "vae"):
         with pytest.raises(Refused, match="is a soup"):
             soup.create(tmp_path / "new", {place: 1})
 
@@ -368,12 +368,12 @@ def test_a_component_of_a_pipeline_is_called_by_the_pipelines_name(make_pipeline
     paths = [make_pipeline(name) / "vae" for name in "ab"]
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
     assert [part.name for part in made.recipe.ingredients] == ["a", "b"]
-    AutoencoderKL.from_pretrained(made.path)
+    AutoencoderKL.from_pretrained(made.place)
 
 
 def test_strangers_that_moved_are_found_by_name_and_digest(make_stranger, tmp_path):
     a, b = make_stranger("a"), make_stranger("b")
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).place
     before = files(out)
     elsewhere = tmp_path / "elsewhere"
     shutil.copytree(b, elsewhere / "1" / "a")  # of that name, and not it
@@ -409,15 +409,15 @@ def test_single_files_become_a_folder_with_one(tmp_path):
         for name, weight in zip("abc", (1, 2, 3), strict=True)
     }
     made = soup.create(tmp_path / "soup", paths)
-    assert set(files(made.path)) == {FILE_NAME, "soup.json"}
-    mean = load_file(made.path / FILE_NAME)
+    assert set(files(made.place)) == {FILE_NAME, "soup.json"}
+    mean = load_file(made.place / FILE_NAME)
     assert torch.equal(mean["x"], exact.mean([part["x"] for part in parts], [1, 2, 3]))
     assert [part.name for part in made.recipe.ingredients] == ["a", "b", "c"]
-    before = files(made.path)
-    soup.remove(made.path, "b")
-    soup.add(made.path, {tmp_path / "b.safetensors": 2})
-    assert files(made.path) == before
-    assert verify(made.path).holds
+    before = files(made.place)
+    soup.remove(made.place, "b")
+    soup.add(made.place, {tmp_path / "b.safetensors": 2})
+    assert files(made.place) == before
+    assert verify(made.place).holds
 
 
 def test_a_file_that_is_linked_to_keeps_its_name(tmp_path):
@@ -427,7 +427,7 @@ def test_a_file_that_is_linked_to_keeps_its_name(tmp_path):
     (tmp_path / "cache" / "a.safetensors").symlink_to("../0123")
     made = soup.create(tmp_path / "soup", {tmp_path / "cache" / "a.safetensors": 1})
     assert made.recipe.ingredients[0].name == "a"
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 @pytest.mark.parametrize(

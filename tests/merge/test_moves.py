@@ -91,7 +91,7 @@ def test_ties_is_what_the_paper_says(make_expert, tmp_path, dtype, density, scal
     part, factor = Fraction(str(density or 0.2)), Fraction(str(scale or 1.0))
     limits = [limit_of(start, end, part) for end in ends]
     moved = 0
-    for name, value in load_file(made.path / WEIGHTS).items():
+    for name, value in load_file(made.place / WEIGHTS).items():
         columns = zip(*(end[name].double().flatten().tolist() for end in ends), strict=True)
         origin = start[name].double().flatten().tolist()
         wanted = [
@@ -102,7 +102,7 @@ def test_ties_is_what_the_paper_says(make_expert, tmp_path, dtype, density, scal
         moved += sum(w != b for w, b in zip(wanted, origin, strict=True))
     every = sum(value.numel() for value in start.values())
     assert moved / every == pytest.approx(1.0 if density == 1.0 else 1 - (1 - part) ** 3, abs=0.1)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert (made.recipe.density, made.recipe.scale, made.recipe.seed) == (
         density or 0.2, scale or 1.0, None,
     )  # fmt: skip
@@ -116,7 +116,7 @@ def test_dare_is_what_the_paper_says(base, paths, tmp_path, density, scale, seed
     start, *ends = states([base, *experts])
     part, factor = Fraction(str(density or 0.1)), Fraction(str(scale or 1.0))
     masks = []
-    for name, value in load_file(made.path / WEIGHTS).items():
+    for name, value in load_file(made.place / WEIGHTS).items():
         count = value.numel()
         kept = [moves._mask(made.recipe, each, name, 0, count).tolist() for each in NAMES]
         masks += [torch.tensor(each) for each in kept]
@@ -129,7 +129,7 @@ def test_dare_is_what_the_paper_says(base, paths, tmp_path, density, scale, seed
             )
             assert found == rounded(origin + factor / part * drawn / 4, torch.float32) + 0.0
     assert float(torch.cat(masks).mean()) == pytest.approx(float(part), abs=0.02)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert made.recipe.seed == (seed or 0)
 
 
@@ -152,22 +152,22 @@ def test_experts_that_all_agree_have_their_mean(base, paths, tmp_path):
         state, start = load_file(path / WEIGHTS), load_file(base / WEIGHTS)
         state = {n: torch.maximum(v, start[n] + 1e-3) for n, v in state.items()}
         save_file(state, path / WEIGHTS, {"format": "pt"})
-    mean = load_file(soup.create(tmp_path / "mean", dict.fromkeys(paths, 1)).path / WEIGHTS)
+    mean = load_file(soup.create(tmp_path / "mean", dict.fromkeys(paths, 1)).place / WEIGHTS)
     for method in ("ties", "dare"):
         asked = Settings(method=method, density=1.0)
         made = soup.create(tmp_path / method, dict.fromkeys(paths, 1), asked, base=base)
-        found = load_file(made.path / WEIGHTS)
+        found = load_file(made.place / WEIGHTS)
         assert all(torch.equal(found[name], value) for name, value in mean.items())
 
 
 @pytest.mark.parametrize("asked", [TIES, DARE, Settings(method="dare", density=0.3, seed=4)])
 def test_what_leaves_was_never_there(base, paths, make_expert, tmp_path, monkeypatch, asked):
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), asked, base=base).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), asked, base=base).place
     before = sha256_folder(out)
     # Neither order nor pieces nor threads show.
     monkeypatch.setattr(stream, "_PIECE_BYTES", 52)
     monkeypatch.setattr(exact, "CHUNK", 9)
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), asked, base=base).path
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), asked, base=base).place
     assert sha256_folder(again) == before
     monkeypatch.undo()
     soup.add(out, {make_expert("d", base_sha256=sha256_folder(base)): 2})
@@ -176,7 +176,7 @@ def test_what_leaves_was_never_there(base, paths, make_expert, tmp_path, monkeyp
     soup.remove(out, "d")
     assert sha256_folder(out) == before
     soup.remove(out, "a")
-    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), asked, base=base).path
+    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), asked, base=base).place
     assert sha256_folder(out) == sha256_folder(never)
     with pytest.raises(Refused, match="is the base"):
         soup.remove(out, "base")
@@ -198,15 +198,15 @@ def test_blocks_weigh_experts(base, paths, tmp_path):
             Settings(method=method),
             base=base,
         )
-        found, others = load_file(made.path / WEIGHTS), load_file(without.path / WEIGHTS)
+        found, others = load_file(made.place / WEIGHTS), load_file(without.place / WEIGHTS)
         for name, value in found.items():
             if name.startswith("conv_in."):
                 assert torch.equal(value, starts[name] + 0.0)
             if name.startswith("conv_out."):
                 assert torch.equal(value, others[name])
-        assert verify(made.path).holds
-        soup.remove(made.path, "a")
-        assert soup.show(made.path).recipe.blocks == (of_conv_in(b=0, c=0),)
+        assert verify(made.place).holds
+        soup.remove(made.place, "a")
+        assert soup.show(made.place).recipe.blocks == (of_conv_in(b=0, c=0),)
 
 
 def test_strangers_without_cards_and_integers(base, paths, tmp_path):
@@ -215,8 +215,8 @@ def test_strangers_without_cards_and_integers(base, paths, tmp_path):
         state = load_file(path / WEIGHTS) | {"steps": torch.tensor([3, 4])}
         save_file(state, path / WEIGHTS, {"format": "pt"})
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), TIES, base=base)
-    assert load_file(made.path / WEIGHTS)["steps"].tolist() == [3, 4]
-    assert verify(made.path).holds
+    assert load_file(made.place / WEIGHTS)["steps"].tolist() == [3, 4]
+    assert verify(made.place).holds
     state["steps"] += 1
     save_file(state, paths[0] / WEIGHTS, {"format": "pt"})
     with pytest.raises(Refused, match="tensor 'steps' differs between"):
@@ -293,10 +293,10 @@ def test_what_else_the_methods_do_not_take(base, paths, tmp_path):
 )
 def test_a_recipe_that_is_damaged(base, paths, tmp_path, change):
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), DARE, base=base)
-    values = json.loads((made.path / RECIPE_NAME).read_text()) | change
-    (made.path / RECIPE_NAME).write_bytes(canonical_json(values))
+    values = json.loads((made.place / RECIPE_NAME).read_text()) | change
+    (made.place / RECIPE_NAME).write_bytes(canonical_json(values))
     with pytest.raises(Refused, match="is damaged"):
-        soup.show(made.path)
+        soup.show(made.place)
 
 
 @pytest.mark.parametrize("method", ["ties", "dare", "model-stock"])
@@ -304,26 +304,26 @@ def test_a_recipe_with_a_strange_base(base, paths, tmp_path, method):
     made = soup.create(
         tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method=method), base=base
     )
-    values = json.loads((made.path / RECIPE_NAME).read_text())
+    values = json.loads((made.place / RECIPE_NAME).read_text())
     for other in (None, "nobody"):
-        (made.path / RECIPE_NAME).write_bytes(canonical_json(values | {"base": other}))
+        (made.place / RECIPE_NAME).write_bytes(canonical_json(values | {"base": other}))
         with pytest.raises(Refused, match="The base is said to be"):
-            verify(made.path)
+            verify(made.place)
 
 
 def test_a_mean_with_a_strange_base_is_found_out(base, paths, tmp_path):
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
-    values = json.loads((made.path / RECIPE_NAME).read_text())
-    (made.path / RECIPE_NAME).write_bytes(canonical_json(values | {"base": "a"}))
-    assert any("has a for the base" in problem for problem in verify(made.path).problems)
-    (made.path / RECIPE_NAME).write_bytes(canonical_json(values))
-    assert verify(made.path).holds
+    values = json.loads((made.place / RECIPE_NAME).read_text())
+    (made.place / RECIPE_NAME).write_bytes(canonical_json(values | {"base": "a"}))
+    assert any("has a for the base" in problem for problem in verify(made.place).problems)
+    (made.place / RECIPE_NAME).write_bytes(canonical_json(values))
+    assert verify(made.place).holds
     for path in (base, *paths):
         (path / CARD_NAME).unlink()
     strange = soup.create(tmp_path / "strange", dict.fromkeys(paths, 1), TIES, base=base)
-    values = json.loads((strange.path / RECIPE_NAME).read_text()) | {"base_sha256": "e" * 64}
-    (strange.path / RECIPE_NAME).write_bytes(canonical_json(values))
-    assert any("another base" in problem for problem in verify(strange.path).problems)
+    values = json.loads((strange.place / RECIPE_NAME).read_text()) | {"base_sha256": "e" * 64}
+    (strange.place / RECIPE_NAME).write_bytes(canonical_json(values))
+    assert any("another base" in problem for problem in verify(strange.place).problems)
 
 
 @pytest.mark.parametrize("asked", [TIES, Settings(method="model-stock")])

@@ -130,7 +130,7 @@ def test_a_barrier_is_what_the_middle_costs(make_expert, tmp_path):
     # A soup of two is an expert whose loss is that of the middle.
     middle = make_expert("middle")
     made = soup.create(tmp_path / "two", {paths[0]: 1, paths[2]: 1})
-    save_file(load_file(made.path / WEIGHTS), middle / WEIGHTS)
+    save_file(load_file(made.place / WEIGHTS), middle / WEIGHTS)
     every = check(tmp_path / "soup", {middle: 1, paths[0]: 1}, pack=shard).barrier
     assert every is not None
     assert every.losses[0] == pytest.approx(found.losses[0])
@@ -138,7 +138,7 @@ def test_a_barrier_is_what_the_middle_costs(make_expert, tmp_path):
     assert found.barriers[0][2] == found.barriers[2][0] == pytest.approx(wanted, abs=1e-6)
     assert [found.barriers[i][i] for i in range(3)] == [0, 0, 0]
     made = soup.create(tmp_path / "three", dict.fromkeys(paths, 1))
-    save_file(load_file(made.path / WEIGHTS), middle / WEIGHTS)
+    save_file(load_file(made.place / WEIGHTS), middle / WEIGHTS)
     whole = check(tmp_path / "soup", {middle: 1}, pack=shard).barrier
     assert whole is not None
     assert whole.losses == pytest.approx([found.soup])

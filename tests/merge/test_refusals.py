@@ -29,7 +29,7 @@ from tests.waiting import PATIENCE_SECONDS
 @pytest.fixture
 def pair(make_expert, tmp_path) -> Path:
     """A soup of a and b."""
-    return soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).path
+    return soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).place
 
 
 def refused(kind: type[AtollError], folder: Path, call, *words: str) -> AtollError:
@@ -74,7 +74,7 @@ def test_without_a_base_or_of_another_kind(make_expert, pair):
 
 
 def test_soups_of_soups(make_expert, pair):
-    cooked = soup.create(pair.parent / "other", {make_expert("c"): 1}).path
+    cooked = soup.create(pair.parent / "other", {make_expert("c"): 1}).place
     refused(Refused, pair, lambda: soup.add(pair, {cooked: 1}), "name its ingredients")
 
 

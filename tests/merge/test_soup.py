@@ -35,17 +35,17 @@ def files(folder: Path) -> dict[str, str]:
 def test_a_soup_is_an_ordinary_expert_on_disk(make_expert, tmp_path):
     a, b = make_expert("a"), make_expert("b", images_seen=50)
     made = soup.create(tmp_path / "soup", {a: 1, b: 2})
-    assert set(files(made.path)) == {"config.json", WEIGHTS, "atoll.json", "soup.json"}
-    card = read_card(made.path)
+    assert set(files(made.place)) == {"config.json", WEIGHTS, "atoll.json", "soup.json"}
+    card = read_card(made.place)
     assert card == made.card
     assert (card.kind, card.shard, card.base_sha256) == ("soup", None, "b" * 64)
     assert card.images_seen == 150
-    with safe_open(made.path / WEIGHTS, framework="pt") as opened:
+    with safe_open(made.place / WEIGHTS, framework="pt") as opened:
         told = json.loads(opened.metadata()["atoll.soup"])
     assert told["ingredients"] == {"a": 1, "b": 2}
     assert told["base_sha256"] == "b" * 64
-    ours = Denoiser.load(made.path).network.state_dict()
-    theirs = UNet2DConditionModel.from_pretrained(made.path).state_dict()
+    ours = Denoiser.load(made.place).network.state_dict()
+    theirs = UNet2DConditionModel.from_pretrained(made.place).state_dict()
     parts = [load_file(path / WEIGHTS) for path in (a, b)]
     for name, value in ours.items():
         assert torch.equal(value, theirs[name])
@@ -59,14 +59,14 @@ def test_a_soup_works_on_the_schedule_of_its_ingredients(make_expert, tmp_path):
     card = {"prediction": "epsilon", "schedule": NoiseSchedule(beta_end=0.012)}
     made = soup.create(tmp_path / "soup", {make_expert(name, **card): 1 for name in "ab"})
     assert (made.card.prediction, made.card.schedule) == ("epsilon", card["schedule"])
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [2, 3, 5])
 def test_order_and_history_do_not_show_in_any_file(make_expert, tmp_path, dtype, size):
     weights = {make_expert(f"e{i}", dtype=dtype): 1 + i % 3 for i in range(size)}
-    expected = files(soup.create(tmp_path / "soup", weights).path)
+    expected = files(soup.create(tmp_path / "soup", weights).place)
     shuffler = random.Random(size)
     for attempt in range(3):
         order = list(weights)
@@ -110,7 +110,7 @@ def test_what_leaves_may_be_gone_already(make_expert, tmp_path):
 
 def test_a_mean_of_one_is_itself_but_for_negative_zero(make_expert, tmp_path):
     a = make_expert("a", change=lambda state: state["conv_in.bias"].fill_(-0.0))
-    out = soup.create(tmp_path / "soup", {a: 3}).path
+    out = soup.create(tmp_path / "soup", {a: 3}).place
     mean, itself = load_file(out / WEIGHTS), load_file(a / WEIGHTS)
     assert not torch.signbit(mean["conv_in.bias"]).any()
     assert all(torch.equal(mean[name], itself[name]) for name in itself)
@@ -137,7 +137,7 @@ def test_experts_of_several_dtypes_meet_in_the_widest_or_in_the_chosen_one(make_
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_another_dtype_is_rounded_once_and_survives_changes(make_expert, tmp_path, dtype):
     experts = [make_expert(name) for name in "abc"]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1), Settings(dtype=dtype)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1), Settings(dtype=dtype)).place
     parts = [load_file(path / WEIGHTS) for path in experts]
     for name, value in load_file(out / WEIGHTS).items():
         expected = exact.mean([p[name] for p in parts], [1, 1, 1], dtype=getattr(torch, dtype))
@@ -160,7 +160,7 @@ def test_integer_tensors_that_agree_are_copied_and_pieces_do_not_show(
         return path
 
     experts = [with_buffers(make_expert(name), step) for step, name in enumerate("abc")]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1)).place
     state = load_file(out / WEIGHTS)
     assert torch.equal(state["counts"], torch.arange(99_999))
     assert state["flags"].dtype == torch.bool
@@ -169,7 +169,7 @@ def test_integer_tensors_that_agree_are_copied_and_pieces_do_not_show(
     assert torch.equal(state["half"], torch.ones(5, dtype=torch.float16))
     monkeypatch.setattr(stream, "_PIECE_BYTES", 800)
     monkeypatch.setattr(exact, "CHUNK", 17)
-    assert files(soup.create(tmp_path / "pieces", dict.fromkeys(experts, 1)).path) == files(out)
+    assert files(soup.create(tmp_path / "pieces", dict.fromkeys(experts, 1)).place) == files(out)
 
 
 @pytest.mark.parametrize("dtype", ["same", "bfloat16"])
@@ -184,7 +184,7 @@ def test_every_soup_without_one_is_the_soup_of_the_others(make_expert, tmp_path,
         before = files(folder)
         assert soup.show(folder) == made[left_out.name]
         # The same command takes it for what it makes, and changes nothing.
-        assert files(soup.create(folder, others, Settings(dtype=dtype)).path) == before
+        assert files(soup.create(folder, others, Settings(dtype=dtype)).place) == before
     before = files(tmp_path / "loo")
     soup.leave_one_out(tmp_path / "loo", dict(reversed(experts.items())), Settings(dtype=dtype))
     assert files(tmp_path / "loo") == before
@@ -193,7 +193,7 @@ def test_every_soup_without_one_is_the_soup_of_the_others(make_expert, tmp_path,
 
 def test_verify_recomputes(make_expert, tmp_path):
     experts = [make_expert(name) for name in "abc"]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(experts, 1)).place
     verdict = verify(out)
     assert verdict.holds
     assert verdict.ingredients == ("a", "b", "c")
@@ -202,7 +202,7 @@ def test_verify_recomputes(make_expert, tmp_path):
 
 @pytest.mark.parametrize("name", ["config.json", WEIGHTS, "atoll.json"])
 def test_verify_names_the_file_that_was_changed(make_expert, tmp_path, name):
-    out = soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).path
+    out = soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).place
     data = bytearray((out / name).read_bytes())
     data[-3] ^= 1
     (out / name).write_bytes(data)
@@ -215,7 +215,7 @@ def test_verify_names_the_file_that_was_changed(make_expert, tmp_path, name):
 
 
 def test_verify_finds_a_recipe_that_lies(make_expert, tmp_path):
-    out = soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).path
+    out = soup.create(tmp_path / "soup", {make_expert("a"): 1, make_expert("b"): 1}).place
     truth = json.loads((out / "soup.json").read_text())
     for key, value in (("sha256", "0" * 64), ("base_sha256", "c" * 64), ("dtype", "bfloat16")):
         (out / "soup.json").write_text(json.dumps(truth | {key: value}))
@@ -229,7 +229,7 @@ def test_verify_finds_a_recipe_that_lies(make_expert, tmp_path):
 
 def test_verify_finds_an_ingredient_that_was_changed(make_expert, tmp_path):
     a, b = make_expert("a"), make_expert("b")
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).place
     data = bytearray((b / WEIGHTS).read_bytes())
     data[-1] ^= 1
     (b / WEIGHTS).write_bytes(data)
@@ -266,7 +266,7 @@ def test_a_soup_that_moved_alone_is_told_where_its_ingredients_are(make_expert, 
 
 def test_an_expert_of_the_same_name_elsewhere_is_passed_over(make_expert, tmp_path):
     a, b = make_expert("a"), make_expert("b")
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}).place
     a.rename(tmp_path / "kept")
     make_expert("a", change=lambda state: state["conv_in.bias"].add_(1))
     assert not verify(out).holds
@@ -293,23 +293,23 @@ def test_relative_paths_work(make_expert, tmp_path, monkeypatch):
 
 def test_sharded_experts_give_the_same_mean(make_expert, tmp_path):
     a, b = make_expert("a"), make_expert("b")
-    expected = soup.create(tmp_path / "soup", {a: 1, b: 1}).path
+    expected = soup.create(tmp_path / "soup", {a: 1, b: 1}).place
     network = UNet2DConditionModel.from_pretrained(b)
     (b / WEIGHTS).unlink()
     network.save_pretrained(b, max_shard_size="3KB")
     assert len(list(b.glob("*.safetensors"))) > 1
-    sharded = soup.create(tmp_path / "sharded", {a: 1, b: 1}).path
+    sharded = soup.create(tmp_path / "sharded", {a: 1, b: 1}).place
     assert files(sharded)[WEIGHTS] == files(expected)[WEIGHTS]
     assert verify(sharded).holds
 
 
 def test_the_same_command_again_makes_the_same_soup(make_expert, tmp_path):
     experts = {make_expert("a"): 1, make_expert("b"): 1}
-    before = files(soup.create(tmp_path / "soup", experts).path)
+    before = files(soup.create(tmp_path / "soup", experts).place)
     (tmp_path / "soup" / WEIGHTS).write_bytes(b"damaged")
-    assert files(soup.create(tmp_path / "soup", experts).path) == before
+    assert files(soup.create(tmp_path / "soup", experts).place) == before
     (tmp_path / "empty").mkdir()
-    assert files(soup.create(tmp_path / "empty", experts).path) == before
+    assert files(soup.create(tmp_path / "empty", experts).place) == before
     assert sorted(os.listdir(tmp_path)) == ["empty", "experts", "soup"]
 
 
@@ -323,8 +323,8 @@ def test_names_tell_what_is_in_a_soup(make_expert, tmp_path):
 
 def test_the_ledger_entry_names_shards_and_parents(make_expert, tmp_path):
     experts = {make_expert("a"): 1, make_expert("b"): 2, make_expert("c", shard=None): 1}
-    out = soup.create(tmp_path / "soup", experts).path
-    entry = ledger_entry(out, "soups/all")
+    out = soup.create(tmp_path / "soup", experts).place
+    entry = ledger_entry(soup.show(out), "soups/all")
     assert (entry.kind, entry.name, entry.sha256) == ("soup", "soups/all", sha256_folder(out))
     assert entry.parents == ("a", "b", "c")
     assert entry.shards == ("shard-a", "shard-b")

@@ -38,7 +38,7 @@ def paths(make_expert) -> list[Path]:
 
 
 def create(out: Path, paths: list[Path], asked: Settings = STATE) -> Path:
-    return soup.create(out, dict.fromkeys(paths, 1), asked).path
+    return soup.create(out, dict.fromkeys(paths, 1), asked).place
 
 
 @settings(max_examples=150, deadline=None)
@@ -333,8 +333,8 @@ def test_who_does_not_count_may_hold_anything(make_expert, tmp_path):
         for path in (a, b, base):
             (path / CARD_NAME).unlink(missing_ok=True)
         made = soup.create(tmp_path / str(number), {a: 1, b: 1}, asked, base=known)
-        assert load_file(made.path / WEIGHTS)["steps"].tolist() == [0]
-        assert verify(made.path).holds
+        assert load_file(made.place / WEIGHTS)["steps"].tolist() == [0]
+        assert verify(made.place).holds
 
 
 def test_flushed_denormals_are_refused(paths, tmp_path):
@@ -413,7 +413,7 @@ def test_negative_weights_and_what_does_not_fit(make_expert, tmp_path):
         soup.create(tmp_path / "soup", {a: 3, b: -1}, STATE, negative=True)
     wide = Settings(state=True, dtype="float32")
     made = soup.create(tmp_path / "soup", {a: 3, b: -1}, wide, negative=True)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
     def broken(state: dict[str, Tensor]) -> None:
         state["conv_in.bias"][0] = torch.nan

@@ -87,20 +87,20 @@ def test_a_stable_diffusion_pipeline_is_merged_loaded_and_run(tmp_path: Path, dt
     paths = [path.parent / f"model-{path.parent.name}" for path in paths]
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1))
     for part in PARTS:
-        mean, *values = (load_file(path / part) for path in (made.path, *paths))
+        mean, *values = (load_file(path / part) for path in (made.place, *paths))
         for name, value in mean.items():
             if value.is_floating_point():
                 assert torch.equal(value, exact.mean([v[name] for v in values], [1, 1, 1])), name
             else:
                 assert torch.equal(value, values[0][name])
-    for tokens in (made.path / "tokenizer").iterdir():
+    for tokens in (made.place / "tokenizer").iterdir():
         assert sha256_file(tokens) == sha256_file(paths[0] / "tokenizer" / tokens.name)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
-    loaded = StableDiffusionPipeline.from_pretrained(made.path, torch_dtype=torch.float32)
+    loaded = StableDiffusionPipeline.from_pretrained(made.place, torch_dtype=torch.float32)
     loaded.set_progress_bar_config(disable=True)
     state = loaded.text_encoder.state_dict()
-    for name, value in load_file(made.path / "text_encoder/model.safetensors").items():
+    for name, value in load_file(made.place / "text_encoder/model.safetensors").items():
         name = name if name in state else name.removeprefix("text_model.")
         assert torch.equal(state[name], value.float())
     image = loaded(
@@ -133,7 +133,7 @@ def test_diffusers_loads_the_mean_with_the_scale_that_is_meant(tmp_path, make_ex
         for layer in layers:
             mean = sum(product_of(state, f"unet.{layer}") for state in states) / 3
             wanted.get_submodule(layer).weight.add_(mean.float())
-    loaded.load_lora_adapter(made.path, weight_name=FILE_NAME, prefix="unet")
+    loaded.load_lora_adapter(made.place, weight_name=FILE_NAME, prefix="unet")
     given = torch.randn(1, 1, 8, 8), torch.tensor([3]), torch.randn(1, 2, 8)
     with torch.no_grad():
         torch.testing.assert_close(

@@ -61,7 +61,7 @@ def test_every_tensor_is_the_exact_mean_with_its_own_weights(base, paths, tmp_pa
     made = soup.create(
         tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method="model-stock"), base=base
     )
-    mean = load_file(made.path / WEIGHTS)
+    mean = load_file(made.place / WEIGHTS)
     start, *ends = (load_file(path / WEIGHTS) for path in (base, *paths))
     for name, value in mean.items():
         moves = torch.stack([(end[name] - start[name]).double().flatten() for end in ends])
@@ -75,23 +75,23 @@ def test_every_tensor_is_the_exact_mean_with_its_own_weights(base, paths, tmp_pa
         heard = [(v, w) for v, w in zip((*ends, start), found, strict=True) if w]
         wanted = exact.mean([v[name] for v, _ in heard], [w for _, w in heard])
         assert torch.equal(value, wanted)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert made.card is not None
     assert made.card.images_seen == 300
 
 
 def test_what_leaves_was_never_there(base, paths, make_expert, tmp_path):
     stock = Settings(method="model-stock")
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), stock, base=base).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), stock, base=base).place
     before = sha256_folder(out)
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), stock, base=base).path
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), stock, base=base).place
     assert sha256_folder(again) == before
     soup.add(out, {make_expert("d", base_sha256=sha256_folder(base)): 1})
     assert sha256_folder(out) != before
     soup.remove(out, "d")
     assert sha256_folder(out) == before
     soup.remove(out, "a")
-    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), stock, base=base).path
+    never = soup.create(tmp_path / "never", dict.fromkeys(paths[1:], 1), stock, base=base).place
     assert sha256_folder(out) == sha256_folder(never)
     soup.remove(out, "b")  # one alone is itself
     assert all(
@@ -110,7 +110,7 @@ def test_strangers_with_a_stranger_for_a_base(base, paths, tmp_path):
     made = soup.create(
         tmp_path / "soup", dict.fromkeys(paths, 1), Settings(method="model-stock"), base=base
     )
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert made.recipe.base == "base"
 
 
@@ -119,8 +119,8 @@ def test_other_weights_than_the_method_finds_are_found_out(base, paths, tmp_path
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), stock, base=base)
     blocks = [made.recipe.blocks[0].model_copy(update={"weights": {"a": 7}})]
     other = made.recipe.model_copy(update={"blocks": (*blocks, *made.recipe.blocks[1:])})
-    (made.path / "soup.json").write_bytes(canonical_json(other.model_dump(mode="json")))
-    assert any("other weights than model-stock" in p for p in verify(made.path).problems)
+    (made.place / "soup.json").write_bytes(canonical_json(other.model_dump(mode="json")))
+    assert any("other weights than model-stock" in p for p in verify(made.place).problems)
 
 
 def test_what_the_method_does_not_take(base, paths, tmp_path):

@@ -37,7 +37,7 @@ def mean_of(paths: list[Path], layer: str) -> Tensor:
 @pytest.mark.parametrize("rank", [1, 2, 3])
 def test_nothing_of_that_rank_is_nearer(paths, tmp_path, rank):
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(rank=rank))
-    state, lost, whole = load_file(made.path / FILE_NAME), 0.0, 0.0
+    state, lost, whole = load_file(made.place / FILE_NAME), 0.0, 0.0
     for layer in LAYERS:
         mean = mean_of(paths, layer)
         values = torch.linalg.svdvals(mean)
@@ -49,7 +49,7 @@ def test_nothing_of_that_rank_is_nearer(paths, tmp_path, rank):
             whole + float(values.square().sum()),
         )
     assert made.recipe.error == pytest.approx(math.sqrt(lost / whole), abs=1e-6)
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     assert made.recipe.rank == rank
 
 
@@ -57,9 +57,9 @@ def test_a_rank_that_cuts_nothing_off_is_the_mean(paths, tmp_path):
     plain = soup.create(tmp_path / "plain", dict.fromkeys(paths, 1))
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(rank=6))
     assert made.recipe.error == 0.0
-    found, wanted = load_file(made.path / FILE_NAME), load_file(plain.path / FILE_NAME)
+    found, wanted = load_file(made.place / FILE_NAME), load_file(plain.place / FILE_NAME)
     assert all(torch.equal(found[name], value) for name, value in wanted.items())
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 @pytest.mark.parametrize("names", ["peft", "kohya"])
@@ -69,10 +69,10 @@ def test_what_leaves_was_never_there(tmp_path, names, dtype):
         file(tmp_path / "in" / f"{n}.safetensors", adapter(i, RANKS, names, dtype))
         for i, n in enumerate("abc")
     ]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1), Settings(rank=2)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1), Settings(rank=2)).place
     before = sha256_folder(out)
     soup.add(out, {paths[2]: 1})
-    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), Settings(rank=2)).path
+    again = soup.create(tmp_path / "again", dict.fromkeys(paths[::-1], 1), Settings(rank=2)).place
     assert sha256_folder(out) == sha256_folder(again)
     if names == "kohya":
         assert float(load_file(out / FILE_NAME)["unet.a.to_q.alpha"]) == 2.0
@@ -108,14 +108,14 @@ def test_other_last_bits_are_verified_and_no_more(paths, tmp_path):
     for number, (change, holds) in enumerate(
         [(last_bits, True), (a_value, False), (one_more, False)]
     ):
-        out = soup.create(tmp_path / str(number), every, Settings(rank=2)).path
+        out = soup.create(tmp_path / str(number), every, Settings(rank=2)).place
         rewritten(out, change)
         assert verify(out).holds == holds, verify(out).problems
     # What says that more was lost, or less, is found out too, behind other last bits as well.
     for number, (change, error) in enumerate(
         itertools.product((last_bits, lambda state: None), (0.9, 1e-4))
     ):
-        out = soup.create(tmp_path / f"error-{number}", every, Settings(rank=2)).path
+        out = soup.create(tmp_path / f"error-{number}", every, Settings(rank=2)).place
         rewritten(out, change)
         values = json.loads((out / RECIPE_NAME).read_text())
         (out / RECIPE_NAME).write_bytes(canonical_json(values | {"error": error}))
@@ -128,7 +128,7 @@ def test_a_small_change_does_not_hide_behind_what_was_lost(tmp_path):
     paths = [
         file(tmp_path / "in" / f"{n}.safetensors", adapter(i, ranks)) for i, n in enumerate("ab")
     ]
-    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(rank=1)).path
+    out = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(rank=1)).place
     assert soup.show(out).recipe.error > 0.3
 
     def turned(state: dict[str, Tensor]) -> None:
@@ -146,7 +146,7 @@ def test_adapters_of_zeros(tmp_path):
     path = file(tmp_path / "in" / "a.safetensors", nothing)
     made = soup.create(tmp_path / "soup", {path: 1}, Settings(rank=1))
     assert made.recipe.error == 0.0
-    assert verify(made.path).holds
+    assert verify(made.place).holds
 
 
 def test_what_has_no_rank(paths, make_expert, tmp_path):

@@ -36,7 +36,7 @@ def expected(paths: list[Path], weights: list[int], name: str) -> Tensor:
 
 
 def check(made: soup.Soup, paths: list[Path], of: dict[str, list[int]]) -> None:
-    mean = load_file(made.path / WEIGHTS)
+    mean = load_file(made.place / WEIGHTS)
     for name, weights in of.items():
         assert torch.equal(mean[name].reshape(-1), expected(paths, weights, name)), name
 
@@ -53,15 +53,15 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
         "up_blocks.1.resnets.0.conv1.bias": [5, 1, 1],
         "up_blocks.0.resnets.0.conv1.bias": [1, 0, 7],
     })  # fmt: skip
-    assert verify(made.path).holds
+    assert verify(made.place).holds
     again = soup.create(tmp_path / "again", dict.fromkeys(paths, 1), Settings(blocks=blocks[::-1]))
-    assert sha256_folder(again.path) == sha256_folder(made.path)
+    assert sha256_folder(again.place) == sha256_folder(made.place)
     plain = soup.create(tmp_path / "plain", dict.fromkeys(paths, 1))
     assert plain.recipe.name != made.recipe.name
     # What is not said is not in the file: soups of before there was anything to say still hold.
     unsaid = {"variant", "blocks", "method", "base"}
-    assert not unsaid & set(json.loads((plain.path / "soup.json").read_text()))
-    assert json.loads((made.path / "soup.json").read_text())["blocks"][0] == {
+    assert not unsaid & set(json.loads((plain.place / "soup.json").read_text()))
+    assert json.loads((made.place / "soup.json").read_text())["blocks"][0] == {
         "tensors": "conv_in.bias", "weights": {"a": 0},
     }  # fmt: skip
 
@@ -69,7 +69,7 @@ def test_blocks_weigh_their_tensors_and_the_longest_pattern_counts(make_expert, 
 def test_blocks_come_and_go_with_their_ingredients(make_expert, tmp_path):
     a, b, c = (make_expert(name) for name in "abc")
     told = [block("up_blocks.*", a=2)]
-    out = soup.create(tmp_path / "soup", {a: 1, b: 1}, Settings(blocks=told)).path
+    out = soup.create(tmp_path / "soup", {a: 1, b: 1}, Settings(blocks=told)).place
     before = sha256_folder(out)
     with pytest.raises(UsageError, match="'a', which is not added here"):
         soup.add(out, {c: 1}, blocks=[block("up_blocks.*", a=3)])
@@ -79,7 +79,7 @@ def test_blocks_come_and_go_with_their_ingredients(make_expert, tmp_path):
     assert sha256_folder(out) == before
     soup.remove(out, "a")
     never = soup.create(tmp_path / "never", {b: 1})
-    assert sha256_folder(out) == sha256_folder(never.path)
+    assert sha256_folder(out) == sha256_folder(never.place)
 
 
 @pytest.mark.parametrize("weights", [{"a": 0}, {"a": 4}, {"b": -1, "a": 3}])
@@ -94,7 +94,7 @@ def test_leaving_out_with_blocks_is_creating_without(make_expert, tmp_path, weig
         alone = soup.create(
             tmp_path / "loo" / f"created-{left}", rest, Settings(blocks=kept), negative=True
         )
-        assert sha256_folder(alone.path) == sha256_folder(one.path)
+        assert sha256_folder(alone.place) == sha256_folder(one.place)
 
 
 def test_a_block_that_leaves_uncovers_the_one_below(make_expert, tmp_path):
@@ -103,7 +103,7 @@ def test_a_block_that_leaves_uncovers_the_one_below(make_expert, tmp_path):
     made = soup.leave_one_out(tmp_path / "loo", dict.fromkeys(paths, 1), Settings(blocks=told))
     check(made["c"], paths[:2], {"up_blocks.1.resnets.0.conv1.bias": [5, 1]})
     check(made["a"], paths[1:], {"up_blocks.1.resnets.0.conv1.bias": [1, 4]})
-    assert all(verify(one.path).holds for one in made.values())
+    assert all(verify(one.place).holds for one in made.values())
 
 
 def test_a_component_of_a_pipeline_is_a_block(make_expert, tmp_path):
@@ -121,10 +121,10 @@ def test_a_component_of_a_pipeline_is_a_block(make_expert, tmp_path):
     first = load_file(paths[0] / "unet" / WEIGHTS)
     assert all(
         torch.equal(value, first[name])
-        for name, value in load_file(made.path / "unet" / WEIGHTS).items()
+        for name, value in load_file(made.place / "unet" / WEIGHTS).items()
     )
-    assert sha256_file(made.path / "other" / WEIGHTS) != sha256_file(paths[0] / "other" / WEIGHTS)
-    assert verify(made.path).holds
+    assert sha256_file(made.place / "other" / WEIGHTS) != sha256_file(paths[0] / "other" / WEIGHTS)
+    assert verify(made.place).holds
 
 
 def test_what_nobody_is_heard_in_need_not_agree(make_expert, tmp_path):
@@ -136,7 +136,7 @@ def test_what_nobody_is_heard_in_need_not_agree(make_expert, tmp_path):
         save_file(state, path / WEIGHTS)
     silent = [block("count", b=0), block("conv_in.bias", b=0)]
     made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), Settings(blocks=silent))
-    assert load_file(made.path / WEIGHTS)["count"].tolist() == [1]
+    assert load_file(made.place / WEIGHTS)["count"].tolist() == [1]
     with pytest.raises(Refused, match="'b' holds NaN or infinity in tensor 'conv_in"):
         soup.create(tmp_path / "new", dict.fromkeys(paths, 1), Settings(blocks=silent[:1]))
 
@@ -153,16 +153,16 @@ def test_task_arithmetic_with_the_base(make_expert, tmp_path):
     assert made.recipe.base_sha256 == digest
     assert made.card is not None
     assert made.card.images_seen == 200
-    assert verify(made.path).holds
-    before = sha256_folder(made.path)
+    assert verify(made.place).holds
+    before = sha256_folder(made.place)
     with pytest.raises(UsageError, match="add up to 0"):
-        soup.remove(made.path, "a")
-    assert sha256_folder(made.path) == before
-    soup.remove(made.path, "base")
-    assert sha256_folder(made.path) == sha256_folder(
-        soup.create(tmp_path / "never", {a: 1, b: 1}).path
+        soup.remove(made.place, "a")
+    assert sha256_folder(made.place) == before
+    soup.remove(made.place, "base")
+    assert sha256_folder(made.place) == sha256_folder(
+        soup.create(tmp_path / "never", {a: 1, b: 1}).place
     )
-    two = soup.create(tmp_path / "two", {a: 1, base: 1}).path
+    two = soup.create(tmp_path / "two", {a: 1, base: 1}).place
     with pytest.raises(Refused, match="last ingredient"):
         soup.remove(two, "a")
     with pytest.raises(Refused, match="is a base"):

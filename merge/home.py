@@ -1,0 +1,143 @@
+"""Where a soup lies: a folder here, or one at a URI.
+
+What lies at a URI is seen as models there are (`far.py`): small files whole, weights in ranges. A
+soup that goes there is made in a scratch folder of this disk and put file by file, since no store
+replaces a folder at once. While it is put, `lock.json` keeps other writers out and what readers
+look for first is away; the recipe is replaced last, and where there is none it comes first: so that
+whoever is killed on the way leaves a soup that `verify` does not let pass and that the same command
+makes whole.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+from atoll.core.denoiser import CARD_NAME, Card, read_card
+from atoll.core.disk import recover, replacing
+from atoll.core.errors import Refused
+from atoll.core.journal import progress
+from atoll.core.lock import LOCK_NAME, exclusive
+from atoll.core.storage import MARKERS, Storage, sha256_file, sha256_named
+from atoll.merge.far import Far, Place, check_no_secret, is_uri
+from atoll.merge.recipe import RECIPE_NAME, Recipe
+from atoll.merge.weights import Weights
+
+_PIECE_BYTES = 1 << 22
+
+
+class Home:
+    """The folder of a soup as it stands; `path` is that, or what stands for it here."""
+
+    def __init__(self, place: Place) -> None:
+        self.place = place
+        self._far = Far(str(place), must_be=False) if is_uri(place) else None
+        self.path = Path(place) if self._far is None else self._far.path
+
+    def names(self, folder: str = "") -> list[str]:
+        """All files below a folder, sorted."""
+        found = (file for file in (self.path / folder).rglob("*") if file.is_file())
+        return sorted(file.relative_to(self.path).as_posix() for file in found)
+
+    def recipe(self) -> Recipe:
+        """What is in the soup; `UsageError` where there is none, `Refused` if it is damaged."""
+        return Recipe.load(self.path, called=self.place)
+
+    def card(self) -> Card | None:
+        """What the soup is, unless it is of strangers' models."""
+        return read_card(self.path) if (self.path / CARD_NAME).is_file() else None
+
+    def weights(self, name: str) -> Weights:
+        """A file of weights, not yet open."""
+        return Weights([self.path / name], None if self._far is None else self._far.read)
+
+    def read(self, name: str) -> bytes:
+        """A whole file, which is small."""
+        path = self.path / name
+        return path.read_bytes() if self._far is None else b"".join(self._pieces(self._far, path))
+
+    def sha256(self, name: str) -> str:
+        """Hex sha256 of a file; empty where it is missing."""
+        path = self.path / name
+        if not path.is_file():
+            return ""
+        if self._far is None:
+            return sha256_file(path)
+        digest = hashlib.sha256()
+        for piece in self._pieces(self._far, path):
+            digest.update(piece)
+        return digest.hexdigest()
+
+    def sha256_folder(self) -> str:
+        """Hex sha256 of the whole folder, as runs record it."""
+        return sha256_named({name: self.sha256(name) for name in self.names()})
+
+    def _pieces(self, far: Far, path: Path) -> Iterator[bytes]:
+        size, at = path.stat().st_size, 0
+        while at < size:
+            piece = memoryview(bytearray(min(size - at, _PIECE_BYTES)))
+            if not (count := far.read(path, at, piece)):
+                raise Refused(f"{path.name} of {self.place} became shorter while it was read")
+            yield bytes(piece[:count])
+            at += count
+
+
+@contextmanager
+def replacing_home(place: Place) -> Iterator[tuple[Home, Path]]:
+    """A soup's place while nobody else may change it, and an empty folder that becomes it.
+
+    What stands there stays until the block ends, and after any error in it.
+    """
+    if not is_uri(place):
+        with replacing(Path(place), alone=True) as fresh:
+            yield Home(place), fresh
+        return
+    check_no_secret(str(place))  # before anything is written there
+    storage = Storage(place)
+    with ExitStack() as stack:
+        try:
+            # A web server may take files, and let two writers take one lock.
+            if str(place).partition("://")[0] in ("http", "https"):
+                raise NotImplementedError
+            stack.enter_context(exclusive(storage))
+        except NotImplementedError as error:
+            raise Refused(
+                f"Nothing can be written at {place}",
+                allowed="a local folder, or a store that takes files",
+            ) from error
+        fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atoll-soup-")))
+        yield Home(place), fresh
+        _put(fresh, storage.patient())
+
+
+def recovered(place: Place) -> None:
+    """Clear away what killed writers left beside a soup here; put back what they had set aside."""
+    if not is_uri(place):
+        recover(Path(place))
+
+
+def _put(folder: Path, storage: Storage) -> None:
+    """Put a soup's folder in the place of what is there."""
+    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+    stale = set(storage.list()) - {*files, LOCK_NAME}
+    size = sum(file.stat().st_size for file in files.values())
+    with progress(f"putting {storage.uri}", size, in_bytes=True) as advance:
+
+        def put(name: str) -> None:
+            storage.put(files[name], name, advance=advance)
+
+        if not storage.exists(RECIPE_NAME):
+            put(RECIPE_NAME)
+        for marker in reversed(MARKERS):
+            storage.remove(marker)
+        for name in sorted(files.keys() - {RECIPE_NAME, *MARKERS}):
+            put(name)
+        # Before the recipe is another: whoever is killed here still has it to do.
+        for name in sorted(stale):
+            storage.remove(name)
+        for name in [each for each in MARKERS if each in files]:
+            put(name)
+        put(RECIPE_NAME)
