@@ -5,11 +5,14 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import fsspec
 import pytest
 
+from atoll.core.manifest import Manifest
+from atoll.core.storage import Storage, canonical_json
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
 
@@ -227,3 +230,70 @@ def test_a_manifest_of_something_else_is_no_run(fresh: Path, tmp_path: Path) -> 
     assert atoll("soup", "create", tmp_path / "soup", stranger).code == 0
     said = atoll("soup", "create", tmp_path / "new", f"{stranger}=x")
     assert f"{stranger}=x=1" in said.err
+
+
+@pytest.fixture
+def on_a_store(fresh: Path) -> Iterator[str]:
+    """The run where experts lie on a store, and the folder here is gone."""
+    fs = fsspec.filesystem("memory")
+    shutil.rmtree(fresh / "soups")
+    manifest = json.loads((fresh / "manifest.json").read_text())
+    (fresh / "manifest.json").write_bytes(canonical_json(manifest | {"soups": {}}))
+    fs.put(str(fresh), "/soups/run", recursive=True)
+    shutil.rmtree(fresh)
+    yield "memory://soups/run"
+    fs.rm("/soups", recursive=True)
+
+
+def test_a_soup_in_a_run_on_a_store_is_recorded_verified_and_unlearned_there(
+    on_a_store: str, tmp_path: Path
+) -> None:
+    run = Storage(on_a_store)
+    experts = {name: f"{on_a_store}/islands/{name}/expert" for name in SHARDS}
+    rest = [uri for name, uri in experts.items() if name != SHARD]
+    out = f"{on_a_store}/soups/all"
+    made = done("soup", "create", out, *experts.values(), "--state")
+    done("soup", "create", f"{on_a_store}/soups/lone", experts[SHARD])
+    done("soup", "create", tmp_path / "near", *experts.values())
+    export = "memory://soups/given/away"
+    done("soup", "create", export, *experts.values())
+    assert sorted(Manifest.load(run).soups) == ["soups/all", "soups/lone"]
+    assert Manifest.load(run).soups["soups/all"].sha256 == run.sha256("soups/all")
+    assert sorted(Manifest.load(run).exports) == sorted([str(tmp_path / "near"), export])
+    assert done("soup", "show", out)["sha256"] == made["sha256"]
+    done("soup", "verify", out)
+    done("verify", on_a_store)
+    said = atoll("soup", "remove", out, "nobody")
+    assert (said.code, SHARD in said.err) == (2, True)
+
+    done("unlearn", on_a_store, SHARD)
+    done("verify", on_a_store)
+    done("verify", f"{on_a_store}/certificate.json")
+    never = done("soup", "create", f"{on_a_store}/soups/never", *rest, "--state")
+    assert Manifest.load(run).soups["soups/all"].sha256 == run.sha256("soups/never")
+    for place in (out, tmp_path / "near", export):
+        assert done("soup", "show", place)["sha256"] == never["sha256"]
+        done("soup", "verify", place)
+    assert not run.exists("soups/lone")
+    assert sorted(Manifest.load(run).soups) == ["soups/all", "soups/never"]
+
+
+def test_a_soup_that_left_a_run_here_for_a_store(fresh: Path) -> None:
+    experts = [fresh / "islands" / name / "expert" for name in SHARDS]
+    try:
+        done("soup", "create", "memory://soups/all", *experts)
+        loo = done("soup", "loo", "memory://soups/loo", *experts)
+        assert sorted(loo["soups"]) == sorted(SHARDS)
+        made = done("soup", "remove", "memory://soups/all", SHARD)
+        assert made["sha256"] == loo["soups"][SHARD]["sha256"]
+        done("soup", "add", "memory://soups/all", fresh / "islands" / SHARD / "expert")
+        listed = json.loads((fresh / "manifest.json").read_text())["exports"]
+        assert "memory://soups/all" in listed
+        done("unlearn", fresh, SHARD)
+        certificate = json.loads((fresh / "certificate.json").read_text())
+        assert "memory://soups/all" in certificate["rewritten_exports"]
+        assert done("soup", "show", "memory://soups/all")["sha256"] == made["sha256"]
+        done("soup", "verify", "memory://soups/all")
+        done("verify", fresh)
+    finally:
+        fsspec.filesystem("memory").rm("/soups", recursive=True)
