@@ -72,13 +72,13 @@ def register(app: typer.Typer) -> None:
         negative: NegativeOption = False,
         name: NameOption = None,
         method: Annotated[
-            str, typer.Option(help="mean; with --base model-stock, ties or dare too.")
+            str, typer.Option(help="mean; with --base model-stock, ties, dare or bake.")
         ] = "mean",
         density: Annotated[
             float | None, typer.Option(help="What TIES (0.2) and DARE (0.1) keep of the moves.")
         ] = None,
         scale: Annotated[
-            float | None, typer.Option(help="What TIES and DARE multiply the moves' mean by (1).")
+            float | None, typer.Option(help="What TIES, DARE and bake multiply the mean by (1).")
         ] = None,
         seed: Annotated[int | None, typer.Option(help="Of what DARE keeps (0).")] = None,
         rank: Annotated[

@@ -14,8 +14,9 @@ from pathlib import Path
 import torch
 
 from atoll.core.errors import Refused
+from atoll.merge.bake import bake_rule, tensors_of_layers
 from atoll.merge.home import Home
-from atoll.merge.ingredients import Opened, by_name, check_alike
+from atoll.merge.ingredients import Opened, body, by_name, check_alike
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import (
     Adapter,
@@ -27,7 +28,7 @@ from atoll.merge.lora import (
 from atoll.merge.mean import mean_layouts, mean_rule
 from atoll.merge.model import sha256_weights
 from atoll.merge.moves import moves_rule, trim_limits
-from atoll.merge.recipe import MOVES, RECIPE_NAME, STATE, Ingredient, Recipe
+from atoll.merge.recipe import BAKE, MOVES, RECIPE_NAME, STATE, Ingredient, Recipe
 from atoll.merge.state import Rests, rest_name, state_layouts, state_name, state_rule
 from atoll.merge.stream import Out, save, stream
 from atoll.merge.weights import Layout, Weights
@@ -137,6 +138,8 @@ def _streamed(
     if whole.method == "ties":
         limits = trim_limits(whole, [one.model for one in opened])
     models = [closing.enter_context(one.model) for one in opened]
+    if whole.method == BAKE:
+        return [_baked(whole, folders[0], opened)]
     if opened[0].model.is_adapter:
         return [_adapters(*each, opened) for each in zip(recipes, folders, strict=True)]
     digests = [Digests() for _ in folders]
@@ -200,6 +203,29 @@ def _adapters(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> 
     made, error = mean_adapter(recipe, _understood(recipe, opened), _torch_dtype(recipe))
     out = Out(_place(folder, ADAPTER_NAME), recipe.metadata)
     return Digests({ADAPTER_NAME: save(made, layouts_of(made), out)}, error=error)
+
+
+def _baked(recipe: Recipe, folder: Path | None, opened: Sequence[Opened]) -> Digests:
+    """The base with the adapters in it."""
+    base = body(recipe, opened)
+    adapters = {
+        one.ingredient.name: read_adapter(weights, one.ingredient.name)
+        for one in opened
+        if one is not base
+        for weights in one.model.weights.values()
+    }
+    stems = {stem for adapter in adapters.values() for stem in adapter.modules}
+    layouts = {file: weights.layout for file, weights in base.model.weights.items()}
+    layers = tensors_of_layers(layouts, stems, base.ingredient.name)
+    digests = Digests()
+    for file, made in mean_layouts([base], recipe.dtype).items():
+        tensors = {name: stem for (home, name), stem in layers.items() if home == file}
+        rule = bake_rule(recipe, file, made, adapters, tensors)
+        (digests.weights[file],) = stream(
+            [base.model.weights[file]], made, rule,
+            outs=[Out(_place(folder, file), recipe.metadata)], what=f"baking {file}",
+        )  # fmt: skip
+    return digests
 
 
 def adapter_distance(recipe: Recipe, opened: Sequence[Opened], made: Weights) -> float:

@@ -159,12 +159,12 @@ def mean_by_element(tensors: Sequence[Tensor], weights: Sequence[Tensor], out: T
     if inexact is None and span.normal_over(int(total.max())):
         _round_normal(sums, out, _Scratch(len(out)))
     else:
-        out.copy_(_round(sums, out.dtype))
+        out.copy_(rounded(sums, out.dtype))
     if inexact is not None and bool(inexact.any()):
         settled = [
             _settle(column, counts) for column, counts in _columns(tensors, weights, inexact)
         ]
-        out[inexact] = _round(torch.tensor(settled, dtype=torch.float64), out.dtype)
+        out[inexact] = rounded(torch.tensor(settled, dtype=torch.float64), out.dtype)
     if not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
 
@@ -210,10 +210,10 @@ def units(value: float) -> int:
 def divide(sums: Tensor, rests: Mapping[int, int], total: int, out: Tensor) -> None:
     """Exact sums, as `add` has them, over `total`, rounded once into `out`; raises as `mean`."""
     assert 0 < total <= MAX_TOTAL, total
-    out.copy_(_round(sums / total, out.dtype))
+    out.copy_(rounded(sums / total, out.dtype))
     if rests:
         odd = [_odd(units(float(sums[i])) + rest, total) for i, rest in rests.items()]
-        out[list(rests)] = _round(torch.tensor(odd, dtype=torch.float64), out.dtype)
+        out[list(rests)] = rounded(torch.tensor(odd, dtype=torch.float64), out.dtype)
     if not bool(torch.isfinite(out).all()):
         raise NotFiniteError(None)
 
@@ -314,12 +314,12 @@ def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _S
     checked, inexact = _checked(
         value.double().mul_(weight) for value, weight in zip(values, weights, strict=True)
     )
-    out.copy_(_round(checked / total, out.dtype))
+    out.copy_(rounded(checked / total, out.dtype))
     where = inexact.nonzero().reshape(-1)
     if len(where):
         columns = [value[where].double().tolist() for value in values]
         settled = [_settle(column, weights) for column in zip(*columns, strict=True)]
-        out[where] = _round(torch.tensor(settled, dtype=torch.float64), out.dtype)
+        out[where] = rounded(torch.tensor(settled, dtype=torch.float64), out.dtype)
 
 
 class _Narrow:
@@ -509,11 +509,11 @@ def _divide(sums: Tensor, total: int, span: _Span, out: Tensor, scratch: _Scratc
     if span.normal_over(total):
         _round_normal(sums, out, scratch)
     else:
-        out.copy_(_round(sums, out.dtype))
+        out.copy_(rounded(sums, out.dtype))
 
 
 def _round_normal(quotient: Tensor, out: Tensor, scratch: _Scratch) -> None:
-    """`_round` where every quotient is 0 or a normal float32: in place, so `quotient` is lost."""
+    """`rounded` where every quotient is 0 or a normal float32: in place, so `quotient` is lost."""
     if out.dtype == torch.float32:
         out.copy_(quotient)
         return
@@ -528,7 +528,7 @@ def _round_normal(quotient: Tensor, out: Tensor, scratch: _Scratch) -> None:
         out.add_(0.0)  # float16 alone can underflow, to -0
 
 
-def _round(quotient: Tensor, target: torch.dtype) -> Tensor:
+def rounded(quotient: Tensor, target: torch.dtype) -> Tensor:
     """Float64 to `target`, to nearest, ties to even; zeros become +0.
 
     `quotient` lies on the same side as the true mean of every number of 25 bits, or on it.

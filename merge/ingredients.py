@@ -28,7 +28,7 @@ from atoll.merge.model import (
     model_name,
     open_model,
 )
-from atoll.merge.recipe import RECIPE_NAME, Ingredient, Recipe, check_weight
+from atoll.merge.recipe import BAKE, RECIPE_NAME, Ingredient, Recipe, check_weight
 from atoll.merge.weights import DTYPES, Layout
 
 log = logging.getLogger(__name__)
@@ -187,8 +187,13 @@ def check_alike(opened: Sequence[Opened]) -> None:
                 if ours != theirs:
                     shown = ["our linear path" if each is None else each for each in (ours, theirs)]
                     raise _strangers(pair, field, *shown)
+        if first.model.is_adapter is not other.model.is_adapter:
+            raise Refused(
+                f"Of {pair} one is of LoRA adapters, the other is a model",
+                cure="add adapters to their base: --method bake --base BASE",
+            )
         _check_texts(pair, first.model, other.model)
-        if first.model.is_adapter and other.model.is_adapter:
+        if first.model.is_adapter:
             continue  # of any rank, for any layers; what has to fit shows where they are averaged
         for file in sorted(first.model.weights.keys() | other.model.weights.keys()):
             parts = [model.weights.get(file) for model in (first.model, other.model)]
@@ -197,6 +202,31 @@ def check_alike(opened: Sequence[Opened]) -> None:
                 ours, theirs = (layout.get(name) for layout in layouts)
                 if not _alike(ours, theirs):
                     raise _strangers(pair, tensor_name(file, name), ours, theirs)
+
+
+def body(recipe: Recipe, opened: Sequence[Opened]) -> Opened:
+    """The one that the soup is like in all but weights: of adapters that are baked, their base."""
+    if recipe.method == BAKE:
+        (base,) = (one for one in opened if one.ingredient.name == recipe.base)
+        return base
+    return by_name(opened)[0]
+
+
+def check_together(recipe: Recipe, opened: Sequence[Opened]) -> None:
+    """Refuse what does not go into one soup by this method."""
+    if recipe.method != BAKE:
+        check_alike(opened)
+        return
+    base = body(recipe, opened)
+    adapters = [one for one in opened if one is not base]
+    for one, wanted in ((base, False), *((each, True) for each in adapters)):
+        if one.model.is_adapter is not wanted:
+            a = "a" if one.model.is_adapter else "no"
+            raise Refused(
+                f"'{one.ingredient.name}' is {a} LoRA adapter",
+                allowed="LoRA adapters, and a model as their base",
+            )
+    check_alike(adapters)
 
 
 def tensor_name(file: str, name: str) -> str:

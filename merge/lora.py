@@ -132,10 +132,10 @@ def distance_from_made(
         raise Refused("it has other tensors, or says something else in its header")
     modules, _ = _mean_layers(recipe, adapters, dtype)
     for module in modules.values():
-        if module.alpha and not torch.equal(_read(found, module.alpha), made[module.alpha]):
+        if module.alpha and not torch.equal(read_half(found, module.alpha), made[module.alpha]):
             raise Refused(f"{module.alpha} is another")
     wanted = {stem: (made[m.down], made[m.up]) for stem, m in modules.items()}
-    told = {stem: (_read(found, m.down), _read(found, m.up)) for stem, m in modules.items()}
+    told = {stem: (read_half(found, m.down), read_half(found, m.up)) for stem, m in modules.items()}
     return distance(wanted, told)
 
 
@@ -179,8 +179,8 @@ def _of_module(
                 f"{pair} cannot be averaged, the layer {stem} has other widths",
                 allowed="adapters of one base",
             )
-    downs = [_read(adapters[i].weights, m.down) for i, m in zip(there, modules, strict=True)]
-    ups = [_read(adapters[i].weights, m.up) for i, m in zip(there, modules, strict=True)]
+    downs = [read_half(adapters[i].weights, m.down) for i, m in zip(there, modules, strict=True)]
+    ups = [read_half(adapters[i].weights, m.up) for i, m in zip(there, modules, strict=True)]
     wide = dtype or functools.reduce(torch.promote_types, (each.dtype for each in (*downs, *ups)))
     made = []
     for i, down, up, module in zip(there, downs, ups, modules, strict=True):
@@ -213,7 +213,8 @@ def _times(value: Tensor, part: Fraction, dtype: torch.dtype) -> Tensor:
     return exact.mean([value, torch.zeros_like(value)], [above, below - above], dtype=dtype)
 
 
-def _read(weights: Weights, name: str) -> Tensor:
+def read_half(weights: Weights, name: str) -> Tensor:
+    """A or B of an open file."""
     layout = weights.layout[name]
     value = torch.empty(layout.count, dtype=layout.torch_dtype)
     if value.dtype not in exact.DTYPES:

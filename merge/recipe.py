@@ -28,9 +28,11 @@ SOUP_KEY = "atoll.soup"  # in the header of its weights
 SCHEMA_VERSION = 1
 
 # How a soup comes about: as a mean by the weights that are given, by weights that are found in
-# every tensor (`merge/stock.py`), or of what is kept of the experts' moves (`merge/moves.py`).
-Method = Literal["mean", "model-stock", "ties", "dare"]
+# every tensor (`merge/stock.py`), of what is kept of the experts' moves (`merge/moves.py`), or as
+# the base with adapters' products added (`merge/bake.py`).
+Method = Literal["mean", "model-stock", "ties", "dare", "bake"]
 MOVES = ("ties", "dare")
+BAKE = "bake"
 _DENSITIES = {"ties": 0.2, "dare": 0.1}  # of the papers
 OF_MOVES = ("density", "scale", "seed")
 # "same": each tensor keeps the ingredients' dtype.
@@ -42,7 +44,8 @@ class Settings:
     """What a soup is asked to be, beside its ingredients; all of it goes into its recipe.
 
     `density` is the part of an expert's moves that TIES and DARE keep, `scale` what the mean of
-    those is multiplied by before it is added to the base, both in hundredths; `seed` is DARE's.
+    those, or of adapters' products, is multiplied by before it is added to the base, both in
+    hundredths; `seed` is DARE's.
     None is the method's own. `state` keeps the exact sums beside the soup (`merge/state.py`).
     """
 
@@ -65,17 +68,22 @@ class Settings:
             )
         if self.rank is not None and self.rank < 1:
             raise UsageError(f"The rank is {self.rank}", allowed="1, 2, 3, ...")
-        told = {"density": moves, "scale": moves, "seed": self.method == "dare"}
+        if self.rank is not None and self.method != "mean":
+            raise UsageError(f"{self.method} has no rank", cure="leave out --rank, or the method")
+        scaled = moves or self.method == BAKE
+        told = {"density": moves, "scale": scaled, "seed": self.method == "dare"}
         for name, known in told.items():
             if getattr(self, name) is not None and not known:
                 raise UsageError(
                     f"{self.method} has no {name}", cure=f"leave out --{name}, or name a --method"
                 )
-        if not moves:
+        if not scaled:
             return self
-        density = _DENSITIES[self.method] if self.density is None else self.density
         scale = 1.0 if self.scale is None else self.scale
+        density = _DENSITIES.get(self.method) if self.density is None else self.density
         for name, value, most in (("density", density, 1.0), ("scale", scale, 100.0)):
+            if value is None:
+                continue
             if not 0 < value <= most or (Fraction(str(value)) * 100).denominator > 1:
                 raise UsageError(f"{name} is {value}", allowed=f"0.01, 0.02, ... up to {most:g}")
         seed = (self.seed or 0) if self.method == "dare" else None
@@ -243,7 +251,7 @@ class Recipe(BaseModel):
                     f"The weight {part.weight} of {part.name} is negative",
                     allowed=f"positive integers, with {self.method}",
                 )
-        if self.method in MOVES:
+        if self.method in MOVES or self.method == BAKE:
             self._check_moves()
         check_total(self._weights(None), "")
         for block in self.blocks:
@@ -262,7 +270,7 @@ class Recipe(BaseModel):
                         f"The weight {weight} of {name} in {block.tensors} is negative",
                         allowed=f"0 and positive integers, with {self.method}",
                     )
-        kept, scale = (Fraction(str(each)) for each in (self.density, self.scale))
+        kept, scale = (Fraction(str(each)) for each in (self.density or 1, self.scale))
         widest = 2 * scale.numerator * kept.denominator + scale.denominator * kept.numerator
         most = [self._weights(None), *(self._weights(block) for block in self.blocks)]
         if widest * max(map(sum, most)) > MAX_TOTAL:
@@ -331,7 +339,7 @@ class Recipe(BaseModel):
         parts = [(i.name, i.weight, i.sha256) for i in self.ingredients]
         blocks = [[block.model_dump() for block in self.blocks]] if self.blocks else []
         moves = [[self.method, *(getattr(self, name) for name in OF_MOVES)]]
-        told = [*blocks, *(moves if self.method in MOVES else [])]
+        told = [*blocks, *(moves if self.scale is not None else [])]
         told += [] if self.rank is None else [[self.rank]]
         text = json.dumps([parts, self.base_sha256, self.dtype, self.rounding, *told])
         return f"soup-{hashlib.sha256(text.encode()).hexdigest()[:12]}"

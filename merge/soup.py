@@ -28,8 +28,9 @@ from atoll.merge.home import Home, recovered, replacing_home
 from atoll.merge.ingredients import (
     Opened,
     block_name,
+    body,
     by_name,
-    check_alike,
+    check_together,
     find_ingredients,
     open_experts,
     sha256_base,
@@ -37,6 +38,7 @@ from atoll.merge.ingredients import (
 from atoll.merge.mean import mean_layouts
 from atoll.merge.plan import Plan, plan_change
 from atoll.merge.recipe import (
+    BAKE,
     MOVES,
     RECIPE_NAME,
     STATE,
@@ -242,7 +244,7 @@ def show(soup: Place) -> Soup:
 def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
     """The content of everything in a soup's folder but the weights, by file name."""
     opened = by_name(opened)
-    model = opened[0].model
+    model = body(recipe, opened).model
     files = {name: model.written(name) for name in model.texts}
     files[RECIPE_NAME] = recipe.to_bytes()
     cards = [one.card for one in opened if one.card is not None]
@@ -306,10 +308,10 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
         base_sha256=opened[0].base_sha256,
         base=base,
     )
-    check_alike(opened)
+    check_together(recipe, opened)
     tensors = [
         block_name(file, name)
-        for file, weights in opened[0].model.weights.items()
+        for file, weights in body(recipe, opened).model.weights.items()
         for name in weights.layout
     ]
     for block in recipe.blocks:
@@ -319,9 +321,9 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
-    if recipe.rank is not None and not opened[0].model.is_adapter:
+    if recipe.rank is not None and not body(recipe, opened).model.is_adapter:
         raise UsageError("A rank is for adapters", cure="leave out --rank")
-    if opened[0].model.is_adapter and (recipe.method in MOVES or settings.state):
+    if body(recipe, opened).model.is_adapter and (recipe.method in MOVES or settings.state):
         what = "A running state" if settings.state else recipe.method
         raise Refused(f"{what} is not for adapters", allowed="models")
     if recipe.method != "model-stock":
@@ -378,7 +380,7 @@ def _make(
     changes: Sequence[Change] | None = None,
 ) -> Soup:
     """Fill the folder `partial`, which becomes the soup; from its state if that reads less."""
-    if opened[0].model.is_adapter:
+    if opened[0].model.is_adapter or recipe.method == BAKE:
         return _fill(partial, _anew(recipe, opened, partial), opened, home.place)
     plan = plan_change(home, before, recipe, opened, changes)
     if plan.from_state and before is not None and before.state_sha256 and changes:

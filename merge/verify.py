@@ -15,7 +15,7 @@ from atoll.core.errors import AtollError, Refused
 from atoll.merge.averages import adapter_distance, mean_files
 from atoll.merge.far import Place
 from atoll.merge.home import Home
-from atoll.merge.ingredients import Opened, by_name, check_alike, find_ingredients
+from atoll.merge.ingredients import Opened, by_name, check_together, find_ingredients
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.model import sha256_weights
 from atoll.merge.recipe import STATE, Recipe
@@ -50,7 +50,7 @@ def verify(soup: Place, *, search: Sequence[Path] = ()) -> Verdict:
     names = tuple(ingredient.name for ingredient in recipe.ingredients)
     try:
         opened = find_ingredients(recipe, soup, search=search)
-        check_alike(opened)
+        check_together(recipe, opened)
         made, digests = mean_files(recipe, opened)
     except Refused as refused:  # an ingredient that is not what it was
         return Verdict(soup, names, "", "", (str(refused),))

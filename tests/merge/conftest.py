@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL, DDIMScheduler, DiTPipeline, DiTTransformer2DModel
 from torch import Tensor, nn
 
 from atoll.core.denoiser import Card, Denoiser, new_network
@@ -74,6 +76,45 @@ def make_expert(tmp_path: Path, network: nn.Module) -> MakeExpert:
         moved.load_state_dict(state)
         path = folder or tmp_path / "experts" / name
         Denoiser(moved, Card(**(fields | card))).save(path)
+        return path
+
+    return make
+
+
+def moved(network: nn.Module, seed: int) -> nn.Module:
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for value in network.parameters():
+            value.add_(0.02 * torch.randn(value.shape, generator=generator))
+    return network
+
+
+def pipeline(seed: int) -> DiTPipeline:
+    torch.manual_seed(0)
+    transformer = DiTTransformer2DModel(
+        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1,
+        sample_size=4, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
+    )  # fmt: skip
+    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
+    return DiTPipeline(moved(transformer, seed), moved(vae, seed), DDIMScheduler())
+
+
+@pytest.fixture
+def make_pipeline(tmp_path: Path) -> Callable[..., Path]:
+    """`make_pipeline("a", ...)` writes models/a: a transformer, an autoencoder, and a tokenizer."""
+
+    def make(name: str, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
+        path = tmp_path / "models" / name
+        whole = pipeline(int.from_bytes(name.encode(), "big") % 2**31).to(dtype)
+        whole.save_pretrained(path, **saving)
+        # What a tokenizer is made of, without the library that reads it.
+        words = path / "tokenizer"
+        words.mkdir(exist_ok=True)
+        (words / "vocab.json").write_text('{"b": 0, "a": 1, "dtype": 2}')
+        (words / "merges.txt").write_text("a b\n")
+        index = json.loads((path / "model_index.json").read_text())
+        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
+        (path / "model_index.json").write_text(json.dumps(index | {"requires": True}))
         return path
 
     return make

@@ -13,13 +13,10 @@ import pytest
 import torch
 from diffusers import (
     AutoencoderKL,
-    DDIMScheduler,
     DiTPipeline,
-    DiTTransformer2DModel,
     UNet2DConditionModel,
 )
 from safetensors.torch import load_file, save_file
-from torch import nn
 
 from atoll.core.denoiser import CARD_NAME
 from atoll.core.errors import AtollError, MissingError, Refused, UsageError
@@ -31,43 +28,6 @@ from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 
 PARTS = (f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}")
-
-
-def moved(network: nn.Module, seed: int) -> nn.Module:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for value in network.parameters():
-            value.add_(0.02 * torch.randn(value.shape, generator=generator))
-    return network
-
-
-def pipeline(seed: int) -> DiTPipeline:
-    torch.manual_seed(0)
-    transformer = DiTTransformer2DModel(
-        num_attention_heads=2, attention_head_dim=4, in_channels=4, out_channels=8, num_layers=1,
-        sample_size=4, patch_size=2, num_embeds_ada_norm=10, norm_num_groups=4,
-    )  # fmt: skip
-    vae = AutoencoderKL(block_out_channels=(4,), norm_num_groups=2, latent_channels=4)
-    return DiTPipeline(moved(transformer, seed), moved(vae, seed), DDIMScheduler())
-
-
-@pytest.fixture
-def make_pipeline(tmp_path: Path) -> Callable[..., Path]:
-    def make(name: str, dtype: torch.dtype = torch.float32, **saving: Any) -> Path:
-        path = tmp_path / "models" / name
-        whole = pipeline(int.from_bytes(name.encode(), "big") % 2**31).to(dtype)
-        whole.save_pretrained(path, **saving)
-        # What a tokenizer is made of, without the library that reads it.
-        words = path / "tokenizer"
-        words.mkdir(exist_ok=True)
-        (words / "vocab.json").write_text('{"b": 0, "a": 1, "dtype": 2}')
-        (words / "merges.txt").write_text("a b\n")
-        index = json.loads((path / "model_index.json").read_text())
-        index |= {"tokenizer": ["transformers", "CLIPTokenizer"], "safety_checker": [None, None]}
-        (path / "model_index.json").write_text(json.dumps(index | {"requires": True}))
-        return path
-
-    return make
 
 
 def edit(path: Path, **changes: Any) -> None:

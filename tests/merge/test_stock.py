@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atoll.core.storage import sha256_file
 from atoll.merge import exact, soup
 from atoll.merge.lora import FILE_NAME
+from atoll.merge.recipe import Settings
 from atoll.merge.verify import verify
 
 # diffusers has none of these classes without it; `pip install 'atoll[pipelines]'`.
@@ -148,3 +149,52 @@ def saved(path: Path, state: dict[str, Tensor]) -> Path:
 
 def product_of(state: dict[str, Tensor], layer: str) -> Tensor:
     return state[f"{layer}.lora_B.weight"].double() @ state[f"{layer}.lora_A.weight"].double()
+
+
+def test_baked_adapters_are_what_diffusers_fuses(tmp_path, make_expert):
+    """Into one network, and into two of a pipeline."""
+    from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+
+    base = make_expert("base", kind="base", shard=None, base_sha256=None)
+    layer = "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    paths = []
+    for seed, name in enumerate("ab"):
+        generator = torch.Generator().manual_seed(seed)
+        state = {
+            f"unet.{layer}.{half}.weight": torch.randn(shape, generator=generator)
+            for half, shape in (("lora_A", (2, 8)), ("lora_B", (8, 2)))
+        }
+        paths.append(saved(tmp_path / f"{name}.safetensors", state))
+    asked = Settings(method="bake", scale=2)  # each at full strength
+    made = soup.create(tmp_path / "soup", dict.fromkeys(paths, 1), asked, base=base)
+    fused = UNet2DConditionModel.from_pretrained(base)
+    for path in paths:
+        fused.load_lora_adapter(path.parent, weight_name=path.name, prefix="unet")
+        fused.fuse_lora()
+        fused.unload_lora()
+    baked = UNet2DConditionModel.from_pretrained(made.place).state_dict()
+    for name, value in fused.state_dict().items():
+        torch.testing.assert_close(baked[name], value, rtol=1e-5, atol=1e-6)
+
+    whole = stable_diffusion(tmp_path / "sd", 0, torch.float32)
+    loaded = StableDiffusionPipeline.from_pretrained(whole)
+    state = {}
+    for prefix, network in (("unet", loaded.unet), ("text_encoder", loaded.text_encoder)):
+        called = next(n for n, m in network.named_modules() if n.endswith(("to_q", "q_proj")))
+        rows, columns = network.get_submodule(called).weight.shape
+        state[f"{prefix}.{called}.lora_A.weight"] = torch.randn(3, columns)
+        state[f"{prefix}.{called}.lora_B.weight"] = torch.randn(rows, 3)
+    lora = saved(tmp_path / "both.safetensors", state)
+    made = soup.create(tmp_path / "whole", {lora: 1}, Settings(method="bake"), base=whole)
+    loaded.load_lora_weights(tmp_path, weight_name=lora.name)
+    loaded.fuse_lora()
+    loaded.unload_lora_weights()
+    baked = StableDiffusionPipeline.from_pretrained(made.place)
+    for part in ("unet", "text_encoder"):
+        found = getattr(baked, part).state_dict()
+        moved_ones = 0
+        start = getattr(StableDiffusionPipeline.from_pretrained(whole), part).state_dict()
+        for name, value in getattr(loaded, part).state_dict().items():
+            torch.testing.assert_close(found[name], value, rtol=1e-5, atol=1e-6)
+            moved_ones += not torch.equal(value, start[name])
+        assert moved_ones == 1, part
