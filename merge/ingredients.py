@@ -189,7 +189,7 @@ def check_alike(opened: Sequence[Opened]) -> None:
                     raise _strangers(pair, field, *shown)
         if first.model.is_adapter is not other.model.is_adapter:
             raise Refused(
-                f"Of {pair} one is of LoRA adapters, the other is a model",
+                f"{pair} cannot be averaged, one is of LoRA adapters and the other a model",
                 cure="add adapters to their base: --method bake --base BASE",
             )
         _check_texts(pair, first.model, other.model)
