@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,7 +13,6 @@ from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
     from atoll.merge.far import Place
-    from atoll.merge.recipe import Block, Dtype, Method, Settings
     from atoll.merge.soup import Soup
 
 SoupArgument = Annotated[str, typer.Argument(metavar="SOUP", help="A soup's folder, or its URI.")]
@@ -100,15 +99,17 @@ def register(app: typer.Typer) -> None:
         ] = None,
     ) -> Result:
         """Average experts, with integer weights, into a new soup."""
+        from atoll.cli import soup_words as words
         from atoll.core.errors import UsageError
         from atoll.merge import soup
+        from atoll.merge.far import place_of
 
-        weighted = _weighted(expert)
-        settings = _settings(
+        weighted = words.weights_of(expert)
+        settings = words.settings_of(
             dtype=dtype, variant=variant, block=block, method=method, density=density,
             scale=scale, seed=seed, state=state, rank=rank,
         )  # fmt: skip
-        its_base = _base(base)
+        its_base = words.base_of(base)
         if check and (method != "mean" or state):
             raise UsageError(
                 "A check is the same for every method, and keeps no state",
@@ -118,24 +119,24 @@ def register(app: typer.Typer) -> None:
             from atoll.cli.soup_check import checked
             from atoll.merge.preflight import check as do_check
 
-            pack = None if barrier is None else _local(barrier)
+            pack = None if barrier is None else words.local_folder(barrier)
             return checked(
                 do_check(
-                    _place(out),
+                    place_of(out),
                     weighted,
                     settings,
                     base=its_base,
                     negative=negative,
-                    names=_names(name),
+                    names=words.names_of(name),
                     pack=pack,
                 )
             )
         if barrier is not None:
             raise UsageError("--barrier says more of a check", cure="add --check")
-        with _at_work(_place(out), weighted) as remember_in_all:
+        with _at_work(place_of(out), weighted) as remember_in_all:
             made = soup.create(
-                _place(out), weighted, settings, base=its_base, negative=negative,
-                names=_names(name),
+                place_of(out), weighted, settings, base=its_base, negative=negative,
+                names=words.names_of(name),
             )  # fmt: skip
             remember_in_all(made)
         return _result(made)
@@ -152,13 +153,16 @@ def register(app: typer.Typer) -> None:
         name: NameOption = None,
     ) -> Result:
         """Leave one out: the soup of all experts but one, for every one, at OUT/without-NAME."""
+        from atoll.cli import soup_words as words
         from atoll.merge import soup
+        from atoll.merge.far import place_of
 
-        weighted = _weighted(expert)
-        with _at_work(_place(out), weighted) as remember_in_all:
+        weighted = words.weights_of(expert)
+        with _at_work(place_of(out), weighted) as remember_in_all:
             made = soup.leave_one_out(
-                _place(out), weighted, _settings(dtype=dtype, variant=variant, block=block),
-                base=_base(base), negative=negative, names=_names(name),
+                place_of(out), weighted,
+                words.settings_of(dtype=dtype, variant=variant, block=block),
+                base=words.base_of(base), negative=negative, names=words.names_of(name),
             )  # fmt: skip
             for each in made.values():
                 remember_in_all(each)
@@ -181,13 +185,15 @@ def register(app: typer.Typer) -> None:
         name: NameOption = None,
     ) -> Result:
         """Make a soup anew with further experts."""
+        from atoll.cli import soup_words as words
         from atoll.merge import soup as soups
+        from atoll.merge.far import place_of
 
-        weighted = _weighted(expert)
-        with _at_work(_place(soup), weighted) as remember_in_all:
+        weighted = words.weights_of(expert)
+        with _at_work(place_of(soup), weighted) as remember_in_all:
             made = soups.add(
-                _place(soup), weighted, search=_paths(search), base=_base(base),
-                blocks=_blocks(block), negative=negative, names=_names(name),
+                place_of(soup), weighted, search=words.paths_of(search), base=words.base_of(base),
+                blocks=words.blocks_of(block), negative=negative, names=words.names_of(name),
             )  # fmt: skip
             remember_in_all(made)
         return _result(made)
@@ -199,20 +205,24 @@ def register(app: typer.Typer) -> None:
         search: SearchOption = None,
     ) -> Result:
         """Make a soup anew without one ingredient."""
+        from atoll.cli import soup_words as words
         from atoll.merge import soup as soups
+        from atoll.merge.far import place_of
 
-        with _at_work(_place(soup)) as remember_in_all:
-            made = soups.remove(_place(soup), name, search=_paths(search))
+        with _at_work(place_of(soup)) as remember_in_all:
+            made = soups.remove(place_of(soup), name, search=words.paths_of(search))
             remember_in_all(made)
         return _result(made)
 
     @command(group, "verify", example="atoll soup verify out/soup")
     def verify(soup: SoupArgument, search: SearchOption = None) -> Result:
         """Recompute a soup from its ingredients and compare every byte."""
+        from atoll.cli import soup_words as words
         from atoll.core.errors import Refused
+        from atoll.merge.far import place_of
         from atoll.merge.verify import verify as do_verify
 
-        verdict = do_verify(_place(soup), search=_paths(search))
+        verdict = do_verify(place_of(soup), search=words.paths_of(search))
         if not verdict.holds:
             raise Refused(
                 f"{soup} is not the soup of its recipe: {'; '.join(verdict.problems)}",
@@ -230,125 +240,9 @@ def register(app: typer.Typer) -> None:
     def show(soup: SoupArgument) -> Result:
         """What is in a soup."""
         from atoll.merge import soup as soups
+        from atoll.merge.far import place_of
 
-        return _result(soups.show(_place(soup)))
-
-
-def _settings(
-    *,
-    dtype: str,
-    variant: str | None,
-    block: list[str] | None,
-    method: str = "mean",
-    density: float | None = None,
-    scale: float | None = None,
-    seed: int | None = None,
-    state: bool = False,
-    rank: int | None = None,
-) -> Settings:
-    from atoll.merge.recipe import Dtype, Method, Settings
-
-    return Settings(
-        dtype=cast("Dtype", _choice("dtype", dtype, get_args(Dtype))),
-        variant=variant,
-        blocks=_blocks(block),
-        method=cast("Method", _choice("method", method, get_args(Method))),
-        density=density,
-        scale=scale,
-        seed=seed,
-        state=state,
-        rank=rank,
-    )
-
-
-def _base(base: str | None) -> Place | None:
-    return None if base is None else _place(base)
-
-
-def _place(text: str) -> Place:
-    from atoll.merge.far import place_of
-
-    return place_of(text)
-
-
-def _names(told: list[str] | None) -> dict[Place, str]:
-    from atoll.core.errors import UsageError
-    from atoll.merge.far import place_of
-
-    pairs = [text.partition("=") for text in told or []]
-    for text, (_, equals, expert) in zip(told or [], pairs, strict=True):
-        if not equals or not expert:
-            raise UsageError(f"'{text}' names nobody", allowed="NAME=EXPERT")
-    return {place_of(expert): name for name, _, expert in pairs}
-
-
-def _blocks(told: list[str] | None) -> list[Block]:
-    return [_block(text) for text in told or []]
-
-
-def _block(text: str) -> Block:
-    from atoll.core.errors import UsageError
-    from atoll.merge.recipe import Block
-
-    tensors, _, told = text.partition(":")
-    name, _, weight = told.rpartition("=")
-    try:
-        return Block(tensors=tensors, weights={name: int(weight)})
-    except ValueError:
-        raise UsageError(
-            f"'{text}' is no block", allowed="TENSORS:NAME=WEIGHT, as in 'up_blocks.*:style-a=2'"
-        ) from None
-
-
-def _choice(what: str, text: str, choices: Sequence[str]) -> str:
-    from atoll.core.errors import UsageError, did_you_mean
-
-    if text not in choices:
-        raise UsageError(
-            f"Unknown {what} '{text}'. {did_you_mean(text, choices)}".strip(),
-            allowed=", ".join(choices),
-        )
-    return text
-
-
-def _local(folder: str) -> Path:
-    from atoll.core.errors import UsageError
-
-    if "://" in folder:
-        raise UsageError(
-            f"{folder} is not a local folder",
-            allowed="a local path",
-            cure="fetch it first",
-        )
-    return Path(folder)
-
-
-def _paths(search: list[str] | None) -> list[Path]:
-    return [Path(place) for place in search or []]
-
-
-def _weighted(experts: list[str]) -> dict[Place, int]:
-    """`EXPERT[=WEIGHT]` arguments, each expert once."""
-    from atoll.core.errors import Refused, UsageError
-    from atoll.merge.far import place_of
-
-    weighted: dict[Place, int] = {}
-    for text in experts:
-        path, equals, weight = text.rpartition("=")
-        if not equals or Path(text).exists():
-            path, weight = text, "1"
-        try:
-            number = int(weight)
-        except ValueError:
-            raise UsageError(
-                f"'{weight}' in '{text}' is not a weight",
-                allowed="a whole number from 1",
-                cure=f"where it is a part of the name, give a weight behind it: {text}=1",
-            ) from None
-        if place_of(path) in weighted:
-            raise Refused(f"{path} is named twice", cure=f"give it a weight: {path}=2")
-        weighted[place_of(path)] = number
-    return weighted
+        return _result(soups.show(place_of(soup)))
 
 
 def _result(made: Soup) -> Result:
