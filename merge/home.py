@@ -11,13 +11,14 @@ makes whole.
 from __future__ import annotations
 
 import hashlib
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
-from atoll.core.disk import recover, replacing
+from atoll.core.disk import drop, recover, replacing
 from atoll.core.errors import Refused
 from atoll.core.journal import progress
 from atoll.core.lock import LOCK_NAME, exclusive
@@ -108,9 +109,20 @@ def replacing_home(place: Place) -> Iterator[tuple[Home, Path]]:
                 f"Nothing can be written at {place}",
                 allowed="a local folder, or a store that takes files",
             ) from error
-        fresh = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="atoll-soup-")))
+        fresh = stack.enter_context(_scratch(str(place).rstrip("/")))
         yield Home(place), fresh
         _put(fresh, storage.patient())
+
+
+@contextmanager
+def _scratch(uri: str) -> Iterator[Path]:
+    """A folder for a soup that goes elsewhere; those of writers who were killed at it are gone."""
+    prefix = f"atoll-soup-{hashlib.sha256(uri.encode()).hexdigest()[:16]}-"
+    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
+        if left.lstat().st_uid == os.getuid():
+            drop(left)
+    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+        yield Path(folder)
 
 
 def recovered(place: Place) -> None:

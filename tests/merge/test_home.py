@@ -257,19 +257,30 @@ soup.add(sys.argv[1], {sys.argv[2]: 1})
 """
 
 
-def test_a_kill_on_s3_leaves_a_lock_that_says_what_to_do(make_expert, s3: Gate, tmp_path):
+def test_a_kill_on_s3_leaves_a_lock_that_says_what_to_do(
+    make_expert, s3: Gate, tmp_path, monkeypatch
+):
     a, b = (put(make_expert(n), f"s3://runs/{tmp_path.name}/{n}") for n in "ab")
     place = f"s3://runs/{tmp_path.name}/soup"
     soup.create(place, {a: 1})
     before = content(place)
-    ended = subprocess.run([sys.executable, "-c", KILLED, place, b], check=False, env=os.environ)
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, place, b],
+        check=False,
+        env=os.environ | {"TMPDIR": str(scratch)},
+    )
     assert ended.returncode == -signal.SIGKILL
     assert not verify(place).holds
     with pytest.raises(InUse, match="Another command") as refused:
         soup.add(place, {b: 1})
     assert f"remove {place}/lock.json" in refused.value.cure
     Storage(place).remove("lock.json")
+    assert list(scratch.glob("atoll-soup-*/*.safetensors"))
     soup.add(place, {b: 1})
+    assert not list(scratch.glob("atoll-soup-*"))
     assert verify(place).holds
     soup.remove(place, "b")
     assert content(place) == before
