@@ -207,16 +207,8 @@ def _add_rows(value: Tensor, layer: Layer, row: int, last: int, skipped: int, ou
     for place in (low != high).nonzero().view(-1).tolist():
         found = divmod(row * columns + skipped + place, columns)
         true = Fraction(float(wide[place])) + layer.element(*found)
-        settled = torch.tensor([_odd(true)], dtype=torch.float64)
-        out[place] = exact.rounded(settled, out.dtype)[0]
+        # In units of 2**-149 over a total.
+        odd = exact.rounded_to_odd(true.numerator << 149, true.denominator)
+        out[place] = exact.rounded(torch.tensor([odd], dtype=torch.float64), out.dtype)[0]
     if not bool(torch.isfinite(out).all()):
         raise exact.NotFiniteError(None)
-
-
-def _odd(value: Fraction) -> float:
-    """The float64 that it is, or of the two beside it that whose last bit is odd."""
-    near = float(value)
-    if near == value or not math.isfinite(near):
-        return near
-    odd = int(math.frexp(near)[0] * 2**53) & 1
-    return near if odd else math.nextafter(near, math.inf if value > near else -math.inf)

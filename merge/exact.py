@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -103,7 +103,7 @@ def _in_chunks(
     chunk: int,
     narrow: _Narrow | None = None,
 ) -> None:
-    scratch = _Scratch(min(chunk, len(result)))
+    scratch = Scratch(min(chunk, len(result)))
     for start in range(0, len(result), chunk):
         part = slice(start, min(start + chunk, len(result)))
         values = [tensor[part] for tensor in flat]
@@ -128,11 +128,11 @@ def leave_one_out(
     _check(tensors, weights, outs)
     total, flat = sum(weights), [tensor.reshape(-1) for tensor in tensors]
     results = [out.view(-1) for out in outs]
-    scratch = _Scratch(min(chunk, len(flat[0])))
+    scratch = Scratch(min(chunk, len(flat[0])))
     for start in range(0, len(flat[0]), chunk):
         part = slice(start, start + chunk)
         values = [tensor[part] for tensor in flat]
-        span = _span(values, scratch)
+        span = span_of(values, scratch)
         if span.proves_exact(total):
             sums = _sums(values, weights, scratch)
             for value, weight, out in zip(values, weights, results, strict=True):
@@ -147,107 +147,10 @@ def leave_one_out(
         _check_finite(out, _without(tensors, i), _without(weights, i))
 
 
-def mean_by_element(tensors: Sequence[Tensor], weights: Sequence[Tensor], out: Tensor) -> None:
-    """The mean with weights of its own in every element, into `out`; tensors are `(count,)`.
-
-    `weights` are whole numbers in float64, `(count,)`, of any sign. In every element their sum is
-    positive, and their magnitudes add up to at most `MAX_TOTAL`. Raises as `mean`.
-    """
-    total = torch.stack(list(weights)).sum(dim=0)
-    span, sums, inexact = _sums_by_element(tensors, weights)
-    sums.div_(total)
-    if inexact is None and span.normal_over(int(total.max())):
-        _round_normal(sums, out, _Scratch(len(out)))
-    else:
-        out.copy_(rounded(sums, out.dtype))
-    if inexact is not None and bool(inexact.any()):
-        settled = [
-            _settle(column, counts) for column, counts in _columns(tensors, weights, inexact)
-        ]
-        out[inexact] = rounded(torch.tensor(settled, dtype=torch.float64), out.dtype)
-    if not bool(torch.isfinite(out).all()):
-        raise NotFiniteError(None)
-
-
-def signs(tensors: Sequence[Tensor], weights: Sequence[Tensor]) -> Tensor:
-    """The signs of the sums `sum(p_i theta_i)`, -1, 0 or 1 in float64, weighted as above."""
-    _, sums, inexact = _sums_by_element(tensors, weights)
-    found = sums.sign_()
-    if inexact is not None and bool(inexact.any()):
-        told = [_whole(*column) for column in _columns(tensors, weights, inexact)]
-        found[inexact] = torch.tensor([float((n > 0) - (n < 0)) for n in told], dtype=found.dtype)
-    return found
-
-
-def add(sums: Tensor, rests: dict[int, int], tensor: Tensor, weight: int) -> None:
-    """Add `weight * tensor` to exact sums, in place; tensors are `(count,)`, weights any integers.
-
-    A sum is the float64 in `sums` and, where that is rounded, what `rests` has for the element
-    besides, in units of 2**-149. There is one such pair for every sum, so that the way to it does
-    not show. Raises `NotFiniteError`.
-    """
-    if not bool(torch.isfinite(tensor).all()):
-        raise NotFiniteError(0)
-    term = tensor.double().mul_(weight)
-    new = sums + term
-    # What rounding lost, without error (Knuth, TAOCP 2, section 4.2.2, theorem B).
-    back = new - sums
-    lost = (sums - (new - back)).add_(term.sub(back))
-    for i in sorted({*lost.nonzero().reshape(-1).tolist(), *rests}):
-        whole = units(float(sums[i])) + units(float(term[i])) + rests.pop(i, 0)
-        near = math.ldexp(float(whole), -149)
-        new[i] = near
-        if left := whole - units(near):
-            rests[i] = left
-    sums.copy_(new)
-
-
-def units(value: float) -> int:
-    """A float64 in units of 2**-149, of which every finite value of the dtypes is a multiple."""
-    return int(math.ldexp(value, 149))
-
-
-def divide(sums: Tensor, rests: Mapping[int, int], total: int, out: Tensor) -> None:
-    """Exact sums, as `add` has them, over `total`, rounded once into `out`; raises as `mean`."""
-    assert 0 < total <= MAX_TOTAL, total
-    out.copy_(rounded(sums / total, out.dtype))
-    if rests:
-        odd = [_odd(units(float(sums[i])) + rest, total) for i, rest in rests.items()]
-        out[list(rests)] = rounded(torch.tensor(odd, dtype=torch.float64), out.dtype)
-    if not bool(torch.isfinite(out).all()):
-        raise NotFiniteError(None)
-
-
 def check_denormals() -> None:
     """`RuntimeError` where torch was told to flush them, on this thread: that loses bits."""
     if float(torch.tensor(2.0**-149).double()) == 0:
         raise RuntimeError("torch.set_flush_denormal(False) is needed: soups keep every bit")
-
-
-def _sums_by_element(
-    tensors: Sequence[Tensor], weights: Sequence[Tensor]
-) -> tuple[_Span, Tensor, Tensor | None]:
-    """Float64 sums with weights by element, and which were rounded on the way: None is none."""
-    reach = int(torch.stack([weight.abs() for weight in weights]).sum(dim=0).max())
-    assert reach <= MAX_TOTAL, reach
-    span = _span(tensors, _Scratch(len(tensors[0])))
-    terms = [tensor.double().mul_(weight) for tensor, weight in zip(tensors, weights, strict=True)]
-    if span.proves_exact(reach):
-        sums = torch.zeros_like(terms[0])
-        for term in terms:
-            sums.add_(term)
-        return span, sums, None
-    return span, *_checked(terms)
-
-
-def _columns(
-    tensors: Sequence[Tensor], weights: Sequence[Tensor], where: Tensor
-) -> Iterator[tuple[tuple[float, ...], list[int]]]:
-    """Values and weights of single elements."""
-    columns = zip(*(tensor[where].double().tolist() for tensor in tensors), strict=True)
-    counts = zip(*(weight[where].tolist() for weight in weights), strict=True)
-    for column, told in zip(columns, counts, strict=True):
-        yield column, [int(count) for count in told]
 
 
 def _check(tensors: Sequence[Tensor], weights: Sequence[int], outs: Sequence[Tensor]) -> None:
@@ -268,7 +171,7 @@ def _without(values: Sequence[_Value], i: int) -> list[_Value]:
     return [*values[:i], *values[i + 1 :]]
 
 
-class _Scratch:
+class Scratch:
     """Memory for one chunk; taken once, as new pages cost more than what is computed in them."""
 
     def __init__(self, count: int) -> None:
@@ -304,21 +207,21 @@ class _Scratch:
         return self._magnitude[integer][:count]
 
 
-def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: _Scratch) -> None:
+def _mean(values: list[Tensor], weights: Sequence[int], out: Tensor, scratch: Scratch) -> None:
     total, reach = sum(weights), sum(map(abs, weights))
-    span = _span(values, scratch)
+    span = span_of(values, scratch)
     if span.proves_exact(reach):
         _divide(_sums(values, weights, scratch), total, span, out, scratch)
         return
     # Products are exact: 24 bits times 28 bits.
-    checked, inexact = _checked(
+    checked, inexact = checked_sums(
         value.double().mul_(weight) for value, weight in zip(values, weights, strict=True)
     )
     out.copy_(rounded(checked / total, out.dtype))
     where = inexact.nonzero().reshape(-1)
     if len(where):
         columns = [value[where].double().tolist() for value in values]
-        settled = [_settle(column, weights) for column in zip(*columns, strict=True)]
+        settled = [settle(column, weights) for column in zip(*columns, strict=True)]
         out[where] = rounded(torch.tensor(settled, dtype=torch.float64), out.dtype)
 
 
@@ -347,7 +250,7 @@ class _Narrow:
 
     def mean(
         self, values: Sequence[Tensor], weights: Sequence[int], out: Tensor, part: slice,
-        scratch: _Scratch,
+        scratch: Scratch,
     ) -> bool:  # fmt: skip
         """The chunk `part` of the result; whether it was of use there."""
         count, layout = len(out), _FORMATS[torch.bfloat16]
@@ -397,7 +300,7 @@ class _Narrow:
 
 
 @dataclass(frozen=True)
-class _Span:
+class Span:
     """All values are multiples of 2**bottom, and smaller than 2**top."""
 
     bottom: int
@@ -416,7 +319,7 @@ class _Span:
         return self.bottom - total.bit_length() >= -126
 
 
-def _span(values: Sequence[Tensor], scratch: _Scratch) -> _Span:
+def span_of(values: Sequence[Tensor], scratch: Scratch) -> Span:
     bottom, top = [], []
     for index, value in enumerate(values):
         layout = _FORMATS[value.dtype]
@@ -436,10 +339,10 @@ def _span(values: Sequence[Tensor], scratch: _Scratch) -> _Span:
         low, high = (max(end >> layout.bits, 1) - layout.bias for end in (smallest, largest))
         bottom.append(low - layout.bits)
         top.append(high + 1)
-    return _Span(min(bottom, default=0), max(top, default=0))
+    return Span(min(bottom, default=0), max(top, default=0))
 
 
-def _sums(values: Sequence[Tensor], weights: Sequence[int], scratch: _Scratch) -> Tensor:
+def _sums(values: Sequence[Tensor], weights: Sequence[int], scratch: Scratch) -> Tensor:
     """The float64 sums, where all are proven exact."""
     sums = scratch.double(len(values[0])).zero_()  # from +0, to which -0 adds nothing
     for value, weight in zip(values, weights, strict=True):
@@ -447,12 +350,12 @@ def _sums(values: Sequence[Tensor], weights: Sequence[int], scratch: _Scratch) -
     return sums
 
 
-def _wide(value: Tensor, scratch: _Scratch) -> Tensor:
+def _wide(value: Tensor, scratch: Scratch) -> Tensor:
     """torch takes float16 to float64 an element at a time, and to float32 all at once."""
     return scratch.single(len(value)).copy_(value) if value.dtype == torch.float16 else value
 
 
-def _checked(terms: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+def checked_sums(terms: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     """The float64 sums of terms without error, and which of them were rounded on the way.
 
     Of s = fl(a + b), one of s - a and s - b is computed without error (Dekker), so if they give b
@@ -467,16 +370,16 @@ def _checked(terms: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
     return sums, inexact
 
 
-def _settle(column: Sequence[float], weights: Sequence[int]) -> float:
+def settle(column: Sequence[float], weights: Sequence[int]) -> float:
     """One element's mean in integers, rounded to odd in float64.
 
     Round-to-odd keeps the side of every number of at most 51 bits, float32's midpoints among them.
     Only for the rare elements whose values lie too far apart for float64.
     """
-    return _odd(_whole(column, weights), sum(weights))
+    return rounded_to_odd(whole_sum(column, weights), sum(weights))
 
 
-def _odd(scaled: int, total: int) -> float:
+def rounded_to_odd(scaled: int, total: int) -> float:
     """`scaled * 2**-149 / total`, rounded to odd in float64."""
     # Shifted so that the quotient has 52 or 53 bits.
     shift = 52 + total.bit_length() - scaled.bit_length()
@@ -485,7 +388,12 @@ def _odd(scaled: int, total: int) -> float:
     return math.copysign(math.ldexp(odd, -149 - shift), scaled)
 
 
-def _whole(column: Sequence[float], weights: Sequence[int]) -> int:
+def units(value: float) -> int:
+    """A float64 in units of 2**-149, of which every finite value of the dtypes is a multiple."""
+    return int(math.ldexp(value, 149))
+
+
+def whole_sum(column: Sequence[float], weights: Sequence[int]) -> int:
     """One element's sum in units of 2**-149, of which every finite value is a multiple."""
     return sum(weight * units(value) for value, weight in zip(column, weights, strict=True))
 
@@ -500,19 +408,19 @@ def _whole(column: Sequence[float], weights: Sequence[int]) -> int:
 # sums = c * total. As rounding is monotone, q lies on its true side of every other such number.
 
 
-def _divide(sums: Tensor, total: int, span: _Span, out: Tensor, scratch: _Scratch) -> None:
+def _divide(sums: Tensor, total: int, span: Span, out: Tensor, scratch: Scratch) -> None:
     """Exact sums over `total`, rounded to `out`; in place, so `sums` are lost."""
     if total & (total - 1):
         sums.div_(total)
     elif total > 1:
         sums.mul_(1 / total)  # exact, and three times as fast
     if span.normal_over(total):
-        _round_normal(sums, out, scratch)
+        round_normal(sums, out, scratch)
     else:
         out.copy_(rounded(sums, out.dtype))
 
 
-def _round_normal(quotient: Tensor, out: Tensor, scratch: _Scratch) -> None:
+def round_normal(quotient: Tensor, out: Tensor, scratch: Scratch) -> None:
     """`rounded` where every quotient is 0 or a normal float32: in place, so `quotient` is lost."""
     if out.dtype == torch.float32:
         out.copy_(quotient)

@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from atoll.core import seeds
-from atoll.merge import exact
+from atoll.merge import exact, sums
 from atoll.merge.ingredients import block_name
 from atoll.merge.mean import copy_same, named
 from atoll.merge.model import Model
@@ -67,7 +67,7 @@ def moves_rule(recipe: Recipe, file: str, limits: Sequence[int]) -> Rule:
                     counts = _elected(here, told, own, [limits[i] for i in heard], scale)
                 else:
                     counts = _drawn(recipe, called, first + start, len(here[0]), told, who, own)
-                exact.mean_by_element(here, counts, out[part])
+                sums.mean_by_element(here, counts, out[part])
 
     return rule
 
@@ -162,7 +162,7 @@ def _elected(
         for value, weight, limit in zip(values, weights, limits, strict=True)
     ]
     votes[base] = -_sum_but(votes, base)
-    elected = exact.signs(values, votes)
+    elected = sums.signs(values, votes)
     # A difference of two floats has its true sign, and is 0 only where they are equal.
     heard = [
         vote * ((value - wide[base]).sign_() * elected > 0)

@@ -23,11 +23,13 @@ from torch import Tensor
 
 from atoll.core.errors import Refused
 from atoll.merge import exact
+from atoll.merge.exact import units
 from atoll.merge.home import Home
 from atoll.merge.ingredients import block_name
 from atoll.merge.mean import copy_same, named
 from atoll.merge.recipe import STATE
 from atoll.merge.stream import Out, Rule, save
+from atoll.merge.sums import add, divide
 from atoll.merge.weights import FORMAT_NAMES, Layout
 
 _REST_SUFFIX = ".rest.safetensors"
@@ -142,9 +144,9 @@ def state_rule(
                 left = before.within(name, first + start, len(sums))
             for value, weight, who in heard:
                 with named(file, name, out.dtype, [who]):
-                    exact.add(sums, left, value[part], weight)
+                    add(sums, left, value[part], weight)
             with named(file, name, out.dtype, names):
-                exact.divide(sums, left, total(called), out[part])
+                divide(sums, left, total(called), out[part])
             rests.add(name, first + start, left)
 
     return rule
@@ -160,10 +162,10 @@ def _no_state(tensor: str) -> Refused:
 def _bits(rest: int, tensor: str) -> int:
     """A rest as a float64's bits; refused where that is not all of it."""
     value = math.ldexp(float(rest), -149)
-    if exact.units(value) != rest:
+    if units(value) != rest:
         raise _no_state(f"tensor '{tensor}'")
     return int(struct.unpack("<q", struct.pack("<d", value))[0])
 
 
 def _whole(bits: int) -> int:
-    return exact.units(struct.unpack("<d", struct.pack("<q", bits))[0])
+    return units(struct.unpack("<d", struct.pack("<q", bits))[0])

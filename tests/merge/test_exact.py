@@ -14,7 +14,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from atoll.merge import exact
+from atoll.merge import exact, sums
 from benchmarks.rounding import FORMATS, reference, rounded
 
 DTYPES = exact.DTYPES
@@ -227,7 +227,7 @@ def test_the_proof_of_exactness_is_not_too_generous(dtype):
         values = [torch.tensor([value], dtype=dtype) for value in (top, smallest, smallest)]
         for total in (3, 4, 5, 2**10, 2**15 + 1, 2**20, 2**28):
             weights = [total - 2, 1, 1]
-            proven = exact._span(values, exact._Scratch(1)).proves_exact(total)
+            proven = exact.span_of(values, exact.Scratch(1)).proves_exact(total)
             assert proven == (exponents + 1 + fraction + (total - 1).bit_length() <= 53)
             if proven:
                 true = sum(w * Fraction(float(v)) for w, v in zip(weights, values, strict=True))
@@ -237,7 +237,7 @@ def test_the_proof_of_exactness_is_not_too_generous(dtype):
 
 def test_stragglers_are_few_on_real_scales():
     tensors = [like_weights(torch.float32, 200_000, seed=i) for i in range(4)]
-    _, inexact = exact._checked(t.double() * weight for weight, t in enumerate(tensors, 1))
+    _, inexact = exact.checked_sums(t.double() * weight for weight, t in enumerate(tensors, 1))
     assert int(inexact.sum()) < 5
 
 
@@ -372,7 +372,7 @@ def test_weights_of_their_own_in_every_element(data):
         tensors[1] = tensors[0].to(tensors[1].dtype)
         tensors[1][~torch.isfinite(tensors[1])] = 0
     votes = [weights[0], -weights[0], *weights[2:]] if cancels else weights
-    found = exact.signs(tensors, votes).tolist()
+    found = sums.signs(tensors, votes).tolist()
     columns = list(zip(*(t.double().tolist() for t in tensors), strict=True))
     for i, column in enumerate(columns):
         total = sum(Fraction(v) * int(w[i]) for v, w in zip(column, votes, strict=True))
@@ -386,11 +386,11 @@ def test_weights_of_their_own_in_every_element(data):
         means.append(rounded(total / sum(counts), target) + 0.0)
     wanted = torch.tensor(means, dtype=torch.float64).to(target)
     if bool(torch.isfinite(wanted).all()):
-        exact.mean_by_element(tensors, weights, out)
+        sums.mean_by_element(tensors, weights, out)
         assert bits(out) == bits(wanted)
         return
     with pytest.raises(exact.NotFiniteError) as raised:
-        exact.mean_by_element(tensors, weights, out)
+        sums.mean_by_element(tensors, weights, out)
     assert raised.value.index is None
 
 
@@ -398,8 +398,8 @@ def test_what_is_not_finite_is_refused_by_element_too():
     values = [torch.tensor([1.0]), torch.tensor([math.inf])]
     ones = [torch.ones(1, dtype=torch.float64)] * 2
     for call in (
-        lambda: exact.signs(values, ones),
-        lambda: exact.mean_by_element(values, ones, torch.empty(1)),
+        lambda: sums.signs(values, ones),
+        lambda: sums.mean_by_element(values, ones, torch.empty(1)),
     ):
         with pytest.raises(exact.NotFiniteError) as raised:
             call()
@@ -443,7 +443,7 @@ def test_the_fast_way_is_the_usual_one():
         tensors = [like_weights(torch.bfloat16, 1 << 17, seed=i) for i in range(count)]
         narrow = exact._Narrow.of(tensors, [1] * count, tensors[0])
         assert narrow is not None
-        scratch = exact._Scratch(exact.CHUNK)
+        scratch = exact.Scratch(exact.CHUNK)
         out = torch.empty(1 << 17, dtype=torch.bfloat16)
         for start in range(0, 1 << 17, exact.CHUNK):
             part = slice(start, start + exact.CHUNK)

@@ -21,6 +21,7 @@ from atoll.core.errors import Refused, UsageError
 from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, soup, state, stream
 from atoll.merge.recipe import Block, Settings
+from atoll.merge.sums import add, divide
 from atoll.merge.verify import verify
 from atoll.merge.weights import WEIGHTS_NAME as WEIGHTS
 from benchmarks.rounding import rounded
@@ -55,7 +56,7 @@ def test_sums_are_exact_and_show_no_history(data):
     def summed(history) -> tuple[Tensor, dict[int, int]]:
         sums, rests = torch.zeros(30, dtype=torch.float64), {}
         for tensor, weight in history:
-            exact.add(sums, rests, tensor, weight)
+            add(sums, rests, tensor, weight)
         return sums, rests
 
     pairs = list(zip(tensors, weights, strict=True))
@@ -80,11 +81,11 @@ def test_sums_are_exact_and_show_no_history(data):
         wanted = torch.tensor(means, dtype=torch.float64).to(dtype)
         out = torch.empty(30, dtype=dtype)
         if bool(torch.isfinite(wanted).all()):
-            exact.divide(sums, rests, sum(weights), out)
+            divide(sums, rests, sum(weights), out)
             assert bits(out) == bits(wanted)
             continue
         with pytest.raises(exact.NotFiniteError):
-            exact.divide(sums, rests, sum(weights), out)
+            divide(sums, rests, sum(weights), out)
 
 
 def test_a_soup_with_its_state_is_the_soup_and_can_be_verified(paths, tmp_path):
