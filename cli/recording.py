@@ -34,6 +34,8 @@ def remember(made: Soup, run: Storage, manifest: Manifest) -> None:
         entry = ledger_entry(made, name)
         manifest.soups[name] = Artefact(path=name, sha256=entry.sha256)
         manifest.soups = dict(sorted(manifest.soups.items()))
+        # As which it was listed while it was put there.
+        manifest.exports = [place for place in manifest.exports if place != f"{run.uri}/{name}"]
     else:
         name = str(made.place.resolve() if isinstance(made.place, Path) else made.place)
         entry = ledger_entry(made, name)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -12,6 +13,8 @@ import typer
 from atoll.cli.output import Result, command
 
 if TYPE_CHECKING:
+    from atoll.core.manifest import Manifest
+    from atoll.core.storage import Storage
     from atoll.merge.far import Place
     from atoll.merge.soup import Soup
 
@@ -133,12 +136,12 @@ def register(app: typer.Typer) -> None:
             )
         if barrier is not None:
             raise UsageError("--barrier says more of a check", cure="add --check")
-        with _at_work(place_of(out), weighted) as remember_in_all:
+        with _at_work(place_of(out), weighted, its_base) as runs:
             made = soup.create(
                 place_of(out), weighted, settings, base=its_base, negative=negative,
-                names=words.names_of(name),
+                names=words.names_of(name), claim=runs.claim,
             )  # fmt: skip
-            remember_in_all(made)
+            runs.remember(made)
         return _result(made)
 
     @command(group, "loo", example="atoll soup loo out/loo out/run/islands/*/expert")
@@ -157,15 +160,15 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup
         from atoll.merge.far import place_of
 
-        weighted = words.weights_of(expert)
-        with _at_work(place_of(out), weighted) as remember_in_all:
+        weighted, its_base = words.weights_of(expert), words.base_of(base)
+        with _at_work(place_of(out), weighted, its_base) as runs:
             made = soup.leave_one_out(
                 place_of(out), weighted,
                 words.settings_of(dtype=dtype, variant=variant, block=block),
-                base=words.base_of(base), negative=negative, names=words.names_of(name),
+                base=its_base, negative=negative, names=words.names_of(name), claim=runs.claim,
             )  # fmt: skip
             for each in made.values():
-                remember_in_all(each)
+                runs.remember(each)
         told = {name: _result(each) for name, each in made.items()}
         return {
             "soups": {
@@ -189,13 +192,14 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
         from atoll.merge.far import place_of
 
-        weighted = words.weights_of(expert)
-        with _at_work(place_of(soup), weighted) as remember_in_all:
+        weighted, its_base = words.weights_of(expert), words.base_of(base)
+        with _at_work(place_of(soup), weighted, its_base) as runs:
             made = soups.add(
-                place_of(soup), weighted, search=words.paths_of(search), base=words.base_of(base),
+                place_of(soup), weighted, search=words.paths_of(search), base=its_base,
                 blocks=words.blocks_of(block), negative=negative, names=words.names_of(name),
+                claim=runs.claim,
             )  # fmt: skip
-            remember_in_all(made)
+            runs.remember(made)
         return _result(made)
 
     @command(group, "remove", example="atoll soup remove out/soup shard-02")
@@ -209,9 +213,9 @@ def register(app: typer.Typer) -> None:
         from atoll.merge import soup as soups
         from atoll.merge.far import place_of
 
-        with _at_work(place_of(soup)) as remember_in_all:
+        with _at_work(place_of(soup)) as runs:
             made = soups.remove(place_of(soup), name, search=words.paths_of(search))
-            remember_in_all(made)
+            runs.remember(made)
         return _result(made)
 
     @command(group, "verify", example="atoll soup verify out/soup")
@@ -314,33 +318,46 @@ def _check_of_run(place: Place) -> None:
         )
 
 
-@contextmanager
-def _at_work(soup: Place, experts: Iterable[Place] = ()) -> Iterator[Callable[[Soup], None]]:
-    """Hold the runs that a soup lies in or comes from, before anything of it is changed.
+@dataclass(frozen=True)
+class _Runs:
+    """The runs that a soup lies in or comes from, held."""
 
-    Yields what tells them all of the soup; one that left them is among their exports.
-    """
-    from atoll.cli.recording import remember
+    held: list[tuple[Storage, Manifest]]
+
+    def claim(self, place: Place) -> None:
+        """Note that a soup is about to be put elsewhere, so that a removal looks there."""
+        for run, manifest in self.held:
+            manifest.add_export(str(place).rstrip("/"))
+            manifest.save(run)
+
+    def remember(self, made: Soup) -> None:
+        """Tell them all of a soup; one that left them is among their exports."""
+        from atoll.cli.recording import remember
+
+        for run, manifest in self.held:
+            remember(made, run, manifest)
+
+
+@contextmanager
+def _at_work(
+    soup: Place, experts: Iterable[Place] = (), base: Place | None = None
+) -> Iterator[_Runs]:
+    """Hold the runs that a soup lies in or comes from, before anything of it is changed."""
     from atoll.cli.working import check_recorded, run_of, working_on
     from atoll.core.storage import Storage
     from atoll.merge.home import Home
     from atoll.merge.ingredients import located
     from atoll.merge.recipe import RECIPE_NAME
 
-    experts = list(experts)
+    experts = [*experts, *([] if base is None else [base])]
     parts: list[Place] = [soup, *experts]
     if Storage(soup).exists(RECIPE_NAME):
         parts += [located(part, soup) for part in Home(soup).recipe().ingredients]
     with ExitStack() as stack:
         found = {run_of(part) for part in parts}
         homes = sorted((home for home in found if home is not None), key=str)
-        runs = [stack.enter_context(working_on(home)) for home in homes]
+        runs = _Runs([stack.enter_context(working_on(home)) for home in homes])
         for expert in experts:
             _check_of_run(expert)
             check_recorded(expert)
-
-        def remember_in_all(made: Soup) -> None:
-            for run, manifest in runs:
-                remember(made, run, manifest)
-
-        yield remember_in_all
+        yield runs

@@ -290,6 +290,7 @@ def _leave_exported_soups(
 
 
 def _drop_export(run: Storage, manifest: Manifest, export: str) -> None:
+    recovered(place_of(export))
     Storage(export).remove("")
     manifest.exports = [place for place in manifest.exports if place != export]
     manifest.save(run)

@@ -81,7 +81,7 @@ def replacing(
                 fsync(place)
             if folder.exists():
                 # Held until it is gone: under the hidden name it looks like a dead writer's.
-                locks.enter_context(_locked(folder))
+                locks.enter_context(locked(folder))
             check()
             _put_in_place(fresh, folder)
         except BaseException:
@@ -97,7 +97,7 @@ def recover(path: Path) -> None:
     if old.exists() and not path.exists():
         os.rename(old, path)
     for leftover in (old, *path.parent.glob(f".{glob.escape(path.name)}.{'[0-9a-f]' * 32}")):
-        with contextlib.suppress(BlockingIOError), _locked(leftover):
+        with contextlib.suppress(BlockingIOError), locked(leftover):
             drop(leftover)
 
 
@@ -147,7 +147,7 @@ def _hidden_folder(folder: Path, *, alone: bool) -> Iterator[Path]:
     try:
         with contextlib.suppress(FileExistsError):
             fresh.mkdir()
-        with _locked(fresh):
+        with locked(fresh):
             yield fresh
     except BlockingIOError:
         raise Refused(
@@ -157,7 +157,7 @@ def _hidden_folder(folder: Path, *, alone: bool) -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def locked(path: Path) -> Iterator[None]:
     """Hold a file or folder; BlockingIOError where another process does, or did until just now."""
     with contextlib.ExitStack() as closing:
         try:

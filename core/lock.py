@@ -12,7 +12,7 @@ import os
 import shutil
 import socket
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import Failed, Refused
@@ -28,33 +28,53 @@ class InUse(Refused):
 
 
 @contextlib.contextmanager
-def exclusive(run: Storage) -> Iterator[None]:
-    """Hold the run for one command; `InUse` when another command is at work on it."""
+def exclusive(run: Storage) -> Iterator[Callable[[], None]]:
+    """Hold the run for one command; `InUse` when another command is at work on it.
+
+    Yields what raises `InUse` where somebody took the lock away meanwhile, which on a disk nobody
+    can.
+    """
     if run.is_local:
         with _local(run):
-            yield
+            yield lambda: None
         return
-    owner = {
+    owner = canonical_json({
         "schema_version": 1, "host": socket.gethostname(), "process": os.getpid(),
         "writer": uuid.uuid4().hex,
-    }  # fmt: skip
+    })  # fmt: skip
     run = run.patient(seconds=GRACE_SECONDS)  # what is lost here locks everybody out
     try:
-        run.create(LOCK_NAME, canonical_json(owner))
+        run.create(LOCK_NAME, owner)
     except FileExistsError:
         raise InUse(
             f"Another command is at work on {run.uri}: {run.read_json(LOCK_NAME)}",
             cure=f"wait for it; if it is surely dead, remove {run.uri}/{LOCK_NAME}",
         ) from None
+
+    def still() -> None:
+        if not _is(run, owner):
+            raise InUse(
+                f"{run.uri}/{LOCK_NAME} was taken away while this command was at work",
+                cure="run it again when nobody else is at work there",
+            )
+
     try:
-        yield
+        yield still
     finally:
-        _release(run)
+        _release(run, owner)
 
 
-def _release(run: Storage) -> None:
+def _is(run: Storage, owner: bytes) -> bool:
     try:
-        run.remove(LOCK_NAME)
+        return run.read_bytes(LOCK_NAME) == owner
+    except FileNotFoundError:
+        return False
+
+
+def _release(run: Storage, owner: bytes) -> None:
+    try:
+        if _is(run, owner):
+            run.remove(LOCK_NAME)
     except (Failed, OSError) as error:  # what was done under it stands, however that ended
         log.warning("%s/%s is left, remove it by hand: %s", run.uri, LOCK_NAME, error)
 

@@ -30,7 +30,8 @@ from atoll.merge.stream import Rule
 from atoll.merge.weights import Layout
 
 _AT_ONCE = 1 << 18  # elements, with some ten float64 each
-_KEPT = 4  # layers whose factors are in memory
+_KEPT = 2  # layers whose factors are in memory
+_MOST_FACTOR = 2.0**64  # far from what products of float32 overflow with
 _UNIT = 2.0**-53  # of float64's rounding
 # Beside the dot product's: factor and quotient of B, the base, and what norms lose; then doubled.
 _MORE_TERMS = 8
@@ -50,22 +51,28 @@ _ALONE = ("", "unet.", "transformer.", "base_model.model.")
 class Layer:
     """What is added to one tensor, flattened to `(outputs, inputs)`."""
 
-    parts: tuple[tuple[Fraction, Tensor, Tensor], ...]  # times B `(outputs, rank)`, A, in float64
+    parts: tuple[tuple[Fraction, Tensor, Tensor], ...]  # times B `(outputs, rank)`, A
 
     @functools.cached_property
     def up(self) -> Tensor:
         """All B side by side, each times its factor, which is rounded."""
-        return torch.cat([up * float(factor) for factor, up, _ in self.parts], dim=1)
+        return torch.cat([up.double() * float(factor) for factor, up, _ in self.parts], dim=1)
 
     @functools.cached_property
     def down(self) -> Tensor:
         """All A, one below the other."""
-        return torch.cat([down for _, _, down in self.parts])
+        return torch.cat([down for _, _, down in self.parts]).double()
 
     @functools.cached_property
     def norms(self) -> tuple[Tensor, Tensor]:
         """Of the rows of B and the columns of A."""
         return self.up.norm(dim=1), self.down.norm(dim=0)
+
+    @functools.cached_property
+    def live(self) -> tuple[Tensor, Tensor]:
+        """Which rows of B and columns of A are not all 0: where one is, nothing is added."""
+        rows = torch.stack([up.any(dim=1) for _, up, _ in self.parts]).any(dim=0)
+        return rows, self.down.any(dim=0)
 
     def element(self, row: int, column: int) -> Fraction:
         """The exact sum."""
@@ -83,23 +90,28 @@ def tensors_of_layers(
 
     `layouts` are the base's. Refused where a layer is nowhere: it would be lost in silence.
     """
-    left = set(stems)
-    found: dict[tuple[str, str], str] = {}
+    left, found = set(stems), dict[tuple[str, str], str]()
+    taken = dict[str, str]()
     for file, tensors in layouts.items():
         component = file.rpartition("/")[0]
-        for name in tensors:
+        for name, layout in tensors.items():
             module, dot, last = name.rpartition(".")
             if not dot or last != "weight":
                 continue
             for stem in left.intersection(_names(component, module)):
                 if (file, name) in found:
                     raise Refused(f"{found[file, name]} and {stem} are both {module} of '{base}'")
-                found[file, name] = stem
-    if missing := sorted(left - set(found.values())):
+                if stem in taken:
+                    raise Refused(f"{stem} may be {taken[stem]} or {module} of '{base}'")
+                if layout.torch_dtype not in exact.DTYPES:
+                    raise Refused(f"{stem} is {module} of '{base}', which is {layout.dtype}")
+                found[file, name], taken[stem] = stem, module
+    if missing := sorted(left - taken.keys()):
         raise Refused(
             f"The layer {missing[0]} of the adapters is nowhere in '{base}'",
-            allowed="adapters of this base, in the names of diffusers, PEFT or kohya",
-            cure="name the base that they were made for; of a pipeline, the whole of it",
+            allowed="adapters of this base, in diffusers' names of its layers",
+            cure="name the base that they were made for, of a pipeline the whole of it; names of "
+            "another layout (input_blocks) have to be converted",
         )
     return found
 
@@ -161,8 +173,8 @@ def _layer(
         if module is None or not weights[name]:
             continue
         down, up = (read_half(adapter.weights, each) for each in (module.down, module.up))
-        fits = up.shape[0] == shape[0] and down[0].numel() == math.prod(shape[1:])
-        if not fits or up[0, 0].numel() != 1:
+        wide = down.shape[1:].numel() == math.prod(shape[1:])
+        if len(shape) < 2 or up.shape[0] != shape[0] or not wide or up.shape[2:].numel() != 1:
             raise Refused(
                 f"{stem} of '{name}' does not fit: A is {tuple(down.shape)}, B {tuple(up.shape)}, "
                 f"and {called} {shape}",
@@ -174,7 +186,9 @@ def _layer(
                     f"'{name}' holds NaN or infinity in {stem}", cure="leave this adapter out"
                 )
         factor = scale * module.scale * weights[name] / total
-        parts.append((factor, up.double().flatten(1), down.double().flatten(1)))
+        if not abs(factor) < _MOST_FACTOR:
+            raise Refused(f"'{name}' would be scaled by {float(module.scale):g} in {stem}")
+        parts.append((factor, up.flatten(1), down.flatten(1)))
     return Layer(tuple(parts)) if parts else None
 
 
@@ -201,6 +215,9 @@ def _add_rows(value: Tensor, layer: Layer, row: int, last: int, skipped: int, ou
     ups, downs = layer.norms
     error = (ups[row:last, None] * downs[None]).view(-1)[part].add_(wide.abs())
     error.mul_(2 * (layer.down.shape[0] + _MORE_TERMS) * _UNIT)
+    rows, inputs = layer.live
+    # Adapters start with B = 0, and what was never trained stays so: then the sum is W itself.
+    error[~(rows[row:last, None] & inputs[None]).view(-1)[part]] = 0
     low, high = exact.rounded(sums - error, out.dtype), exact.rounded(sums + error, out.dtype)
     out.copy_(low)
     columns = layer.down.shape[1]

@@ -53,7 +53,7 @@ class Far:
 
     def __init__(self, uri: str, *, must_be: bool = True) -> None:
         self.uri, self._must_be = uri.rstrip("/"), must_be
-        check_no_secret(self.uri)
+        check_uri(self.uri)
         above, _, name = self.uri.rpartition("/")
         self._scratch = tempfile.TemporaryDirectory(prefix="atoll-far-")
         folder = Path(self._scratch.name) / (_unversioned(above.rpartition("/")[2]) or "far")
@@ -127,8 +127,8 @@ def _unversioned(name: str) -> str:
     return name if revision.endswith(WEIGHTS_SUFFIX) else stem
 
 
-def check_no_secret(uri: str) -> None:
-    """Refuse a URI with a name, a password or a query that may be one."""
+def check_uri(uri: str) -> None:
+    """Refuse a URI that may hold a secret, and one whose path is not as it is written."""
     parts = urlsplit(uri)
     if parts.username or parts.password or (parts.query and parts.scheme in ("http", "https")):
         raise Refused(
@@ -136,6 +136,9 @@ def check_no_secret(uri: str) -> None:
             allowed="URIs without secrets: they are written into soup.json",
             cure="give credentials by the environment or fsspec's configuration",
         )
+    # To a store these are names; relative to one another paths with them mean something else.
+    if {"", ".", ".."} & set(uri.rstrip("/").partition("://")[2].split("/")[1:]):
+        raise Refused(f"{uri} has empty parts, '.' or '..'", allowed="scheme://place/name/name")
 
 
 def _no_ranges(uri: str) -> Refused:

@@ -11,20 +11,20 @@ makes whole.
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
-from atoll.core.disk import drop, recover, replacing
-from atoll.core.errors import Refused
+from atoll.core.disk import drop, locked, recover, replacing
+from atoll.core.errors import Refused, UsageError
 from atoll.core.journal import progress
 from atoll.core.lock import LOCK_NAME, exclusive
 from atoll.core.storage import MARKERS, Storage, sha256_file, sha256_named
-from atoll.merge.far import Far, Place, check_no_secret, is_uri
-from atoll.merge.recipe import RECIPE_NAME, Recipe
+from atoll.merge.far import Far, Place, check_uri, is_uri
+from atoll.merge.model import WEIGHTS_SUFFIX
+from atoll.merge.recipe import RECIPE_NAME, STATE, Recipe
 from atoll.merge.weights import Weights
 
 _PIECE_BYTES = 1 << 22
@@ -37,6 +37,13 @@ class Home:
         self.place = place
         self._far = Far(str(place), must_be=False) if is_uri(place) else None
         self.path = Path(place) if self._far is None else self._far.path
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing at all lies there, of a soup or of anybody's."""
+        if self._far is None:
+            return not self.path.exists() or (self.path.is_dir() and not any(self.path.iterdir()))
+        return not set(Storage(str(self.place)).list()) - {LOCK_NAME}
 
     def names(self, folder: str = "") -> list[str]:
         """All files below a folder, sorted."""
@@ -86,8 +93,12 @@ class Home:
             at += count
 
 
+Claim = Callable[[Place], None]
+"""Told of a place elsewhere before anything is put there."""
+
+
 @contextmanager
-def replacing_home(place: Place) -> Iterator[tuple[Home, Path]]:
+def replacing_home(place: Place, claim: Claim | None = None) -> Iterator[tuple[Home, Path]]:
     """A soup's place while nobody else may change it, and an empty folder that becomes it.
 
     What stands there stays until the block ends, and after any error in it.
@@ -96,53 +107,68 @@ def replacing_home(place: Place) -> Iterator[tuple[Home, Path]]:
         with replacing(Path(place), alone=True) as fresh:
             yield Home(place), fresh
         return
-    check_no_secret(str(place))  # before anything is written there
-    storage = Storage(place)
+    uri = str(place).rstrip("/")
+    check_uri(uri)  # before anything is written there
+    if uri.endswith(WEIGHTS_SUFFIX):
+        raise UsageError(f"{place} is a file's name", allowed="a folder's, as a soup is one")
+    storage = Storage(uri)
     with ExitStack() as stack:
         try:
             # A web server may take files, and let two writers take one lock.
-            if str(place).partition("://")[0] in ("http", "https"):
+            if uri.partition("://")[0] in ("http", "https"):
                 raise NotImplementedError
-            stack.enter_context(exclusive(storage))
+            still_ours = stack.enter_context(exclusive(storage))
         except NotImplementedError as error:
             raise Refused(
                 f"Nothing can be written at {place}",
                 allowed="a local folder, or a store that takes files",
             ) from error
-        fresh = stack.enter_context(_scratch(str(place).rstrip("/")))
+        fresh = stack.enter_context(_scratch(uri))
         yield Home(place), fresh
-        _put(fresh, storage.patient())
+        if claim is not None:
+            claim(place)
+        _put(fresh, storage.patient(), still_ours)
+
+
+def recovered(place: Place) -> None:
+    """Clear away what killed writers left on this disk; put back what they had set aside."""
+    if is_uri(place):
+        _clear(str(place).rstrip("/"))
+    else:
+        recover(Path(place))
 
 
 @contextmanager
 def _scratch(uri: str) -> Iterator[Path]:
     """A folder for a soup that goes elsewhere; those of writers who were killed at it are gone."""
-    prefix = f"atoll-soup-{hashlib.sha256(uri.encode()).hexdigest()[:16]}-"
-    for left in Path(tempfile.gettempdir()).glob(f"{prefix}*"):
-        if left.lstat().st_uid == os.getuid():
-            drop(left)
-    with tempfile.TemporaryDirectory(prefix=prefix) as folder:
+    _clear(uri)
+    with tempfile.TemporaryDirectory(prefix=_prefix(uri)) as folder, locked(Path(folder)):
         yield Path(folder)
 
 
-def recovered(place: Place) -> None:
-    """Clear away what killed writers left beside a soup here; put back what they had set aside."""
-    if not is_uri(place):
-        recover(Path(place))
+def _clear(uri: str) -> None:
+    for left in Path(tempfile.gettempdir()).glob(f"{_prefix(uri)}*"):
+        with suppress(BlockingIOError, PermissionError), locked(left):
+            drop(left)
 
 
-def _put(folder: Path, storage: Storage) -> None:
-    """Put a soup's folder in the place of what is there."""
+def _prefix(uri: str) -> str:
+    return f"atoll-soup-{hashlib.sha256(uri.encode()).hexdigest()[:16]}-"
+
+
+def _put(folder: Path, storage: Storage, still_ours: Callable[[], None]) -> None:
+    """Put a soup's folder in the place of what is there; others' files stay as they are."""
     files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-    stale = set(storage.list()) - {*files, LOCK_NAME}
+    stale = {name for name in storage.list() if name.startswith(f"{STATE}/")} - files.keys()
     size = sum(file.stat().st_size for file in files.values())
     with progress(f"putting {storage.uri}", size, in_bytes=True) as advance:
 
         def put(name: str) -> None:
-            storage.put(files[name], name, advance=advance)
+            storage.put(files[name], name, check=still_ours, advance=advance)
 
         if not storage.exists(RECIPE_NAME):
             put(RECIPE_NAME)
+        still_ours()
         for marker in reversed(MARKERS):
             storage.remove(marker)
         for name in sorted(files.keys() - {RECIPE_NAME, *MARKERS}):

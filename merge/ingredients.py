@@ -219,9 +219,9 @@ def check_together(recipe: Recipe, opened: Sequence[Opened]) -> None:
         return
     base = body(recipe, opened)
     adapters = [one for one in opened if one is not base]
-    for one, wanted in ((base, False), *((each, True) for each in adapters)):
-        if one.model.is_adapter is not wanted:
-            a = "a" if one.model.is_adapter else "no"
+    for one in opened:
+        if one.model.is_adapter is (one is base):
+            a = "a" if one is base else "no"
             raise Refused(
                 f"'{one.ingredient.name}' is {a} LoRA adapter",
                 allowed="LoRA adapters, and a model as their base",

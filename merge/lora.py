@@ -33,6 +33,7 @@ FILE_NAME = "pytorch_lora_weights.safetensors"  # diffusers'
 _METADATA_KEY = "lora_adapter_metadata"  # diffusers': settings, each by component and name
 _ADAPTER = re.compile(r"\.(lora_|lora\.|hada_|lokr_|oft_|dora_)|(^|\.)lora_")
 _HALVES = {"lora_A": "lora_B", "lora_down": "lora_up", "lora.down": "lora.up"}
+_PEFT = "base_model."
 _OTHERWISE = ("use_rslora", "use_dora")
 
 
@@ -71,13 +72,19 @@ def read_adapter(weights: Weights, called: str) -> Adapter:
         up = name.replace(f"{half}.", f"{_HALVES[half]}.", 1)
         if up not in weights.layout:
             raise Refused(f"'{called}' has {name} and no {up}", allowed="adapters of both halves")
-        rank = weights.layout[name].shape[:1]
-        if rank != weights.layout[up].shape[1:2] or not rank:
-            shapes = [weights.layout[each].shape for each in (name, up)]
+        shapes = [weights.layout[each].shape for each in (name, up)]
+        rank = shapes[0][:1]
+        if min(map(len, shapes)) < 2 or rank != shapes[1][1:2] or not rank[0]:
             raise Refused(
                 f"The halves of {stem} in '{called}' do not fit: {shapes[0]}, {shapes[1]}"
             )
         alpha = f"{stem}.alpha" if f"{stem}.alpha" in weights.layout else None
+        if alpha is None and stem.startswith(_PEFT):
+            raise Refused(
+                f"'{called}' is as PEFT saves adapters, with their scale in another file",
+                allowed="files of diffusers (save_lora_weights, save_lora_adapter) or kohya",
+                cure="load it into its model and save it by diffusers",
+            )
         told = _value(weights, alpha) if alpha else settings.alpha(stem, rank[0])
         found.modules[stem] = Module(name, up, told / rank[0], alpha)
         left -= {name, up, alpha}
@@ -281,6 +288,6 @@ def _settings(weights: Weights, called: str) -> _Settings:
             settings.alpha(f"{component}.", 1)
             for pattern in told.get(f"{component}.alpha_pattern") or {}:
                 re.compile(pattern)
-    except (ValueError, TypeError, AttributeError, re.error) as error:
+    except (ValueError, TypeError, AttributeError, OverflowError, re.error) as error:
         raise Refused(f"What '{called}' says of its adapters is damaged ({error})") from error
     return settings

@@ -144,7 +144,9 @@ def open_model(path: Path, variant: str | None = None, reader: Reader | None = N
     """
     model = _opened(path, variant, reader)
     files = [file for weights in model.weights.values() for file in weights.paths]
-    if variant is not None and not any(f".{variant}" in file.name for file in files):
+    # Adapters have none, and are added to a base that may.
+    varied = model.is_adapter or any(f".{variant}" in file.name for file in files)
+    if variant is not None and not varied:
         raise MissingError(
             f"No weights of {path} are of the variant '{variant}'",
             allowed=", ".join(sorted({file.name for file in files})),
@@ -216,6 +218,8 @@ def _of_pipeline(path: Path, variant: str | None, reader: Reader | None) -> Mode
             )
         left = []
         for file in sorted(folder.iterdir()):
+            if file.name.startswith("."):
+                continue  # somebody's notes
             if file.suffix in TEXTS and ".index." not in file.name and file.is_file():
                 texts[f"{name}/{file.name}"] = _read(file)
             elif file.suffix not in (WEIGHTS_SUFFIX, ".json", *UNREAD):
@@ -235,8 +239,8 @@ def _of_pipeline(path: Path, variant: str | None, reader: Reader | None) -> Mode
 
 def _is_component(name: str) -> bool:
     """Whether a name from a stranger's file is that of a folder below, and of nothing else."""
-    taken = ("", ".", "..", CARD_NAME, RECIPE_NAME, PIPELINE_NAME)
-    return name not in taken and "/" not in name and name.isprintable()
+    taken = ("", CARD_NAME, RECIPE_NAME, PIPELINE_NAME)
+    return name not in taken and name[:1] != "." and "/" not in name and name.isprintable()
 
 
 def _configures(name: str) -> bool:

@@ -24,7 +24,7 @@ from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.merge.averages import Change, Made, averaged, updated
 from atoll.merge.far import Place, below
-from atoll.merge.home import Home, recovered, replacing_home
+from atoll.merge.home import Claim, Home, recovered, replacing_home
 from atoll.merge.ingredients import (
     Opened,
     block_name,
@@ -87,7 +87,12 @@ def prepare(
                 f"{base} is the base, which has no weight", cure="leave it out of the experts"
             )
         experts = {**experts, base: 1}
-    opened = by_name(_opened(experts, out, base, settings.variant, negative, names))
+    opened = by_name(
+        open_experts(
+            experts, out, base_sha256=None if base is None else sha256_base(base, settings.variant),
+            variant=settings.variant, negative=negative, names=names,
+        )
+    )  # fmt: skip
     called = {one.ingredient.name for one in opened}
     check_blocks(settings.blocks, called, negative=negative)
     if settings.method != "mean":
@@ -103,16 +108,18 @@ def create(
     base: Place | None = None,
     negative: bool = False,
     names: Mapping[Place, str] | None = None,
+    claim: Claim | None = None,
 ) -> Soup:
     """Average experts, given by path and integer weight, into a soup at `out`.
 
     `base` is what those without a card are copies of, and what methods other than the mean need.
     `negative` weights are refused unless it is said that they are meant (task arithmetic,
-    arXiv 2212.04089); `names` are for experts without a card. The same command again makes the same
+    arXiv 2212.04089); `names` are for experts without a card; `claim` is told of a soup elsewhere
+    before any of it is put there. The same command again makes the same
     soup again; anything else that lies at `out` is refused.
     """
     opened, recipe = prepare(out, experts, settings, base=base, negative=negative, names=names)
-    with no_space_is_failure(str(out)), replacing_home(out) as (home, partial):
+    with no_space_is_failure(str(out)), replacing_home(out, claim) as (home, partial):
         there = _taken(home)
         # What can be told before all is read, and then the rest.
         _check_same(out, there, recipe, read=False)
@@ -130,11 +137,18 @@ def add(
     blocks: Sequence[Block] = (),
     negative: bool = False,
     names: Mapping[Place, str] | None = None,
+    claim: Claim | None = None,
 ) -> Soup:
     """Make the soup anew with further experts; `search` holds ingredients that have moved."""
-    with _changing(soup) as (home, partial, recipe):
+    with _changing(soup, claim) as (home, partial, recipe):
         opened = find_ingredients(recipe, soup, search=search)
-        added = _opened(experts, soup, base, recipe.variant, negative, names)
+        base_sha256 = None if base is None else sha256_base(base, recipe.variant)
+        if base is None and recipe.method != "mean":
+            base_sha256 = recipe.base_sha256  # what is added is added to the base that is there
+        added = open_experts(
+            experts, soup, base_sha256=base_sha256, variant=recipe.variant, negative=negative,
+            names=names,
+        )  # fmt: skip
         check_blocks(blocks, {one.ingredient.name for one in added}, negative=negative)
         opened += added
         made = _again(recipe, opened, [*recipe.blocks_without(()), *blocks])
@@ -184,6 +198,7 @@ def leave_one_out(
     base: Place | None = None,
     negative: bool = False,
     names: Mapping[Place, str] | None = None,
+    claim: Claim | None = None,
 ) -> dict[str, Soup]:
     """Every soup of all experts but one, at `out/without-NAME`, by the name of the one left out.
 
@@ -214,7 +229,7 @@ def leave_one_out(
         )
     left_out = {one.ingredient.name: below(out, f"without-{_file_name(one)}") for one in opened}
     with no_space_is_failure(str(out)), ExitStack() as closing:
-        held = [closing.enter_context(replacing_home(soup)) for soup in left_out.values()]
+        held = [closing.enter_context(replacing_home(soup, claim)) for soup in left_out.values()]
         partials = [partial for _, partial in held]
         there = [_taken(home) for home, _ in held]
         others = [
@@ -263,30 +278,12 @@ def small_files(recipe: Recipe, opened: Iterable[Opened]) -> dict[str, bytes]:
 
 
 @contextmanager
-def _changing(soup: Place) -> Iterator[tuple[Home, Path, Recipe]]:
+def _changing(soup: Place, claim: Claim | None = None) -> Iterator[tuple[Home, Path, Recipe]]:
     """The soup as it stands while nobody else may change it, the folder to fill, and the recipe."""
     recovered(soup)
     Home(soup).recipe()  # before anything is written beside it
-    with no_space_is_failure(str(soup)), replacing_home(soup) as (home, partial):
+    with no_space_is_failure(str(soup)), replacing_home(soup, claim) as (home, partial):
         yield home, partial, home.recipe()
-
-
-def _opened(
-    experts: Mapping[Place, int],
-    soup: Place,
-    base: Place | None,
-    variant: str | None,
-    negative: bool,
-    names: Mapping[Place, str] | None,
-) -> list[Opened]:
-    return open_experts(
-        experts,
-        soup,
-        base_sha256=None if base is None else sha256_base(base, variant),
-        variant=variant,
-        negative=negative,
-        names=names,
-    )
 
 
 def _again(recipe: Recipe, opened: Sequence[Opened], blocks: Iterable[Block]) -> Recipe:
@@ -309,10 +306,9 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
         base=base,
     )
     check_together(recipe, opened)
+    model = body(recipe, opened).model
     tensors = [
-        block_name(file, name)
-        for file, weights in body(recipe, opened).model.weights.items()
-        for name in weights.layout
+        block_name(file, name) for file, weights in model.weights.items() for name in weights.layout
     ]
     for block in recipe.blocks:
         if not fnmatch.filter(tensors, block.tensors):
@@ -321,9 +317,9 @@ def _recipe(opened: Sequence[Opened], settings: Settings, *, base: str | None = 
                 f"No tensor is in the block {block.tensors}",
                 allowed=", ".join(f"{head}.*" for head in heads),
             )
-    if recipe.rank is not None and not body(recipe, opened).model.is_adapter:
+    if recipe.rank is not None and not model.is_adapter:
         raise UsageError("A rank is for adapters", cure="leave out --rank")
-    if body(recipe, opened).model.is_adapter and (recipe.method in MOVES or settings.state):
+    if model.is_adapter and (recipe.method in MOVES or settings.state):
         what = "A running state" if settings.state else recipe.method
         raise Refused(f"{what} is not for adapters", allowed="models")
     if recipe.method != "model-stock":
@@ -353,10 +349,9 @@ def stock_blocks_of(recipe: Recipe, opened: Sequence[Opened]) -> tuple[Block, ..
 
 def _taken(home: Home) -> Recipe | None:
     """The recipe of the soup that lies there; refused where something else does."""
-    path = home.path
-    if not path.exists() or (path.is_dir() and not any(path.iterdir())):
+    if home.is_empty:
         return None
-    if not (path / RECIPE_NAME).is_file():
+    if not (home.path / RECIPE_NAME).is_file():
         raise Refused(f"{home.place} is not empty and holds no soup", cure="name another OUT")
     return home.recipe()
 

@@ -7,10 +7,12 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fsspec
 import pytest
 
+from atoll.core.errors import Failed
 from atoll.core.manifest import Manifest
 from atoll.core.storage import Storage, canonical_json
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
@@ -297,3 +299,42 @@ def test_a_soup_that_left_a_run_here_for_a_store(fresh: Path) -> None:
         done("verify", fresh)
     finally:
         fsspec.filesystem("memory").rm("/soups", recursive=True)
+
+
+@pytest.mark.parametrize("command", ["create", "loo"])
+def test_a_soup_that_was_put_in_part_is_found_by_a_removal(
+    on_a_store: str, monkeypatch: pytest.MonkeyPatch, command: str
+) -> None:
+    """The put fails in the middle: what lies there is a shard's, and is no soup that is known."""
+    experts = [f"{on_a_store}/islands/{name}/expert" for name in SHARDS]
+    out = "memory://soups/given/away"
+    put = Storage.put
+    last = sorted(SHARDS)[-1]
+
+    def fails(self: Storage, file: Path, name: str, **told: Any) -> None:
+        if name == "config.json" and (command == "create" or last in self.uri):
+            raise Failed("the store is gone")
+        put(self, file, name, **told)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "put", fails)
+        assert atoll("soup", command, out, *experts).code == 1
+    listed = Manifest.load(Storage(on_a_store)).exports
+    assert out in listed or {Path(place).parent.name for place in listed} == {"away"}
+    done("unlearn", on_a_store, SHARD)
+    for place in listed:
+        done("soup", "verify", place)
+        names = [part["name"] for part in done("soup", "show", place)["ingredients"]]
+        assert SHARD not in names
+
+
+def test_a_base_that_lies_in_a_run_is_one_of_its_own(fresh: Path, tmp_path: Path) -> None:
+    experts = sorted((fresh / "islands").glob("*/expert"))
+    head = next((fresh / "islands").glob("*/gate_head"))
+    asked = ["--method", "ties", "--base"]
+    said = atoll("soup", "create", tmp_path / "soup", *experts, *asked, head)
+    assert (said.code, "none of its experts" in said.err) == (7, True)
+    (fresh / "base" / "config.json").write_text("{}")
+    said = atoll("soup", "create", tmp_path / "soup", *experts, *asked, fresh / "base")
+    assert said.code == 7
+    assert not (tmp_path / "soup").exists()

@@ -198,6 +198,43 @@ def test_pieces_of_any_size_are_the_same(make_expert, tmp_path, monkeypatch):
         ) == expected  # fmt: skip
 
 
+def test_what_was_never_trained_adds_nothing_and_costs_nothing(tmp_path, monkeypatch):
+    """B = 0, as adapters start: ties of the base are no reason to ask fractions."""
+    value = torch.randn(16, 8).half()
+    up, down = torch.zeros(16, 2), torch.randn(2, 8)
+    up[3], down[:, 5] = 1.0, 0.0
+    base = saved(tmp_path / "base.safetensors", {"x.weight": value})
+    lora = saved(tmp_path / "a.safetensors", {"x.lora_A.weight": down, "x.lora_B.weight": up})
+    asked: list[tuple[int, int]] = []
+    element = bake.Layer.element
+
+    def counted(self: bake.Layer, row: int, column: int) -> Fraction:
+        asked.append((row, column))
+        return element(self, row, column)
+
+    monkeypatch.setattr(bake.Layer, "element", counted)
+    made = soup.create(
+        tmp_path / "soup", {lora: 1}, Settings(method="bake", dtype="bfloat16"), base=base
+    )
+    found = load_file(Path(made.place) / FILE_NAME)["x.weight"]
+    state = load_file(lora)
+    right = wanted(value, [(Fraction(1), products(state, "x"))], torch.bfloat16)
+    assert torch.equal(found, right)
+    assert {row for row, _ in asked} <= {3}
+    assert 5 not in {column for _, column in asked}
+
+
+def test_a_variant_is_the_bases(make_pipeline, tmp_path):
+    base = make_pipeline("base", torch.float16, variant="fp16")
+    part = base / "transformer" / "diffusion_pytorch_model.fp16.safetensors"
+    stem = "transformer_blocks.0.attn1.to_q"
+    shape = load_file(part)[f"{stem}.weight"].shape
+    lora = saved(tmp_path / "a.safetensors", halves(f"transformer.{stem}", shape, 2, 0))
+    asked = Settings(method="bake", variant="fp16")
+    made = soup.create(tmp_path / "soup", {lora: 1}, asked, base=base)
+    assert verify(made.place).holds
+
+
 def test_order_and_history_do_not_show(make_expert, tmp_path):
     base = make_expert("base", kind="base", shard=None, base_sha256=None)
     shape = tensors(base)[f"{LINEAR}.weight"].shape
@@ -207,7 +244,7 @@ def test_order_and_history_do_not_show(make_expert, tmp_path):
     ]
     out = soup.create(tmp_path / "soup", dict.fromkeys(paths[:2], 1), BAKED, base=base).place
     before = sha256_folder(out)
-    soup.add(out, {paths[2]: 3}, base=base)
+    soup.add(out, {paths[2]: 3})  # to the base that is there
     assert sha256_folder(out) != before
     assert verify(out).holds
     soup.remove(out, "2")
@@ -295,6 +332,29 @@ def test_what_cannot_be_baked(make_expert, tmp_path):
     refused(good | {f"{LINEAR}.lora_A.weight": torch.full((2, shape[1]), torch.nan)}, "NaN")
     twice = good | halves(f"unet.{LINEAR}", shape, 1, 1)
     refused(twice, "are both")
+    one = halves("lora_unet_a_b", (4, 4), 1, 0, kohya=1.0)
+    for tensors_, what in (
+        ({"a_b.weight": torch.ones(4, 4), "a.b.weight": torch.ones(4, 4)}, "may be a.*b or a.*b"),
+        ({"a.b.weight": torch.ones(4, 4, dtype=torch.int8)}, "which is I8"),
+        ({"a.b.weight": torch.ones(4)}, "does not fit"),
+    ):
+        at = saved(tmp_path / "own.safetensors", tensors_)
+        path = saved(tmp_path / "one.safetensors", one)
+        with pytest.raises(Refused, match=what):
+            soup.create(tmp_path / "soup", {path: 1}, BAKED, base=at)
+    far_off = good | {f"{LINEAR}.alpha": torch.tensor(1e30)}
+    refused(far_off, "would be scaled by 5e")
+    flat = {f"{LINEAR}.lora_A.weight": torch.ones(2), f"{LINEAR}.lora_B.weight": torch.ones(2)}
+    refused(flat, "do not fit")
+    none = {
+        f"{LINEAR}.lora_A.weight": torch.ones(0, 3),
+        f"{LINEAR}.lora_B.weight": torch.ones(3, 0),
+    }
+    refused(none, "do not fit")
+    refused(halves(f"base_model.model.{LINEAR}", shape, 2, 0), "as PEFT saves")
+    path = saved(tmp_path / "told.safetensors", good, **{"unet.lora_alpha": float("inf")})
+    with pytest.raises(Refused, match="damaged"):
+        soup.create(tmp_path / "soup", {path: 1}, BAKED, base=base)
     huge = good | {f"{LINEAR}.lora_A.weight": torch.full((2, shape[1]), 1e30)}
     refused(huge, "does not fit into float16", settings=Settings(method="bake", dtype="float16"))
     create = lambda experts, settings=BAKED, at=base: soup.create(  # noqa: E731

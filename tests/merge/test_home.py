@@ -174,9 +174,12 @@ def test_what_is_no_part_of_the_soup_goes(make_expert, store):
     Storage(made.place).write_bytes(f"{STATE}/more.json", b"of somebody")
     Storage(made.place).remove(f"{STATE}/{WEIGHTS}")
     assert verify(made.place).problems == (f"{STATE}/more.json is no part of this soup",)
+    Storage(made.place).write_bytes("README.md", b"of its owner")
     soup.add(made.place, {b: 1})
     assert verify(made.place).holds
-    assert set(content(str(made.place))) == {"atoll.json", "config.json", RECIPE_NAME, WEIGHTS}
+    assert set(content(str(made.place))) == {
+        "README.md", "atoll.json", "config.json", RECIPE_NAME, WEIGHTS
+    }  # fmt: skip
 
 
 class Killed(BaseException):
@@ -274,11 +277,11 @@ def test_a_kill_on_s3_leaves_a_lock_that_says_what_to_do(
     )
     assert ended.returncode == -signal.SIGKILL
     assert not verify(place).holds
+    assert list(scratch.glob("atoll-soup-*/*.safetensors"))
     with pytest.raises(InUse, match="Another command") as refused:
         soup.add(place, {b: 1})
     assert f"remove {place}/lock.json" in refused.value.cure
     Storage(place).remove("lock.json")
-    assert list(scratch.glob("atoll-soup-*/*.safetensors"))
     soup.add(place, {b: 1})
     assert not list(scratch.glob("atoll-soup-*"))
     assert verify(place).holds
@@ -290,10 +293,17 @@ def test_places_where_no_soup_can_be_made(make_expert, store, monkeypatch):
     a = make_expert("a")
     with exclusive(Storage(f"{store}/soup")), pytest.raises(InUse):
         soup.create(f"{store}/soup", {a: 1})
-    Storage(f"{store}/mine").write_bytes("notes.txt", b"mine")
-    with pytest.raises(Refused, match="mine is not empty and holds no soup"):
-        soup.create(f"{store}/mine", {a: 1})
-    assert content(f"{store}/mine") == {"notes.txt": b"mine"}
+    for name in ("notes.txt", "photo.png", "old.ckpt", "org/name/model_index.json"):
+        Storage(f"{store}/mine").write_bytes(name, b"mine")
+        with pytest.raises(Refused, match="mine is not empty and holds no soup"):
+            soup.create(f"{store}/mine", {a: 1})
+        assert content(f"{store}/mine") == {name: b"mine"}
+        Storage(f"{store}/mine").remove(name)
+    with pytest.raises(UsageError, match="a file's name"):
+        soup.create(f"{store}/soup.safetensors", {a: 1})
+    for odd in ("s3://b//soup", "s3://b/x/../soup", "s3://b/./soup"):
+        with pytest.raises(Refused, match="empty parts"):
+            soup.create(odd, {a: 1})
     with pytest.raises(Refused, match="password"):
         soup.create("s3://me:secret@bucket/soup", {a: 1})
     fsspec.register_implementation("read", Read, clobber=True)
@@ -308,6 +318,41 @@ def test_places_where_no_soup_can_be_made(make_expert, store, monkeypatch):
     with pytest.raises((Failed, OSError)):
         soup.create(f"{store}/soup", {a: 1})
     assert not Storage(f"{store}/soup").exists("")
+
+
+def test_who_loses_the_lock_touches_nothing_more(make_expert, store, monkeypatch):
+    """Somebody took it for a dead writer's, and another has been at work since."""
+    a, b = make_expert("a"), make_expert("b")
+    place = f"{store}/soup"
+
+    def claim(_: object) -> None:
+        Storage(place).remove("lock.json")
+        soup.create(place, {b: 1})
+
+    with pytest.raises(InUse, match="taken away"):
+        soup.create(place, {a: 1}, claim=claim)
+    assert verify(place).holds
+    assert [part.name for part in soup.show(place).recipe.ingredients] == ["b"]
+    # Nor does its end take away another's lock.
+    with exclusive(Storage(place)):
+        mine = Storage(place).read_bytes("lock.json")
+        Storage(place).write_bytes("lock.json", b"{}")
+    assert Storage(place).read_bytes("lock.json") == b"{}" != mine
+
+
+def test_places_are_claimed_before_anything_is_put_there(make_expert, store, tmp_path):
+    experts = {make_expert(name): 1 for name in "abc"}
+    claimed: list[Any] = []
+
+    def claim(place: Any) -> None:
+        assert set(content(place)) <= {"lock.json"}
+        claimed.append(place)
+
+    soup.create(f"{store}/soup", experts, claim=claim)
+    soup.leave_one_out(f"{store}/loo", experts, claim=claim)
+    soup.create(tmp_path / "near", experts, claim=claim)
+    loo = [f"{store}/loo/without-{name}" for name in "abc"]
+    assert sorted(claimed) == [*loo, f"{store}/soup"]
 
 
 def test_a_file_that_shrinks_while_it_is_hashed(make_expert, store):
