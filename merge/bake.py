@@ -44,7 +44,7 @@ _KOHYA = {
     "text_encoder_2": ("lora_te2",),
 }
 _TEXT = "text_model."
-_ALONE = ("", "unet.", "transformer.", "base_model.model.")
+_ALONE = ("", "unet.", "transformer.")
 
 
 @dataclass(frozen=True)
@@ -187,7 +187,10 @@ def _layer(
                 )
         factor = scale * module.scale * weights[name] / total
         if not abs(factor) < _MOST_FACTOR:
-            raise Refused(f"'{name}' would be scaled by {float(module.scale):g} in {stem}")
+            raise Refused(
+                f"'{name}' would be scaled beyond all reason in {stem}",
+                allowed="an alpha that float32 holds a product with",
+            )
         parts.append((factor, up.flatten(1), down.flatten(1)))
     return Layer(tuple(parts)) if parts else None
 

@@ -343,7 +343,11 @@ def test_what_cannot_be_baked(make_expert, tmp_path):
         with pytest.raises(Refused, match=what):
             soup.create(tmp_path / "soup", {path: 1}, BAKED, base=at)
     far_off = good | {f"{LINEAR}.alpha": torch.tensor(1e30)}
-    refused(far_off, "would be scaled by 5e")
+    refused(far_off, "beyond all reason")
+    path = saved(tmp_path / "told.safetensors", halves(f"unet.{LINEAR}", shape, 2, 0),
+                 **{"unet.lora_alpha": 10**400})  # fmt: skip
+    with pytest.raises(Refused, match="beyond all reason"):
+        soup.create(tmp_path / "soup", {path: 1}, BAKED, base=base)
     flat = {f"{LINEAR}.lora_A.weight": torch.ones(2), f"{LINEAR}.lora_B.weight": torch.ones(2)}
     refused(flat, "do not fit")
     none = {
