@@ -189,7 +189,7 @@ def _layer(
         if not abs(factor) < _MOST_FACTOR:
             raise Refused(
                 f"'{name}' would be scaled beyond all reason in {stem}",
-                allowed="an alpha that float32 holds a product with",
+                allowed=f"alphas below {_MOST_FACTOR:.0g} times the rank",
             )
         parts.append((factor, up.flatten(1), down.flatten(1)))
     return Layer(tuple(parts)) if parts else None
