@@ -5,8 +5,8 @@ the exact value of that, correctly rounded, and so the same for any order, proce
 linear algebra: it is computed in float64, whose error is bounded (Higham, Accuracy and Stability of
 Numerical Algorithms, 2002, section 3.1: for a dot product of n terms in any order by
 `n u / (1 - n u) sum |x_k| |y_k|`, and that sum, by Cauchy and Schwarz, by the norms' product), and
-where the bounds on either side round to two values the element is computed in fractions: in float32
-some eight of a million at rank 64, in 16 bits fewer (docs/LOG.md).
+where the bounds on either side round to two values the element is computed in fractions. These
+are few (docs/LOG.md).
 """
 
 from __future__ import annotations

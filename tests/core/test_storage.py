@@ -247,6 +247,22 @@ def test_who_has_lost_the_right_to_a_folder_changes_nothing_of_it(
     assert storage.read_bytes("x/expert/atoll.json") == b"heir"
 
 
+def test_a_local_file_is_put_whole_or_not_at_all(storage: Storage, tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_bytes(b"12345")
+    heard: list[int] = []
+    storage.put(file, "x/y", advance=heard.append)
+    assert storage.read_bytes("x/y") == b"12345"
+    assert sum(heard) == 5
+
+    def lost() -> None:
+        raise Fenced("another has taken over")
+
+    file.write_bytes(b"67")
+    with pytest.raises(Fenced):
+        storage.put(file, "x/y", check=lost)
+    assert storage.read_bytes("x/y") == b"12345"
+
+
 def test_who_loses_it_while_uploading_uploads_no_more(tmp_path: Path) -> None:
     place, asked = Storage("memory://lost-meanwhile"), []
 

@@ -156,20 +156,26 @@ def test_of_any_dtypes_and_where_products_cancel(
     assert not bool(torch.signbit(found[found == 0]).any())
 
 
-def test_where_bounds_do_not_tell_fractions_do(tmp_path, monkeypatch):
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
+    """The elements that fractions are asked for."""
+    found: list[tuple[int, int]] = []
+    element = bake.Layer.element
+
+    def counted(self: bake.Layer, row: int, column: int) -> Fraction:
+        found.append((row, column))
+        return element(self, row, column)
+
+    monkeypatch.setattr(bake.Layer, "element", counted)
+    return found
+
+
+def test_where_bounds_do_not_tell_fractions_do(tmp_path, monkeypatch, asked):
     """Midpoints of two neighbours, which no bound ever tells."""
     value = torch.ones(2, 4)
     up, down = torch.tensor([[2.0**-24], [3 * 2.0**-24]]), torch.tensor([[1.0, 1.0, -0.5, 0.5]])
     base = saved(tmp_path / "base.safetensors", {"x.weight": value})
     lora = saved(tmp_path / "a.safetensors", {"x.lora_A.weight": down, "x.lora_B.weight": up})
-    asked: list[tuple[int, int]] = []
-    element = bake.Layer.element
-
-    def counted(self: bake.Layer, row: int, column: int) -> Fraction:
-        asked.append((row, column))
-        return element(self, row, column)
-
-    monkeypatch.setattr(bake.Layer, "element", counted)
     monkeypatch.setattr(bake, "_AT_ONCE", 2)
     made = soup.create(tmp_path / "soup", {lora: 1}, BAKED, base=base)
     found = load_file(Path(made.place) / FILE_NAME)["x.weight"]
@@ -198,21 +204,13 @@ def test_pieces_of_any_size_are_the_same(make_expert, tmp_path, monkeypatch):
         ) == expected  # fmt: skip
 
 
-def test_what_was_never_trained_adds_nothing_and_costs_nothing(tmp_path, monkeypatch):
+def test_what_was_never_trained_adds_nothing_and_costs_nothing(tmp_path, asked):
     """B = 0, as adapters start: ties of the base are no reason to ask fractions."""
     value = torch.randn(16, 8).half()
     up, down = torch.zeros(16, 2), torch.randn(2, 8)
     up[3], down[:, 5] = 1.0, 0.0
     base = saved(tmp_path / "base.safetensors", {"x.weight": value})
     lora = saved(tmp_path / "a.safetensors", {"x.lora_A.weight": down, "x.lora_B.weight": up})
-    asked: list[tuple[int, int]] = []
-    element = bake.Layer.element
-
-    def counted(self: bake.Layer, row: int, column: int) -> Fraction:
-        asked.append((row, column))
-        return element(self, row, column)
-
-    monkeypatch.setattr(bake.Layer, "element", counted)
     made = soup.create(
         tmp_path / "soup", {lora: 1}, Settings(method="bake", dtype="bfloat16"), base=base
     )
