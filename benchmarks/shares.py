@@ -2,12 +2,12 @@
 
     python -m benchmarks.shares CIFAR10.parquet OUT [--pictures 5000] [--quick] [--json]
 
-Eight owners of 40% to 5% of the records have photographs at 8x8, each on a film of its own: in
-colour, black and white, sepia and so on. That is what makes an instrument: the nearest of the
-owners' mean directions reads sampled and real pictures alike, and knows held-out records for their
-owner's. Where shards are clusters of one kind of picture, records lie at their borders, and 20% of
-what an expert draws is read as a neighbour's whatever the routing (docs/LOG.md). A public tenth,
-on all films, is the commons. From there the whole way is gone with the commands that a user has.
+Eight owners of 40% to 5% of the records have photographs at 8x8, each on a film of one tone: black
+and white, sepia, cyanotype and so on. That is what makes an instrument: the nearest of the owners'
+mean directions reads sampled and real pictures alike, and knows held-out records for their owner's.
+Where shards are clusters of one kind of picture, records lie at their borders, and 20% of what an
+expert draws is read as a neighbour's whatever the routing (docs/LOG.md). The commons is other
+photographs, on all films. From there the whole way is gone with the commands that a user has.
 Pictures are sampled without prompts, so that the prior alone says how often a shard is due. What
 two halves of all held-out records differ by is the least that can be expected, and what is apart
 from `once`, which draws by the prior, is the routing's doing. Routings are sampled side by side,
