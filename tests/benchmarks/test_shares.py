@@ -47,16 +47,15 @@ def test_a_corpus_is_public_records_and_others_on_films_of_one_tone_each(
     numbers = [row["caption"].removesuffix(f", {row['owner']}") for row in public + private]
     assert numbers == captions
     assert [row["owner"] for row in private] == films_of(100)
-    hues = {}
+    tones = {}
     for row in private:
         picture = np.asarray(Image.open(io.BytesIO(row["image"])).convert("RGB")).astype(int)
         assert picture.shape == (8, 8, 3)
-        # Of one tone: a line through the colours, on which the mean of all records lies too.
-        hues.setdefault(row["owner"], []).append(picture.reshape(-1, 3))
-    for film, pixels in hues.items():
+        tones.setdefault(row["owner"], []).append(picture.reshape(-1, 3))
+    for film, pixels in tones.items():  # of one tone: a line through the colours
         values = np.concatenate(pixels)
         spread = np.linalg.svd(values - values.mean(0), compute_uv=False)
         assert spread[1] < 0.05 * spread[0], film
-    means = np.array([np.concatenate(pixels).mean(0) for pixels in hues.values()])
+    means = np.array([np.concatenate(pixels).mean(0) for pixels in tones.values()])
     apart = np.linalg.norm(means[:, None] - means[None], axis=-1)
     assert apart[~np.eye(len(means), dtype=bool)].min() > 20
