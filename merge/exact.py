@@ -25,9 +25,9 @@ from torch import Tensor
 
 # 25 bits of a float32 midpoint times 28 bits of total make 53, float64's significand.
 MAX_TOTAL = 1 << 28
-# Elements at a time: a chunk and its temporaries stay in the caches, and torch keeps so few on the
-# calling thread (its grain size), where a busy second core cannot hold them up.
-CHUNK = 1 << 15
+# Elements at a time. Fewer, and threads wait for the interpreter between operations; more, and a
+# chunk and its temporaries leave the processor's second cache.
+CHUNK = 1 << 17
 # Of weights for which float32 does: few are left over, and the total has no more than 15 bits.
 _NARROW_REACH = 64
 _FAR_FROM_SUBNORMAL = 40  # an exponent with its bias; no quotient of such sums is subnormal

@@ -57,6 +57,7 @@ class Out:
 
 _MEMORY_BYTES = 1 << 28  # in all buffers
 _PIECE_BYTES = 1 << 23  # of one file at a time; disks like them large
+_WAITING = 10  # pieces that are made while a large one before them still is
 _ALIGNED = 64  # bytes: a cache line
 _SYNCED_BYTES = 1 << 28  # between two requests that written data be put on the disk
 _NO_FALLOCATE = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
@@ -80,7 +81,7 @@ def stream(
     """
     exact.check_denormals()
     threads = threads or len(os.sched_getaffinity(0))
-    slots = threads + 1  # one is written while each thread makes another
+    slots = threads + _WAITING
     every = [out.of(layouts) for out in outs]
     order = _order(layouts)
     heads = [header(each, out.metadata, order) for out, each in zip(outs, every, strict=True)]
@@ -106,6 +107,9 @@ def stream(
             buffers.put(_Buffers(_MEMORY_BYTES // slots))
         pool = closing.enter_context(ThreadPoolExecutor(threads, "stream"))
         closing.callback(pool.shutdown, cancel_futures=True)
+        # Every thread computes on one processor; the others have pieces of their own.
+        closing.callback(torch.set_num_threads, torch.get_num_threads())
+        torch.set_num_threads(1)
 
         def made(piece: _Piece) -> tuple[_Buffers, list[Tensor], int]:
             taken = buffers.get()

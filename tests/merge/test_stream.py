@@ -118,7 +118,21 @@ def test_memory_does_not_grow_with_the_files(weights: Weights, tmp_path, monkeyp
     for other in others:
         other.__exit__(None, None, None)
     assert (tmp_path / "out").read_bytes() == EXPECTED
-    assert max(seen) <= 60_000 / 3
+    assert max(seen) <= 60_000 / 12  # ten wait at most while two are made
+
+
+def test_every_thread_computes_on_one_processor(weights: Weights):
+    seen = []
+
+    def spying(_name: str, _first: int, values: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+        seen.append(torch.get_num_threads())
+        outs[0].copy_(values[0])
+
+    torch.set_num_threads(2)
+    with weights:
+        stream([weights], layouts(), spying, outs=[Out()], threads=2)
+    assert set(seen) == {1}
+    assert torch.get_num_threads() == 2
 
 
 def test_an_error_in_a_rule_ends_it(weights: Weights, tmp_path, monkeypatch):
