@@ -149,7 +149,7 @@ def _measure(
     data = ReportData(
         title=f"Evaluation of {reference}",
         shards=tuple(manifest.shards),
-        sentence=f"{len(systems)} systems against {evaluation.n_reference} held-out records.",
+        sentence=f"Measured against {evaluation.n_reference} held-out records.",
         partition=partition_view(run, manifest),
         curves=training_curves(run, manifest),
         comparison=comparison(systems, prompts_of(run, manifest, 10), manifest, seed=seed),

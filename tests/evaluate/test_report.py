@@ -265,6 +265,13 @@ def test_the_gates_calibration_is_drawn_and_warned_of(page: str) -> None:
     assert "--routing None" not in said
 
 
+def test_the_gate_is_introduced_by_what_is_shown_of_it(page: str) -> None:
+    assert "the fuller its colour" in page
+    bare = render_report(dataclasses.replace(everything(), gate_traces=()))
+    assert "the fuller its colour" not in bare
+    assert "Whose a noised picture is" in bare
+
+
 def test_heat_strip_draws_each_weight_once() -> None:
     weights = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.25, 0.75]])
     pattern = r'x="(\d+)" y="\d+" width="(\d+)" height="9" fill="var\(--s(\d)\)" opacity="([\d.]+)"'
