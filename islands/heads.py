@@ -179,7 +179,8 @@ def remove_dead_folders(parent: Path = Path("/tmp")) -> None:
         with contextlib.suppress(OSError):
             if folder.is_symlink() or folder.stat().st_uid != os.getuid():
                 continue
-            lock = os.open(folder / "lock", os.O_RDWR)
+            # A process of Ray that was still ending may have made the folder anew, without a lock.
+            lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 touched = [
