@@ -427,15 +427,46 @@ class Storage:
             if self.is_local:
                 self.write_folder(name, lambda new: _copy(folder, new), check=check)
                 return
-            files = [file for file in sorted(folder.rglob("*")) if file.is_file()]
-            check()
-            for marker in reversed(MARKERS):
-                self.remove(f"{name}/{marker}")  # and removed first
-            self.remove(name)
-            for file in sorted(files, key=_marks):
-                place = f"{name}/{file.relative_to(folder).as_posix()}"
-                # Of each: an upload may hang for longer than it takes an heir to publish.
-                self.put(file, place, check=check)
+            self.put_folder(folder, name, check=check)
+
+    def put_folder(
+        self,
+        folder: Path,
+        name: str = "",
+        *,
+        check: Callable[[], None] = lambda: None,
+        advance: Callable[[int], None] = lambda count: None,
+        ours: Callable[[str], bool] = lambda name: True,
+        recipe: str | None = None,
+    ) -> None:
+        """Put a local folder's files in the place of those at `name`, one by one, as stores must.
+
+        The markers are away meanwhile, so that nobody takes what a killed writer leaves for whole.
+        `recipe` names a file that says how to make it whole: it is put first where there is none
+        and is else the last to be replaced. Files of before that are not `ours` stay.
+        """
+        files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
+        below = f"{name}/" if name else ""
+
+        def put(file: str) -> None:
+            # Asked of each: an upload may hang for longer than it takes an heir to publish.
+            self.put(files[file], f"{below}{file}", check=check, advance=advance)
+
+        if recipe is not None and not self.exists(f"{below}{recipe}"):
+            put(recipe)
+        check()
+        for marker in reversed(MARKERS):
+            self.remove(f"{below}{marker}")
+        in_order = sorted(files, key=lambda file: (file == recipe, _marks(file), file))
+        for file in in_order[:-1]:
+            put(file)
+        # Before that last one is another: whoever is killed here still has it to do.
+        for file in (each.removeprefix(below) for each in self.list(name)):
+            if file not in files and ours(file):
+                check()
+                self.remove(f"{below}{file}")
+        for file in in_order[-1:]:
+            put(file)
 
     def sweep(self, name: str) -> None:
         """Clear away what killed writers left below a folder; a store keeps nothing of theirs."""
@@ -466,8 +497,9 @@ def _copy(folder: Path, place: Path) -> None:
     shutil.copytree(folder, place, dirs_exist_ok=True)
 
 
-def _marks(file: Path) -> int:
-    return MARKERS.index(file.name) if file.name in MARKERS else -1
+def _marks(file: str) -> int:
+    name = file.rpartition("/")[2]
+    return MARKERS.index(name) if name in MARKERS else -1
 
 
 def canonical_json(value: Any) -> bytes:

@@ -21,7 +21,7 @@ from atoll.core.disk import drop, locked, recover, replacing
 from atoll.core.errors import Refused, UsageError
 from atoll.core.journal import progress
 from atoll.core.lock import LOCK_NAME, exclusive
-from atoll.core.storage import MARKERS, Storage, sha256_file, sha256_named
+from atoll.core.storage import Storage, sha256_file, sha256_named
 from atoll.merge.far import Far, Place, check_uri, is_uri
 from atoll.merge.model import WEIGHTS_SUFFIX
 from atoll.merge.recipe import RECIPE_NAME, STATE, Recipe
@@ -158,24 +158,12 @@ def _prefix(uri: str) -> str:
 
 def _put(folder: Path, storage: Storage, still_ours: Callable[[], None]) -> None:
     """Put a soup's folder in the place of what is there; others' files stay as they are."""
-    files = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-    stale = {name for name in storage.list() if name.startswith(f"{STATE}/")} - files.keys()
-    size = sum(file.stat().st_size for file in files.values())
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
     with progress(f"putting {storage.uri}", size, in_bytes=True) as advance:
-
-        def put(name: str) -> None:
-            storage.put(files[name], name, check=still_ours, advance=advance)
-
-        if not storage.exists(RECIPE_NAME):
-            put(RECIPE_NAME)
-        still_ours()
-        for marker in reversed(MARKERS):
-            storage.remove(marker)
-        for name in sorted(files.keys() - {RECIPE_NAME, *MARKERS}):
-            put(name)
-        # Before the recipe is another: whoever is killed here still has it to do.
-        for name in sorted(stale):
-            storage.remove(name)
-        for name in [each for each in MARKERS if each in files]:
-            put(name)
-        put(RECIPE_NAME)
+        storage.put_folder(
+            folder,
+            check=still_ours,
+            advance=advance,
+            ours=lambda name: name.startswith(f"{STATE}/"),
+            recipe=RECIPE_NAME,
+        )

@@ -284,12 +284,15 @@ def test_on_object_stores_the_marker_comes_last_and_goes_first(tmp_path: Path) -
     place.put = lambda file, name, **_: (done.append(name), put(file, name))  # type: ignore
     place.remove = lambda name: (done.append(f"-{name}"), remove(name))  # type: ignore
     files = {"atoll_dot_json": "{}", "weights": "w", "sub__z": "z", "config_dot_json": "{}"}
+    place.write_bytes("expert/old", b"")
     place.publish(make(tmp_path / "x", **files), "expert")
     markers = [f"-expert/{name}" for name in reversed(MARKERS)]
-    assert done[: len(markers) + 1] == [*markers, "-expert"]
-    assert done[len(markers) + 1 :] == [
-        "expert/sub/z", "expert/weights", "expert/config.json", "expert/atoll.json"
+    assert done[: len(markers)] == markers
+    assert done[len(markers) :] == [
+        "expert/sub/z", "expert/weights", "expert/config.json", "-expert/old", "expert/atoll.json"
     ]  # fmt: skip
+    place.publish(make(tmp_path / "none"), "expert")
+    assert place.list() == []
 
 
 def test_lines_are_read_back_but_for_torn_ones(storage: Storage) -> None:
