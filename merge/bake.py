@@ -25,6 +25,7 @@ from atoll.merge import exact
 from atoll.merge.ingredients import block_name
 from atoll.merge.lora import Adapter, read_half
 from atoll.merge.mean import named
+from atoll.merge.original import original_names
 from atoll.merge.recipe import Recipe
 from atoll.merge.stream import Rule
 from atoll.merge.weights import Layout
@@ -44,6 +45,7 @@ _KOHYA = {
     "text_encoder_2": ("lora_te2",),
 }
 _TEXT = "text_model."
+_WEIGHT = ".weight"
 _ALONE = ("", "unet.", "transformer.")
 
 
@@ -94,11 +96,11 @@ def tensors_of_layers(
     taken = dict[str, str]()
     for file, tensors in layouts.items():
         component = file.rpartition("/")[0]
-        for name, layout in tensors.items():
-            module, dot, last = name.rpartition(".")
-            if not dot or last != "weight":
-                continue
-            for stem in left.intersection(_names(component, module)):
+        modules = {name.removesuffix(_WEIGHT): name for name in tensors if name.endswith(_WEIGHT)}
+        original = original_names(modules)
+        for module, name in modules.items():
+            layout = tensors[name]
+            for stem in left.intersection(_names(component, module, original.get(module))):
                 if (file, name) in found:
                     raise Refused(f"{found[file, name]} and {stem} are both {module} of '{base}'")
                 if stem in taken:
@@ -110,19 +112,21 @@ def tensors_of_layers(
         raise Refused(
             f"The layer {missing[0]} of the adapters is nowhere in '{base}'",
             allowed="adapters of this base, in diffusers' names of its layers",
-            cure="name the base that they were made for, of a pipeline the whole of it; names of "
-            "another layout (input_blocks) have to be converted",
+            cure="name the base that they were made for, of a pipeline the whole of it",
         )
     return found
 
 
-def _names(component: str, module: str) -> Iterator[str]:
+def _names(component: str, module: str, original: str | None) -> Iterator[str]:
     """What adapters may call a module of a component, or of a network by itself."""
     prefixes = [f"{component}."] if component else list(_ALONE)
     # Some versions of transformers write a text encoder's names without this, some with it.
+    kohya = _KOHYA.get(component, ())
     for name in (module, f"{_TEXT}{module}", module.removeprefix(_TEXT)):
         yield from (f"{prefix}{name}" for prefix in prefixes)
-        yield from (f"{prefix}_{name}".replace(".", "_") for prefix in _KOHYA.get(component, ()))
+        yield from (f"{prefix}_{name}".replace(".", "_") for prefix in kohya)
+    if original is not None:
+        yield from (f"{prefix}_{original}".replace(".", "_") for prefix in kohya)
 
 
 def bake_rule(

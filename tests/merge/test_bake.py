@@ -304,6 +304,31 @@ def test_a_pipeline_takes_adapters_of_its_components(make_pipeline, tmp_path, na
     DiTPipeline.from_pretrained(made.place)
 
 
+def test_an_adapter_is_the_same_by_all_its_names(make_expert, tmp_path):
+    """As diffusers, kohya, and kohya for SDXL call the layers; an alpha of the rank is no scale."""
+    base = make_expert("base", kind="base", shard=None, base_sha256=None)
+    state, made = tensors(base), []
+    for stems, alpha in (
+        ((f"unet.{LINEAR}", f"unet.{CONV}"), None),
+        (tuple(f"lora_unet_{stem.replace('.', '_')}" for stem in (LINEAR, CONV)), 2.0),
+        (("lora_unet_output_blocks_0_1_transformer_blocks_0_attn1_to_q",
+          "lora_unet_input_blocks_0_0"), 2.0),
+    ):  # fmt: skip
+        lora = {
+            name: half
+            for stem, called in zip((LINEAR, CONV), stems, strict=True)
+            for name, half in halves(
+                called, state[f"{stem}.weight"].shape, 2, 0, kohya=alpha
+            ).items()
+        }
+        path = saved(tmp_path / f"{len(made)}.safetensors", lora)
+        made.append(soup.create(tmp_path / f"soup-{len(made)}", {path: 1}, BAKED, base=base))
+    one, *others = (tensors(each.place) for each in made)
+    assert not torch.equal(one[f"{LINEAR}.weight"], state[f"{LINEAR}.weight"])
+    for other in others:
+        assert all(torch.equal(value, other[name]) for name, value in one.items())
+
+
 def spoil(state: dict[str, Tensor]) -> None:
     state[f"{LINEAR}.weight"].fill_(torch.nan)
 
