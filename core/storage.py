@@ -286,9 +286,12 @@ class Storage:
             advance(file.stat().st_size)
             return
 
+        heard = _Heard(advance)
+
         def put() -> None:
             check()
-            self._fs.put_file(str(file), path, callback=_Heard(advance))
+            heard.begin()
+            self._fs.put_file(str(file), path, callback=heard)
 
         with no_space_is_failure(name):
             self._ask(f"writing {name}", lambda: in_folder(self._fs, path, put))
@@ -483,14 +486,22 @@ class Storage:
 
 
 class _Heard(fsspec.callbacks.Callback):  # type: ignore[misc]
-    """Tells of the bytes that went out."""
+    """Tells of the bytes that went out, of each once however often a file is sent."""
 
     def __init__(self, advance: Callable[[int], None]) -> None:
         super().__init__()
         self._advance = advance
+        self._sent = self._told = 0
+
+    def begin(self) -> None:
+        """The file is sent from its beginning."""
+        self._sent = 0
 
     def relative_update(self, inc: int = 1) -> None:
-        self._advance(inc)
+        self._sent += inc
+        if self._sent > self._told:
+            self._advance(self._sent - self._told)
+            self._told = self._sent
 
 
 def _copy(folder: Path, place: Path) -> None:

@@ -110,6 +110,16 @@ def test_a_claim_that_another_made_meanwhile_is_not_ours(away: type[Away]) -> No
     assert Checkpoints(run.patient(), "x").claim() == 2
 
 
+def test_what_was_sent_twice_is_counted_once(away: type[Away], tmp_path: Path) -> None:
+    (file := tmp_path / "file").write_bytes(bytes(100))
+    lost, heard = iter(["after", "before"]), list[int]()
+    away.rule = lambda request, _path: next(lost, None) if request == "put_file" else None
+    Storage("away://run").patient().put(file, "x", advance=heard.append)
+    assert sum(away.failed.values()) == 2
+    assert sum(heard) == 100
+    assert Storage("away://run").read_bytes("x") == bytes(100)
+
+
 def test_a_line_torn_by_a_full_disk_spoils_no_other(tmp_path: Path) -> None:
     run = Storage(tmp_path)
     run.append_line("journal.jsonl", '{"n": 1}')
