@@ -46,10 +46,10 @@ def settings_for(
         corpus=None,
         minutes=minutes,
         partition=partition.model_copy(update={"fit": FitConfig(steps=60)}),
-        base=BaseConfig(training=DenoiserTraining(passes=10)),
+        base=BaseConfig(training=DenoiserTraining(passes=5)),
         train=TrainConfig(
-            training=DenoiserTraining(passes=4), head=HeadTraining(images=2_000), preview=4
+            training=DenoiserTraining(passes=2), head=HeadTraining(images=1_000), preview=4
         ),
-        pictures=60,
+        pictures=40,
         steps=8,
     )

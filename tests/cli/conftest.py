@@ -23,6 +23,7 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from atoll.cli.main import run as console_script
+from tests.sharing import shared
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-01"  # the one that the tests take out
@@ -151,44 +152,50 @@ def _one_thread() -> None:
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_corpus(tmp_path_factory.mktemp("corpus") / "digits.parquet", 300)
+    name = "digits.parquet"
+    return shared(tmp_path_factory, "corpus", lambda to: write_corpus(to / name, 300)) / name
 
 
 @pytest.fixture(scope="session")
 def partitioned(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as `partition` leaves it."""
-    run = tmp_path_factory.mktemp("partitioned") / "run"
-    made = done("partition", corpus, run, *PARTITION)
-    assert sorted(made["shards"]) == list(SHARDS)
-    return run
+
+    def make(folder: Path) -> None:
+        made = done("partition", corpus, folder / "run", *PARTITION)
+        assert sorted(made["shards"]) == list(SHARDS)
+
+    return shared(tmp_path_factory, "partitioned", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def based(partitioned: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as `base` leaves it."""
-    run = tmp_path_factory.mktemp("based") / "run"
-    shutil.copytree(partitioned, run)
-    assert done("base", run, *BASE)["recipe"] == "unet-tiny"
-    return run
+
+    def make(folder: Path) -> None:
+        run = shutil.copytree(partitioned, folder / "run")
+        assert done("base", run, *BASE)["recipe"] == "unet-tiny"
+
+    return shared(tmp_path_factory, "based", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def trained(based: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as `train` leaves it."""
-    run = tmp_path_factory.mktemp("trained") / "run"
-    shutil.copytree(based, run)
-    made = done("train", run, *TRAIN)
-    assert made["trained"] == list(SHARDS)
-    return run
+
+    def make(folder: Path) -> None:
+        run = shutil.copytree(based, folder / "run")
+        assert done("train", run, *TRAIN)["trained"] == list(SHARDS)
+
+    return shared(tmp_path_factory, "trained", make) / "run"
 
 
 @pytest.fixture(scope="session")
 def made(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The whole run: experts, ensemble, a soup of all and a soup of one."""
-    run = tmp_path_factory.mktemp("made") / "run"
-    shutil.copytree(trained, run)
-    complete(run)
-    return run
+    return (
+        shared(tmp_path_factory, "whole", lambda to: complete(shutil.copytree(trained, to / "run")))
+        / "run"
+    )
 
 
 def complete(run: Path) -> None:

@@ -262,7 +262,7 @@ def resumed_from(folder: Path) -> int:
 
 
 def test_6_base_interrupted_and_resumed(partitioned, tmp_path) -> None:
-    long = ["--recipe=unet-tiny", "--passes=30", "--set", "training.checkpoints=30"]
+    long = ["--recipe=unet-tiny", "--passes=12", "--set", "training.checkpoints=12"]
     straight, run = tmp_path / "straight", tmp_path / "run"
     for place in (straight, run):
         shutil.copytree(partitioned, place)
@@ -284,7 +284,7 @@ def test_6_base_interrupted_and_resumed(partitioned, tmp_path) -> None:
 
 
 def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None:
-    long = ["--recipe=unet-tiny", "--passes=30", "--set", "training.checkpoints=30"]
+    long = ["--recipe=unet-tiny", "--passes=12", "--set", "training.checkpoints=12"]
     run = tmp_path / "run"
     shutil.copytree(partitioned, run)
     said = interrupted(["base", str(run), *long], lambda: count(run / "base-training/commits") > 1)
@@ -307,7 +307,7 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
 def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
-    long = ["--shard=shard-02", *TRAIN, "--passes=100", "--set", "training.checkpoints=50"]
+    long = ["--shard=shard-02", *TRAIN, "--passes=40", "--set", "training.checkpoints=40"]
     here = run / "islands/shard-02"
     said = interrupted(["train", str(run), *long], lambda: count(here / "commits") > 1)
     assert said.code == 6, said

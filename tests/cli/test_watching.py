@@ -17,7 +17,7 @@ from tests.cli.conftest import SHARDS, TRAIN, atoll, content, count, done
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHARD = "shard-02"
-LONG = [f"--shard={SHARD}", *TRAIN, "--passes=60", "--set", "training.checkpoints=30"]
+LONG = [f"--shard={SHARD}", *TRAIN, "--passes=36", "--set", "training.checkpoints=36"]
 ROW = {
     "shard", "state", "stage", "island", "labels", "generation", "images_seen", "of",
     "images_per_second", "percent", "mfu", "loss", "eta_seconds", "committed_images_seen",
@@ -56,7 +56,7 @@ def straight(based: Path, place: Path) -> dict[str, str]:
     shutil.copytree(based, place)
     run = Storage(place)
     overrides = [text for text in LONG if "=" in text and not text.startswith("--")]
-    config = apply_overrides(TrainConfig(), [*overrides, "training.passes=60"])
+    config = apply_overrides(TrainConfig(), [*overrides, "training.passes=36"])
     manifest = Manifest.load(run)
     plan_islands(run, manifest, config)
     write_order(run, manifest, config, SHARD)

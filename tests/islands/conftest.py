@@ -34,6 +34,7 @@ from atoll.islands.submit import ENDED, Cluster, Jobs, Unreachable
 from atoll.partitioner.pipeline import partition
 from atoll.partitioner.settings import PartitionConfig
 from tests.s3 import BUCKET
+from tests.sharing import shared
 from tests.waiting import PATIENCE_SECONDS, until
 
 SHARDS = 3
@@ -70,19 +71,17 @@ def _one_thread() -> None:
 @pytest.fixture(scope="session")
 def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run as `partition` and `base` leave it."""
-    folder = tmp_path_factory.mktemp("islands")
-    corpus = write_corpus(folder / "digits.parquet", 300)
-    run = Storage(folder / "run")
-    config = PartitionConfig(shards=SHARDS, commons="0.25", holdout=0.15, fit=FitConfig(steps=20))
-    manifest = partition(str(corpus), run, config)
-    train_base(
-        run,
-        manifest,
-        BaseConfig(
-            recipe="unet-tiny", training=DenoiserTraining(passes=1, checkpoints=1), trunk=TRUNK
-        ),
-    )
-    return folder / "run"
+
+    def make(folder: Path) -> None:
+        corpus = write_corpus(folder / "digits.parquet", 300)
+        run = Storage(folder / "run")
+        fit = FitConfig(steps=20)
+        config = PartitionConfig(shards=SHARDS, commons="0.25", holdout=0.15, fit=fit)
+        manifest = partition(str(corpus), run, config)
+        training = DenoiserTraining(passes=1, checkpoints=1)
+        train_base(run, manifest, BaseConfig(recipe="unet-tiny", training=training, trunk=TRUNK))
+
+    return shared(tmp_path_factory, "islands", make) / "run"
 
 
 def copied(made: Path, place: Path) -> tuple[Storage, Manifest]:
