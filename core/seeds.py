@@ -92,6 +92,7 @@ class _Permutations:
     def __init__(self, most_bytes: int) -> None:
         self._most, self._lock = most_bytes, threading.Lock()
         self._kept: OrderedDict[tuple[int, int], NDArray[np.int64]] = OrderedDict()
+        self.bytes = 0  # counted as they come and go: of a small shard they are many
 
     def __call__(self, stream: int, n: int) -> NDArray[np.int64]:
         with self._lock:
@@ -99,14 +100,11 @@ class _Permutations:
             if order is None:
                 order = np.random.Generator(np.random.Philox(key=stream)).permutation(n)
                 order.flags.writeable = False
+                self.bytes += order.nbytes
             self._kept[stream, n] = order
             while len(self._kept) > 1 and self.bytes > self._most:
-                self._kept.popitem(last=False)
+                self.bytes -= self._kept.popitem(last=False)[1].nbytes
             return order
-
-    @property
-    def bytes(self) -> int:
-        return sum(order.nbytes for order in self._kept.values())
 
 
 _permutation = _Permutations(256 << 20)

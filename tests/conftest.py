@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Iterator
 
@@ -15,6 +16,10 @@ from tests.s3 import Gate, serving_s3
 
 # A shell starts its background jobs with SIGINT ignored, and children inherit that.
 signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# Two threads on two busy cores are ten times slower than one: OpenMP's barriers spin. It is read
+# when torch is loaded, here or by what the tests start.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 # By itself an example fails that takes more than 200 ms, as one does while others have the cores.
 settings.register_profile("busy", deadline=None, suppress_health_check=[HealthCheck.too_slow])

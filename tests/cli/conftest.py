@@ -18,7 +18,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -94,7 +93,7 @@ def done(*arguments: object) -> dict[str, Any]:
 
 def interrupted(arguments: list[str], begun: Callable[[], bool]) -> Said:
     """Start a command as a process, wait until its work has begun, and press Ctrl-C."""
-    script = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
+    script = "from atoll.cli.main import run; run()"
     process = subprocess.Popen(
         [sys.executable, "-c", script, *arguments, "--json"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
@@ -143,11 +142,6 @@ def write_corpus(path: Path, count: int, *, without: Collection[tuple[bytes, str
             rows.append({"image": buffer.getvalue(), "caption": caption, "label": str(label)})
     pq.write_table(pa.Table.from_pylist(rows), path)
     return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -69,7 +69,6 @@ def corpus(folder: Path) -> str:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Partitioned with flips, trained, assembled."""
-    torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("latents")
     network().save_pretrained(folder / "published")
     place = Storage(folder / "run")

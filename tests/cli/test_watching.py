@@ -31,7 +31,7 @@ Command = Callable[..., subprocess.Popen[str]]
 @pytest.fixture
 def command() -> Iterator[Command]:
     """A command in a terminal of its own, which is closed after the test."""
-    script = "import torch; torch.set_num_threads(1); from atoll.cli.main import run; run()"
+    script = "from atoll.cli.main import run; run()"
     begun: list[subprocess.Popen[str]] = []
 
     def begin(*arguments: object, stdout: int | IO[str] = subprocess.PIPE) -> subprocess.Popen[str]:

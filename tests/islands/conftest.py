@@ -14,7 +14,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import torch
 from PIL import Image
 from sklearn.datasets import load_digits
 
@@ -61,11 +60,6 @@ def write_corpus(path: Path, count: int) -> Path:
         rows["label"].append(str(label))
     pq.write_table(pa.table(rows), path)
     return path
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _one_thread() -> None:
-    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

@@ -10,7 +10,6 @@ from datetime import timedelta
 from multiprocessing.connection import Connection
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from atoll.islands.group import Ranks
@@ -69,7 +68,6 @@ def pool(world: int) -> Iterator[Pool]:
 
 
 def _wait(orders: Connection, rank: int, world: int, port: int) -> None:
-    torch.set_num_threads(1)
     patience = timedelta(seconds=PATIENCE_SECONDS)
     meeting = dist.TCPStore(_HERE, port, is_master=False, timeout=patience)
     dist.init_process_group("gloo", store=meeting, rank=rank, world_size=world, timeout=patience)

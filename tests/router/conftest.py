@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +35,6 @@ from atoll.core.storage import Storage, sha256_file
 from atoll.core.trunk import Trunk, TrunkConfig, new_trunk
 from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory
-
-
-@pytest.fixture(autouse=True, scope="session")
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
 
 # -- closed forms ----------------------------------------------------------------------------------
 

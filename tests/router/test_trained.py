@@ -54,7 +54,6 @@ STEPS = 4
 # What a user types, in a process that has seen nothing of ours before.
 SCRIPT = """
 import json, sys, torch
-torch.set_num_threads(1)
 import atoll.router
 from diffusers import DiffusionPipeline
 from safetensors.torch import save_file
