@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from atoll.core.config import save_config
 from atoll.core.errors import Failed
 from atoll.core.storage import Storage
 from atoll.islands.base import WORK
+from atoll.islands.heads import HeadOrder, local_heads
 from atoll.islands.settings import BaseConfig
 from tests.cli.conftest import (
     BASE,
@@ -25,8 +27,16 @@ from tests.cli.conftest import (
     interrupted,
     tree,
 )
+from tests.islands.conftest import finding
 
 RATE = "training.optimizer.learning_rate=0.003"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _on_one_head() -> Iterator[None]:
+    """One head for all commands of this process; others start their own."""
+    with local_heads([HeadOrder("local", 2)]) as heads, finding(heads):
+        yield
 
 
 def plans(run: Path) -> dict[str, dict[str, int] | None]:
@@ -307,7 +317,7 @@ def test_6_base_interrupted_and_resumed_otherwise(partitioned, tmp_path) -> None
 def test_6_train_interrupted_and_resumed(based, tmp_path) -> None:
     run = tmp_path / "run"
     shutil.copytree(based, run)
-    long = ["--shard=shard-02", *TRAIN, "--passes=40", "--set", "training.checkpoints=40"]
+    long = ["--shard=shard-02", *TRAIN, "--passes=24", "--set", "training.checkpoints=24"]
     here = run / "islands/shard-02"
     said = interrupted(["train", str(run), *long], lambda: count(here / "commits") > 1)
     assert said.code == 6, said

@@ -22,7 +22,7 @@ from tests.islands.test_job import finish_here, order, results
 from tests.waiting import until
 
 SHARD = "shard-01"
-LONG = TRAIN.model_copy(update={"training": DenoiserTraining(passes=20, checkpoints=10)})
+LONG = TRAIN.model_copy(update={"training": DenoiserTraining(passes=8, checkpoints=8)})
 
 
 @pytest.fixture(scope="module")

@@ -190,7 +190,7 @@ def test_a_controller_and_its_job_wait_for_a_full_disk_and_for_a_store_that_is_a
     fresh: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """First nobody can write; then the controller alone is cut off, and its job goes on."""
-    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=30, checkpoints=30)})
+    config = TRAIN.model_copy(update={"training": DenoiserTraining(passes=20, checkpoints=20)})
     shard = "shard-01"
     undisturbed, manifest = fresh()
     shutil.copytree(undisturbed.local(""), tmp_path / "copy")

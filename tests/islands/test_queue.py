@@ -138,7 +138,7 @@ def test_two_shards_queue_on_one_island_and_a_pinned_one_has_its_own(
 
 LONG = TRAIN.model_copy(
     update={
-        "training": DenoiserTraining(passes=30, checkpoints=30),
+        "training": DenoiserTraining(passes=16, checkpoints=16),
         "watch": WatchConfig(dead_seconds=10, backoff_seconds=0.1),
     }
 )

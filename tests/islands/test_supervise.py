@@ -138,7 +138,7 @@ def test_a_job_on_s3_that_is_killed_again_and_again_but_gets_further_is_finished
     monkeypatch.setattr("atoll.islands.queue._FAR_POLL_SECONDS", 0.5)
     config = TRAIN.model_copy(
         update={
-            "training": DenoiserTraining(passes=24, checkpoints=24),
+            "training": DenoiserTraining(passes=14, checkpoints=14),
             "retries": 1,
             "watch": WatchConfig(backoff_seconds=0),
             "cache_gib": 0.004,

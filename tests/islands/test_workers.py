@@ -43,7 +43,7 @@ from tests.waiting import PATIENCE_SECONDS, until
 SHARD = "shard-00"
 # The workers are the island's business and not the order's.
 CONFIG = TRAIN.model_copy(
-    update={"workers": 2, "training": DenoiserTraining(passes=12, checkpoints=12), "slots": 1}
+    update={"workers": 2, "training": DenoiserTraining(passes=8, checkpoints=8), "slots": 1}
 )
 
 
