@@ -10,9 +10,10 @@ import re
 from collections.abc import Iterable
 
 _IN_BLOCK = re.compile(
-    r"(down_blocks|up_blocks)\.(\d+)\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)"
+    r"(down_blocks|up_blocks)\.(\d{1,4})\.(resnets|attentions|downsamplers|upsamplers)"
+    r"\.(\d{1,4})\.(.+)"
 )
-_IN_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d+)\.(.+)")
+_IN_MIDDLE = re.compile(r"mid_block\.(resnets|attentions)\.(\d{1,4})\.(.+)")
 _AROUND = {
     "conv_in": "input_blocks.0.0",
     "time_embedding.linear_1": "time_embed.0",
@@ -30,8 +31,6 @@ _IN_RESNET = {
     "conv2": "out_layers.3",
     "conv_shortcut": "skip_connection",
 }
-
-
 _LAST = 1 << 30  # the place of what halves the picture, after all layers of its block
 
 
@@ -53,7 +52,7 @@ def original_names(modules: Iterable[str]) -> dict[str, str]:
         elif kind == "downsamplers" and rest == "conv":
             place, within = (side, int(block), _LAST), "0.op"
         elif kind == "upsamplers" and rest == "conv":
-            place = max(each for each in numbers if each[:2] == place[:2])
+            place = max((each for each in numbers if each[:2] == place[:2]), default=place)
             within = f"{2 if (side, block) in attended else 1}.conv"
         if within and place in numbers:
             stem = "input_blocks" if side == "down_blocks" else "output_blocks"

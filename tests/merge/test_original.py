@@ -46,6 +46,8 @@ def test_every_layer_has_the_name_that_diffusers_reads_it_by(config: dict[str, A
 
 
 def test_other_networks_have_none() -> None:
+    odd = ("up_blocks.0.upsamplers.0.conv", f"down_blocks.{'9' * 5000}.resnets.0.conv1", "a")
+    assert original_names(odd) == {}
     shape: dict[str, Any] = {"num_layers": 1, "num_attention_heads": 1, "attention_head_dim": 8}
     network = DiTTransformer2DModel(**shape, norm_num_groups=1, sample_size=4, in_channels=1)
     assert original_names(name for name, _ in network.named_modules()) == {}
