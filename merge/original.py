@@ -1,6 +1,6 @@
 """What the layers of a UNet are called in the original layout of latent diffusion (`input_blocks`).
 
-Adapters of SDXL are mostly saved so. The layers of all blocks are numbered through there; which
+kohya saves adapters of SDXL so. The layers of all blocks are numbered through there; which
 number one has is read off the names that diffusers gives them, whatever the network's depth.
 """
 

@@ -31,9 +31,8 @@ MakeExpert = Callable[..., Path]
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
+def threads_as_before() -> Iterator[None]:
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
