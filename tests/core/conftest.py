@@ -27,14 +27,6 @@ DONE = 0
 T = TypeVar("T")
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # For what a slower store has no part in.
 near = pytest.mark.parametrize("storage", ["local", "memory"], indirect=True)
 
