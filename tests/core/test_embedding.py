@@ -42,7 +42,6 @@ def fitted(seed: int = 0, config: FitConfig = TINY) -> Encoder:
 
 @pytest.fixture(scope="module")
 def encoder() -> Encoder:
-    torch.set_num_threads(1)
     return fitted()
 
 
