@@ -10,10 +10,11 @@ from pathlib import Path
 import torch
 
 from atoll.core.cache import BlockCache
+from atoll.core.digest import sha256_folder
 from atoll.core.manifest import Artefact, Picture
 from atoll.core.pack import Pack, open_pack
 from atoll.core.recipes import recipe_of
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.islands.settings import DenoiserTraining
 from benchmarks.profiling import kernels
 from benchmarks.rows import Row, row

@@ -39,8 +39,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atoll.core.denoiser import NETWORK_CONFIG, Card, write_card
+from atoll.core.digest import canonical_json
 from atoll.core.flow import Prediction
-from atoll.core.storage import canonical_json
 from atoll.merge.weights import WEIGHTS_NAME
 from benchmarks import peers
 from benchmarks.rounding import reference

@@ -21,10 +21,11 @@ from atoll.core import recipes
 from atoll.core.blocks import write_blocks
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
+from atoll.core.digest import sha256_file
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture, Plan
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
-from atoll.core.storage import Storage, sha256_file
+from atoll.core.storage import Storage
 from atoll.islands.data import Batches, ahead
 from atoll.islands.loop import Loop
 from atoll.islands.settings import DenoiserTraining

@@ -27,12 +27,13 @@ from atoll.cli.unlearn import (
 )
 from atoll.cli.working import INTENT_NAME, check_no_removal
 from atoll.core.config import CONFIG_NAME
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import AtollError, Refused, UsageError
 from atoll.core.journal import log
 from atoll.core.ledger import Ledger
 from atoll.core.lock import LOCK_NAME
 from atoll.core.manifest import MANIFEST_NAME, Commons, Manifest, Plan, Shard, check_schema
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 
 if TYPE_CHECKING:
     from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PublicKey

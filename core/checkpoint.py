@@ -28,9 +28,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load, save_file
 from torch import Tensor
 
+from atoll.core.digest import canonical_json, sha256_file
 from atoll.core.errors import Fenced, Refused
 from atoll.core.manifest import check_schema
-from atoll.core.storage import Storage, canonical_json, sha256_file
+from atoll.core.storage import Storage
 
 SCHEMA_VERSION = 2  # 1 knew no guard and one average
 _log = logging.getLogger("atoll")

@@ -17,11 +17,11 @@ from torch import Tensor, nn
 
 from atoll.core import flow
 from atoll.core.conditioning import Conditioning
+from atoll.core.digest import canonical_json
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES, check_shapes
 from atoll.core.manifest import Picture, check_schema
 from atoll.core.schedule import NoiseSchedule
-from atoll.core.storage import canonical_json
 
 CARD_NAME = "atoll.json"
 NETWORK_CONFIG = "config.json"  # diffusers' own

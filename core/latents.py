@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atoll.core.digest import canonical_json
 from atoll.core.errors import ConfigError, MissingError, Refused, UsageError
 from atoll.core.fingerprint import fingerprint
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.starts import HUB, downloaded
-from atoll.core.storage import canonical_json
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL

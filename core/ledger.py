@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 import atoll
+from atoll.core.digest import canonical_json
 from atoll.core.errors import Refused
 from atoll.core.manifest import check_schema
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 
 FOLDER = "ledger"
 # In the environment: the private key of who signs certificates, for nobody else's processes.

@@ -14,11 +14,12 @@ import socket
 import uuid
 from collections.abc import Callable, Iterator
 
+from atoll.core.digest import canonical_json
 from atoll.core.disk import no_space_is_failure
 from atoll.core.errors import Failed, Refused
 from atoll.core.journal import log
 from atoll.core.outage import GRACE_SECONDS
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 
 LOCK_NAME = "lock.json"  # where a run is not on a local disk
 

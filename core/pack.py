@@ -31,10 +31,11 @@ from atoll.core.blocks import BLOCKS_NAME, read_blocks
 from atoll.core.buckets import Bucket, buckets_among
 from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
+from atoll.core.digest import canonical_json, sha256_named
 from atoll.core.errors import Refused
 from atoll.core.manifest import PIXELS, Artefact, Picture, check_artefact, check_schema
 from atoll.core.rows import FarTensor, Rows, far_tensors, one_behind_another
-from atoll.core.storage import Storage, canonical_json, sha256_named
+from atoll.core.storage import Storage
 
 CARD_NAME = "shard.json"
 LABELS_NAME = "labels.safetensors"  # of the commons: `label` `(n,)`, what each row shows

@@ -21,12 +21,12 @@ from typing import Any
 from torch import nn
 
 from atoll.core.denoiser import CARD_NAME, Card, load_network, read_card
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES, FAMILY_OF_CLASS, sample_size
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
 from atoll.core.schedule import NoiseSchedule, schedule_of
-from atoll.core.storage import sha256_folder
 
 HUB = "hf-hub:"
 _INDEX = "model_index.json"

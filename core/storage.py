@@ -11,13 +11,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import hashlib
 import itertools
 import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -26,6 +25,7 @@ import fsspec
 import fsspec.callbacks
 from fsspec.implementations.local import LocalFileSystem
 
+from atoll.core.digest import canonical_json, sha256_file, sha256_folder
 from atoll.core.disk import (
     drop,
     follow_umask,
@@ -46,30 +46,6 @@ T = TypeVar("T")
 MARKERS = ("config.json", "atoll.json", "shard.json", "model_index.json")
 # Where errors come from that are not of a store's client.
 _OURS = ("builtins", "atoll", "safetensors", "torch")
-
-
-def sha256_file(path: Path) -> str:
-    """Hex sha256 of one local file, read in pieces."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sha256_folder(path: Path, names: Iterable[str] | None = None) -> str:
-    """Hex sha256 over the sorted `sha256  relative/name` lines of the files below a local folder.
-
-    The same text as `sha256sum` prints, so that a stranger can recompute it with coreutils. `names`
-    are the files that count where it is not all of them.
-    """
-    files = path.rglob("*") if names is None else (path / name for name in names)
-    return sha256_named(
-        {file.relative_to(path).as_posix(): sha256_file(file) for file in files if file.is_file()}
-    )
-
-
-def sha256_named(digests: Mapping[str, str]) -> str:
-    """What `sha256_folder` gives for files of these names and digests."""
-    lines = (f"{sha256}  {name}\n" for name, sha256 in sorted(digests.items()))
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 class Storage:
@@ -511,8 +487,3 @@ def _copy(folder: Path, place: Path) -> None:
 def _marks(file: str) -> int:
     name = file.rpartition("/")[2]
     return MARKERS.index(name) if name in MARKERS else -1
-
-
-def canonical_json(value: Any) -> bytes:
-    """The one layout of JSON on disk: sorted keys, two spaces, a final newline."""
-    return (json.dumps(value, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode()

@@ -22,10 +22,10 @@ from torch.nn import functional
 
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
+from atoll.core.digest import canonical_json
 from atoll.core.errors import Refused
 from atoll.core.flow import expand
 from atoll.core.manifest import Picture, check_schema
-from atoll.core.storage import canonical_json
 
 SCHEMA_VERSION = 2  # 1: the picture had to say again what the caption says
 CONFIG_NAME = "config.json"

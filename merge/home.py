@@ -17,11 +17,12 @@ from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
+from atoll.core.digest import sha256_file, sha256_named
 from atoll.core.disk import drop, locked, recover, replacing
 from atoll.core.errors import Refused, UsageError
 from atoll.core.journal import progress
 from atoll.core.lock import LOCK_NAME, exclusive
-from atoll.core.storage import Storage, sha256_file, sha256_named
+from atoll.core.storage import Storage
 from atoll.merge.far import Far, Place, check_uri, is_uri
 from atoll.merge.model import WEIGHTS_SUFFIX
 from atoll.merge.recipe import RECIPE_NAME, STATE, Recipe

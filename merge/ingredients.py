@@ -16,8 +16,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from atoll.core.denoiser import CARD_NAME, Card, read_card
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import AtollError, Refused, UsageError
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.merge import exact
 from atoll.merge.far import Far, Place, is_uri, place_of
 from atoll.merge.model import (

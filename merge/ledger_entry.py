@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from atoll.core.storage import sha256_named
+from atoll.core.digest import sha256_named
 from atoll.merge.home import Home
 from atoll.merge.soup import Soup
 

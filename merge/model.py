@@ -17,8 +17,8 @@ from types import TracebackType
 from typing import Any, Self
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import canonical_json, sha256_named
 from atoll.core.errors import MissingError, Refused, UsageError
-from atoll.core.storage import canonical_json, sha256_named
 from atoll.merge.lora import FILE_NAME as ADAPTER_NAME
 from atoll.merge.lora import is_adapter
 from atoll.merge.recipe import RECIPE_NAME, SOUP_KEY

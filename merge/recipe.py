@@ -17,9 +17,9 @@ from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from atoll.core.digest import canonical_json
 from atoll.core.errors import Refused, UsageError, did_you_mean
 from atoll.core.manifest import check_schema
-from atoll.core.storage import canonical_json
 from atoll.merge.exact import MAX_TOTAL
 
 RECIPE_NAME = "soup.json"

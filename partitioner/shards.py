@@ -21,13 +21,14 @@ from torch import Tensor
 
 from atoll.core.blocks import write_blocks
 from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.digest import sha256_file
 from atoll.core.embedding import Encoder
 from atoll.core.journal import progress
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
 from atoll.core.pack import LABELS_NAME, ShardCard, write_pack, write_shard_card
 from atoll.core.pictures import training_pixels
-from atoll.core.storage import Storage, sha256_file
+from atoll.core.storage import Storage
 from atoll.partitioner.buckets import nearest
 from atoll.partitioner.records import TRAIN, Record, Spool, canonical, split_of
 from atoll.partitioner.settings import PartitionConfig

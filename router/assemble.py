@@ -14,12 +14,13 @@ from pathlib import Path
 
 from diffusers import FlowMatchEulerDiscreteScheduler
 
+from atoll.core.digest import canonical_json
 from atoll.core.embedding import text_projection
 from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.head import read_head_config
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest, check_artefact, require
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 from atoll.router.component import (
     BASE,
     EnsembleConfig,

@@ -17,11 +17,11 @@ import diffusers
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from atoll.core.denoiser import Card, read_card
+from atoll.core.digest import canonical_json, sha256_folder
 from atoll.core.disk import drop
 from atoll.core.errors import AtollError, MissingError, Refused
 from atoll.core.head import GateHead, HeadConfig, read_head_config
 from atoll.core.manifest import Picture, check_schema
-from atoll.core.storage import canonical_json, sha256_folder
 from atoll.core.trunk import Trunk, TrunkConfig
 from atoll.router.gate import Gate, JointGate
 

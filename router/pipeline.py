@@ -26,11 +26,11 @@ from PIL import Image
 from torch import Tensor
 
 from atoll.core import seeds
+from atoll.core.digest import canonical_json
 from atoll.core.embedding import Encoder
 from atoll.core.errors import Refused, UsageError
 from atoll.core.latents import Autoencoder
 from atoll.core.manifest import PIXELS, Picture
-from atoll.core.storage import canonical_json
 from atoll.router.chooser import SampleSettings, sample_settings, x_noise
 from atoll.router.ensemble import TraceStep
 from atoll.router.model import EnsembleModel

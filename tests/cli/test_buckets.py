@@ -16,12 +16,13 @@ from PIL import Image
 
 import atoll.router  # noqa: F401  so that diffusers knows the pipeline
 from atoll.cli.systems import load_model, of_size, sample
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import ConfigError, UsageError
 from atoll.core.latents import load_autoencoder
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack, read_shard_card
 from atoll.core.pictures import decode, training_pixels
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.evaluate.reference import load_records
 from atoll.islands.island import run_island
 from atoll.islands.settings import DenoiserTraining, HeadTraining, TrainConfig

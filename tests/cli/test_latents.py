@@ -18,13 +18,14 @@ from PIL import Image
 import atoll.router  # noqa: F401  so that diffusers knows the pipeline
 from atoll.cli.systems import load_model, sample
 from atoll.core.denoiser import Denoiser, read_card
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import ConfigError, MissingError, Refused
 from atoll.core.latents import load_autoencoder
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack
 from atoll.core.pictures import training_pixels
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.evaluate.reference import load_records
 from atoll.islands.base import train_base
 from atoll.islands.island import run_island

@@ -12,9 +12,10 @@ from typing import Any
 import fsspec
 import pytest
 
+from atoll.core.digest import canonical_json
 from atoll.core.errors import Failed
 from atoll.core.manifest import Manifest
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 from tests.cli.conftest import SHARD, SHARDS, atoll, done, tree
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from atoll.core.storage import sha256_folder
+from atoll.core.digest import sha256_folder
 from tests.cli.conftest import (
     BASE,
     CLAIMS,

@@ -17,8 +17,9 @@ import pytest
 import torch
 
 from atoll.core.checkpoint import Checkpoint, Checkpoints, newest_facts
+from atoll.core.digest import canonical_json
 from atoll.core.errors import ExitCode, Fenced, Refused
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 from tests.core.conftest import near
 from tests.waiting import PATIENCE_SECONDS, until
 

@@ -26,6 +26,7 @@ from atoll.core.denoiser import (
     read_card,
     write_card,
 )
+from atoll.core.digest import sha256_folder
 from atoll.core.dit import DiT
 from atoll.core.errors import AtollError, ExitCode, MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES
@@ -33,7 +34,6 @@ from atoll.core.flow import Prediction
 from atoll.core.manifest import Picture
 from atoll.core.recipes import RECIPES, build, network_config
 from atoll.core.schedule import NoiseSchedule, alphas_cumprod
-from atoll.core.storage import sha256_folder
 from atoll.core.uvit import UViT
 
 SCHEDULE = NoiseSchedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")

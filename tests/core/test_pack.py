@@ -17,6 +17,7 @@ from atoll.core import seeds
 from atoll.core.blocks import BLOCK_BYTES, BLOCKS_NAME, write_blocks
 from atoll.core.cache import BlockCache
 from atoll.core.conditioning import Conditioning
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import Refused
 from atoll.core.manifest import Artefact, Picture
 from atoll.core.pack import (
@@ -29,7 +30,7 @@ from atoll.core.pack import (
     write_pack,
     write_shard_card,
 )
-from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.storage import Storage
 
 MakeCond = Callable[..., Conditioning]
 # Rows and unique captions of each file.

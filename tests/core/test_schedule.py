@@ -13,9 +13,9 @@ from diffusers import DDIMScheduler, DDPMScheduler
 from pydantic import ValidationError
 
 from atoll.core import flow
+from atoll.core.digest import canonical_json
 from atoll.core.errors import Refused
 from atoll.core.schedule import SCHEDULERS, NoiseSchedule, alphas_cumprod, schedule_of
-from atoll.core.storage import canonical_json
 
 STABLE_DIFFUSION = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KEYS: dict[str, dict[str, Any]] = {

@@ -17,6 +17,7 @@ from torch import nn
 from atoll.core import flow, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser, new_network
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import AtollError, ConfigError, MissingError, Refused, UsageError
 from atoll.core.families import FAMILIES
 from atoll.core.flow import Prediction
@@ -24,7 +25,6 @@ from atoll.core.manifest import Picture
 from atoll.core.recipes import RECIPES, build, network_config
 from atoll.core.schedule import NoiseSchedule
 from atoll.core.starts import Start, load_start
-from atoll.core.storage import sha256_folder
 
 MakeCond = Callable[..., Conditioning]
 WEIGHTS = "diffusion_pytorch_model.safetensors"

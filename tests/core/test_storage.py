@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from safetensors import SafetensorError
 from safetensors.torch import save_file
 
+from atoll.core.digest import canonical_json, sha256_file, sha256_folder
 from atoll.core.errors import DataError, ExitCode, Failed, Fenced, Refused
-from atoll.core.storage import MARKERS, Storage, canonical_json, sha256_file, sha256_folder
+from atoll.core.storage import MARKERS, Storage
 
 ESCAPES = ("..", "../x", "a/../../x", "/etc/passwd", "a//b", "a/", "./a", "a/.", "/")
 

@@ -18,10 +18,11 @@ import torch
 from fsspec.implementations.memory import MemoryFileSystem
 
 from atoll.core.checkpoint import Checkpoints
+from atoll.core.digest import canonical_json
 from atoll.core.errors import ConfigError, ExitCode, Fenced, Refused
 from atoll.core.manifest import Manifest
 from atoll.core.pack import Pack
-from atoll.core.storage import Storage, canonical_json
+from atoll.core.storage import Storage
 from atoll.islands.island import PARTS, run_island
 from atoll.islands.settings import DenoiserTraining, TrainConfig
 from atoll.islands.signs import HEAD_TRAINING

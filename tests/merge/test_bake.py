@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import sha256_folder
 from atoll.merge import bake, exact, soup
 from atoll.merge.model import FILE_NAME
 from atoll.merge.recipe import Block, Settings

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save_file
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import DataError, Refused, UsageError
-from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.storage import Storage
 from atoll.merge import soup, stream
 from atoll.merge.far import place_of
 from atoll.merge.model import FILE_NAME

@@ -17,9 +17,10 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import Failed, Refused, UsageError
 from atoll.core.lock import InUse, exclusive
-from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.storage import Storage
 from atoll.merge import soup
 from atoll.merge.home import Home
 from atoll.merge.recipe import RECIPE_NAME, STATE, Settings

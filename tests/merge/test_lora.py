@@ -15,8 +15,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import AtollError, Refused
-from atoll.core.storage import sha256_folder
 from atoll.merge import soup
 from atoll.merge.lora import FILE_NAME
 from atoll.merge.recipe import Block, Settings

@@ -19,8 +19,8 @@ from diffusers import (
 from safetensors.torch import load_file, save_file
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import AtollError, MissingError, Refused, UsageError
-from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup
 from atoll.merge.model import FILE_NAME
 from atoll.merge.recipe import Block, Settings

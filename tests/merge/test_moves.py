@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import canonical_json, sha256_folder
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, moves, soup, stream
 from atoll.merge.model import Model
 from atoll.merge.recipe import RECIPE_NAME, Block, Settings

@@ -12,10 +12,10 @@ from safetensors.torch import load_file, save_file
 
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import DataError, Refused, UsageError
 from atoll.core.manifest import Picture
 from atoll.core.pack import Pack, ShardCard, write_pack, write_shard_card
-from atoll.core.storage import sha256_folder
 from atoll.merge import grams, soup
 from atoll.merge.barrier import measure_barrier
 from atoll.merge.preflight import check

@@ -16,8 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atoll.core import disk
+from atoll.core.digest import sha256_folder
 from atoll.core.errors import AtollError, Failed, MissingError, Refused, UsageError
-from atoll.core.storage import sha256_folder
 from atoll.merge import exact, soup
 from atoll.merge.recipe import Settings
 from atoll.merge.verify import verify

@@ -17,8 +17,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from atoll.core.denoiser import Denoiser, read_card
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.schedule import NoiseSchedule
-from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import exact, soup, stream
 from atoll.merge.ledger_entry import ledger_entry
 from atoll.merge.recipe import Settings

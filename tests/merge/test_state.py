@@ -17,8 +17,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import canonical_json, sha256_folder
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, soup, state, stream
 from atoll.merge.recipe import Block, Settings
 from atoll.merge.sums import add, divide

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from atoll.core.storage import sha256_file
+from atoll.core.digest import sha256_file
 from atoll.merge import exact, soup
 from atoll.merge.lora import FILE_NAME
 from atoll.merge.recipe import Settings

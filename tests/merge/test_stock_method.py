@@ -10,8 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import canonical_json, sha256_folder
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import canonical_json, sha256_folder
 from atoll.merge import exact, grams, soup
 from atoll.merge.recipe import Block, Settings
 from atoll.merge.stock import ratio

@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from atoll.core.digest import canonical_json, sha256_file, sha256_folder
 from atoll.core.errors import UsageError
-from atoll.core.storage import canonical_json, sha256_file, sha256_folder
 from atoll.merge import soup, truncate
 from atoll.merge.lora import FILE_NAME
 from atoll.merge.recipe import RECIPE_NAME, Settings

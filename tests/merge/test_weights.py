@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from atoll.core.denoiser import CARD_NAME
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import Refused, UsageError
-from atoll.core.storage import sha256_file, sha256_folder
 from atoll.merge import soup
 from atoll.merge.recipe import Block, Settings
 from atoll.merge.verify import verify

@@ -14,6 +14,7 @@ from torch import Tensor
 from atoll.core import seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
+from atoll.core.digest import sha256_file
 from atoll.core.embedding import Encoder, FitConfig, fit
 from atoll.core.flow import Prediction
 from atoll.core.head import Band, HeadCalibration, HeadConfig, new_head
@@ -31,7 +32,7 @@ from atoll.core.manifest import (
 from atoll.core.manifest import Encoder as EncoderArtefact
 from atoll.core.pack import ShardCard, write_pack, write_shard_card
 from atoll.core.recipes import build, recipe_of
-from atoll.core.storage import Storage, sha256_file
+from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk, TrunkConfig, new_trunk
 from atoll.router.chooser import sample_settings
 from atoll.router.ensemble import Trajectory

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from atoll.core import seeds
 from atoll.core.denoiser import Card, Denoiser
+from atoll.core.digest import sha256_folder
 from atoll.core.head import HeadConfig, new_head
 from atoll.core.recipes import build, recipe_of
-from atoll.core.storage import sha256_folder
 from atoll.core.trunk import TrunkConfig, new_trunk
 from atoll.router.component import EnsembleConfig
 from atoll.router.forward import TextProjection

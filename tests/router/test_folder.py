@@ -15,10 +15,11 @@ from diffusers import DiffusionPipeline
 
 from atoll.cli.systems import load_model, sample
 from atoll.core.denoiser import read_card, write_card
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.errors import DataError, MissingError, Refused
 from atoll.core.ledger import Ledger
 from atoll.core.manifest import Artefact, Manifest
-from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings

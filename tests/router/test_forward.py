@@ -18,11 +18,12 @@ from torch import Tensor
 
 from atoll.core import sampler, seeds
 from atoll.core.conditioning import Conditioning, concatenate
+from atoll.core.digest import sha256_folder
 from atoll.core.embedding import Encoder, load_encoder, text_projection
 from atoll.core.errors import Refused, UsageError
 from atoll.core.families import FAMILIES
 from atoll.core.manifest import Manifest
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.ensemble import Trajectory

@@ -19,12 +19,13 @@ from torch import Tensor
 from atoll.core import sampler, seeds
 from atoll.core.conditioning import Conditioning
 from atoll.core.denoiser import Card, Denoiser
+from atoll.core.digest import sha256_folder
 from atoll.core.embedding import load_encoder
 from atoll.core.errors import ConfigError, Refused
 from atoll.core.flow import Prediction
 from atoll.core.manifest import Manifest, Picture
 from atoll.core.recipes import build, recipe_of
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.ensemble import mix

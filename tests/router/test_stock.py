@@ -15,10 +15,11 @@ from PIL import Image
 from torch import Tensor
 
 from atoll.core import sampler
+from atoll.core.digest import sha256_folder
 from atoll.core.embedding import Encoder, load_encoder, text_projection
 from atoll.core.errors import UsageError
 from atoll.core.manifest import Manifest
-from atoll.core.storage import Storage, sha256_folder
+from atoll.core.storage import Storage
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings, x_noise
 from atoll.router.model import EnsembleModel

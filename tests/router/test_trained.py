@@ -24,11 +24,12 @@ from atoll.cli.systems import Model, load_model, sample
 from atoll.core import flow, sampler, seeds
 from atoll.core.conditioning import concatenate
 from atoll.core.denoiser import Denoiser
+from atoll.core.digest import sha256_file, sha256_folder
 from atoll.core.embedding import load_encoder
 from atoll.core.errors import UsageError
 from atoll.core.head import GateHead
 from atoll.core.manifest import Manifest
-from atoll.core.storage import Storage, sha256_file, sha256_folder
+from atoll.core.storage import Storage
 from atoll.core.trunk import Trunk
 from atoll.router.assemble import assemble
 from atoll.router.chooser import sample_settings, x_noise
