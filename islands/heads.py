@@ -78,6 +78,7 @@ class Head:
             "--disable-usage-stats", *memory,
             "--temp-dir", str(self.folder / "ray"), "--object-store-memory", str(96 << 20),
             "--include-dashboard", "true", "--dashboard-host", "127.0.0.1",
+            "--no-monitor",  # the autoscaler's: a head of ours has no machines to add
             *(text for flag, port in named.items() for text in (flag, str(port))),
         ]  # fmt: skip
         out = (self.folder / "head.log").open("wb")
@@ -205,10 +206,9 @@ def _environment(order: HeadOrder, token_file: Path) -> dict[str, str]:
         "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",
         # What binds every port to loopback, on Linux too: a head of ours is of this machine alone.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",
-        # Metrics would be served to whoever asks, without a token. Two of the three servers have
-        # no switch, and do without where their port cannot be had.
+        # Metrics would be served to whoever asks, without a token. The dashboard's server has no
+        # switch, and does without where its port cannot be had.
         "RAY_enable_metrics_collection": "0",
-        "AUTOSCALER_METRIC_PORT": "-1",
         "DASHBOARD_METRIC_PORT": "-1",
         "RAY_JOB_STOP_WAIT_TIME_S": str(int(_STOP_SECONDS)),
         # A head that ends has no node to move work to. Jobs have committed by then, or, where the
