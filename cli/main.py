@@ -15,6 +15,7 @@ import typer
 from atoll import __version__
 from atoll.cli import corpora, demonstration, models, recipes, removal, soups, training, watching
 from atoll.cli.output import fail, interrupted
+from atoll.core.collector import look_rarely
 from atoll.core.errors import AtollError, Failed, Refused, UsageError
 
 log = logging.getLogger("atoll")
@@ -59,6 +60,7 @@ def run(arguments: list[str] | None = None) -> None:
     """The console script: every way a command can end, as an exit code of the table."""
     given = sys.argv[1:] if arguments is None else arguments
     as_json = "--json" in given
+    look_rarely()
     try:
         if sys.platform == "win32":
             raise Refused("Atoll does not run on Windows", allowed="Linux", cure="use WSL 2")

@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
+from atoll.core.collector import look_rarely
 from atoll.core.errors import AtollError, ExitCode, Failed, Fenced, Interrupted
 from atoll.core.journal import log, set_verbosity
 from atoll.core.outage import GRACE_SECONDS, PATIENCE_SECONDS, ride_out
@@ -116,6 +117,7 @@ def _leaving_on_sigterm() -> Iterator[None]:
 if __name__ == "__main__":
     sys.stdout.flush()
     # Straight out: a library's thread must not hold a finished job's process.
+    look_rarely()
     status = main()
     sys.stderr.flush()
     os._exit(status)
