@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -26,6 +28,24 @@ def test_its_rows() -> None:
     assert all(row["value"] > 0 for row in rows)
     # Times alone decide, and a bar for a GPU is none for a processor.
     assert [row["bar"] for row in rows] == [1.1, 1.1, None, 1.1, None, None]
+
+
+def test_what_a_gpu_would_show_is_said_to_be_unread() -> None:
+    rows = routing.unread()
+    assert {(row["value"], row["holds"]) for row in rows} == {(None, None)}
+    assert [row["bar"] for row in rows] == [1.1, 1.1, 1.1, None, 3.0]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="reads rows of a GPU")
+def test_what_is_said_to_be_unread_is_what_a_gpu_shows() -> None:
+    schedule = Schedule(warm=1, turn=1e-4, pair=1e-4, pairs=1)
+    rows = [
+        row
+        for batch in (routing.BATCH, routing.GPU.batch)
+        for row in routing.routings(replace(routing.GPU, batch=batch), schedule)
+        if row["bar"] is not None
+    ]
+    assert {row["name"] for row in routing.unread()} == {row["name"] for row in rows}
 
 
 @pytest.mark.parametrize("text", ["once", "mass:0.9", "oracle:shard-00"])

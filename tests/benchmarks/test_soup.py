@@ -65,7 +65,8 @@ def test_what_is_rounded_otherwise_is_counted(rows, out: Path, tmp_path: Path) -
     assert soup.differing(tmp_path / "usual.safetensors", inputs, every) == (expected, every)
     assert 0.1 < expected / every < 0.5
     save_file({name: value.float() for name, value in exact.items()}, tmp_path / "wide.safetensors")
-    assert soup.differing(tmp_path / "wide.safetensors", inputs, every) == (every, every)
+    wrong, counted = soup.differing(tmp_path / "wide.safetensors", inputs, 2000)
+    assert wrong == counted > 1000
 
 
 def test_peers_are_told_what_to_average(tmp_path: Path) -> None:
