@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import atexit
 import gc
 
 
 def look_rarely() -> None:
     """Let the collector of this process look at everything a hundred times less often.
 
-    What torch and diffusers make while they are imported, a million objects, stays to the end, and
-    is looked through again and again meanwhile and once more at the end: a fifth of the seconds
-    that a command's start takes, and half a second of its end. What is young is collected as ever.
+    What torch and diffusers make while they are imported, a million objects, stays to the end and
+    is looked through again and again meanwhile: a fifth of the seconds that a command's start
+    takes. What is young is collected as ever.
     """
     young, middle, _ = gc.get_threshold()
     gc.set_threshold(young, middle, 1000)
-    atexit.register(gc.freeze)

@@ -104,6 +104,7 @@ def interrupted(arguments: list[str], begun: Callable[[], bool]) -> Said:
         out, err = process.communicate(timeout=PATIENCE_SECONDS)
     finally:
         process.kill()
+    assert "leaked" not in err, err  # as libraries complain where an interpreter ends untidily
     return Said(process.returncode, out, err)
 
 

@@ -6,7 +6,7 @@ import subprocess
 import sys
 
 SCRIPT = """
-import atexit, gc, weakref
+import gc, weakref
 from atoll.core.collector import look_rarely
 
 class Ring: pass
@@ -14,7 +14,6 @@ class Ring: pass
 def full(): return gc.get_stats()[2]["collections"]
 def kept(count): return [[n] for n in range(count)]
 
-atexit.register(lambda: print("frozen at the end", gc.get_freeze_count() > 100_000))
 look_rarely()
 before = full()
 ring = Ring()
@@ -35,11 +34,6 @@ def test_young_cycles_are_collected_as_ever_and_all_is_looked_at_rarely() -> Non
         return ended.stdout.splitlines()
 
     quiet = said(SCRIPT)
-    assert quiet == [
-        "young cycles are collected True",
-        "looked at everything 0 times",
-        "frozen at the end True",
-    ]
+    assert quiet == ["young cycles are collected True", "looked at everything 0 times"]
     usual = said(SCRIPT.replace("look_rarely()\n", "", 1))
     assert usual[1] != quiet[1]
-    assert usual[2] == "frozen at the end False"
