@@ -169,18 +169,19 @@ def _auto(evaluation: Evaluation) -> list[str]:
 
 
 def _read(evaluation: Evaluation) -> list[str]:
-    rows = [row for row in _of(evaluation, "ensemble", "soup", "control") if row.reading]
-    if not rows or evaluation.reader is None:
-        return []
-    readings = [row.reading.accuracy for row in rows if row.reading]
-    best = max(range(len(rows)), key=lambda i: readings[i].value)
-    least = min(range(len(rows)), key=lambda i: readings[i].value)
-    own = evaluation.reader.value
-    return [
-        f"What was asked for is read in {readings[best].value:.0%} of the pictures of "
-        f"{_quoted(rows[best])} and in {readings[least].value:.0%} of {_quoted(rows[least])}; "
-        f"the reader itself is right about {own:.0%} of real records."
+    read = [
+        (row.reading.accuracy.value, row)
+        for row in _of(evaluation, "ensemble", "soup", "control")
+        if row.reading
     ]
+    if not read or evaluation.reader is None:
+        return []
+    best, *others = sorted(read, key=lambda each: -each[0])
+    told = f"What was asked for is read in {best[0]:.0%} of the pictures of {_quoted(best[1])}"
+    if others:
+        told += f" and in {others[-1][0]:.0%} of {_quoted(others[-1][1])}"
+    own = evaluation.reader.value
+    return [f"{told}; the reader itself is right about {own:.0%} of real records."]
 
 
 def _floor(evaluation: Evaluation) -> list[str]:

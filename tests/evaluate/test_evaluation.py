@@ -16,6 +16,8 @@ from atoll.core.errors import DataError, Failed, Refused
 from atoll.core.storage import Storage
 from atoll.evaluate import evaluation as ev
 from atoll.evaluate.features import embed, pixels, spaces, to_images, to_uint8
+from atoll.evaluate.metrics import proportion
+from atoll.evaluate.reader import Reading
 from atoll.evaluate.reference import Records
 from atoll.evaluate.shares import from_records
 from atoll.evaluate.verdict import verdict
@@ -264,6 +266,21 @@ def test_verdict_names_shards_that_their_centres_do_not_know(measured: ev.Evalua
     assert "of right's own held-out records only 20% are nearest to its centre (left: not half" in (
         said(left=0.3, right=0.2)
     )
+
+
+def test_verdict_names_two_systems_that_are_read_alike(measured: ev.Evaluation) -> None:
+    alike = Reading(accuracy=proportion(5, 50), by_label={"x": (5, 50)})
+    rows = [row.model_copy(update={"reading": alike}) for row in measured.rows[1:3]]
+
+    def said(rows: Sequence[ev.Row]) -> str:
+        update = {"rows": rows, "reader": proportion(39, 40), "control": None}
+        found = verdict(measured.model_copy(update=update))
+        return next(line for line in found if line.startswith("What was asked for"))
+
+    reader = "; the reader itself is right about 98% of real records."
+    one = "What was asked for is read in 10% of the pictures of “full”"
+    assert said(rows) == f"{one} and in 10% of “once”{reader}"
+    assert said(rows[:1]) == f"{one}{reader}"
 
 
 def test_pictures_that_are_not_finite_are_not_scored() -> None:
