@@ -115,9 +115,9 @@ def _leaving_on_sigterm() -> Iterator[None]:
 
 
 if __name__ == "__main__":
+    look_rarely()
     sys.stdout.flush()
     # Straight out: a library's thread must not hold a finished job's process.
-    look_rarely()
     status = main()
     sys.stderr.flush()
     os._exit(status)
